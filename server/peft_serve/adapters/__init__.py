@@ -1,0 +1,1 @@
+"""What an adapter is: primitives, the checkpoint gate, one compile function a method, store, catalog, host cache."""

@@ -1,0 +1,1 @@
+"""HTTP: the native, OpenAI and TGI route families over one engine call."""

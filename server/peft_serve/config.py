@@ -1,0 +1,63 @@
+"""Settings of a server: one frozen object, read once at start.
+
+A value comes from the command line, else from the environment (`PEFT_SERVE_` + the field's name in capitals),
+else from the default below. Sizes are in bytes, times in seconds, and every limit is a `max_`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set. `docs/operations.md` explains each field."""
+
+    model_config = SettingsConfigDict(env_prefix="PEFT_SERVE_", frozen=True, extra="forbid")
+
+    # the base
+    model: str = Field(default="demo-llama", description="demo-llama, demo-t5, a folder, or a hub id")
+    served_model_name: str | None = Field(default=None, description="name of the base in /v1/models")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="compute dtype; auto = float32 on CPU, bfloat16 on CUDA"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the base lives")
+    num_threads: int | None = Field(default=None, ge=1, description="torch threads for the forward pass")
+
+    # adapters
+    adapters: list[Path] = Field(default_factory=list, description="read-only folders of checkpoints to serve")
+    store: Path | None = Field(default=None, description="folder that keeps uploads; default ~/.local/share/peft-serve")
+    max_rank: int = Field(default=256, ge=1, description="largest rank of an adapter after compilation")
+    max_adapter_bytes: int = Field(default=512 * MIB, ge=1, description="largest upload, and largest compiled adapter")
+    max_virtual_tokens: int = Field(default=1024, ge=1, description="longest soft prompt or prefix")
+    device_adapter_bytes: int = Field(default=1 * GIB, ge=0, description="device memory for resident adapters")
+    max_resident_adapters: int = Field(default=64, ge=1, description="slots on the device")
+    host_adapter_bytes: int = Field(default=2 * GIB, ge=0, description="host memory for compiled adapters")
+    max_step_adapters: int = Field(default=32, ge=1, description="distinct adapters in one step")
+
+    # scheduling
+    max_rows: int = Field(default=64, ge=1, description="requests that run at the same time")
+    max_step_tokens: int = Field(default=1024, ge=16, description="tokens computed in one step")
+    max_queue: int = Field(default=1024, ge=1, description="requests that wait; beyond it 429")
+    max_model_len: int | None = Field(default=None, ge=1, description="context length; default the base's own")
+    block_size: int = Field(default=16, ge=1, description="positions in a KV block")
+    kv_cache_bytes: int = Field(default=1 * GIB, ge=1 * MIB, description="memory for KV blocks")
+
+    # HTTP
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    max_body_bytes: int = Field(default=4 * MIB, ge=1024, description="largest request body that is not an upload")
+    max_inputs: int = Field(default=256, ge=1, description="inputs in one request")
+    max_new_tokens: int = Field(default=4096, ge=1, description="largest max_new_tokens a request may ask for")
+    max_stop_sequences: int = Field(default=16, ge=0)
+    max_top_logprobs: int = Field(default=20, ge=0)
+    max_choices: int = Field(default=256, ge=1)
+    keep_alive_s: float = Field(default=15.0, gt=0, description="a comment is sent on a quiet stream this often")
+    drain_s: float = Field(default=30.0, ge=0, description="time that running requests get after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,230 @@
+"""The vocabulary: what a request, a row and a step are.
+
+Everything here is a frozen fact that crosses a floor of the building. The words mean one thing each:
+
+request   what a caller asked for, resolved to token ids and to one adapter id
+adapter   a compiled checkpoint; its *id* is the digest of its files, its *name* an alias that may move
+slot      an adapter's place on the device; slot 0 is the base model, the adapter that changes nothing
+block     a fixed number of KV-cache positions; block 0 is padding and is never given to a request
+step      one forward pass; a *row* is one request's part of it
+plan -> run -> commit   the scheduler plans a `Step`, the model runs it, the scheduler commits its `StepResult`
+
+This module knows no torch, no HTTP and no file system.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, NewType
+
+AdapterId = NewType("AdapterId", str)
+"""`sha256:<64 hex>` of an adapter's files, or `BASE`."""
+
+RequestId = NewType("RequestId", str)
+
+BASE: Final = AdapterId("base")
+"""The adapter id of the base model itself: no adapter."""
+
+BASE_SLOT: Final = 0
+PADDING_BLOCK: Final = 0
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    EOS = "eos"  # the model produced an end-of-sequence id
+    STOP = "stop"  # a stop string was found in the text
+    LENGTH = "length"  # max_new_tokens, or the context, is used up
+    CANCELLED = "cancelled"  # the caller went away or asked to stop
+    FAILED = "failed"  # its adapter or its step failed; the event carries the error
+
+
+class RequestState(StrEnum):
+    """Where a request stands. `TRANSITIONS` holds every legal move."""
+
+    WAITING = "waiting"  # in the queue
+    LOADING = "loading"  # its adapter is on the way to the host or the device
+    RUNNING = "running"  # has blocks and a slot lease: prefill, decode and scoring
+    FINISHED = "finished"
+
+
+TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
+    RequestState.WAITING: frozenset({RequestState.LOADING, RequestState.RUNNING, RequestState.FINISHED}),
+    RequestState.LOADING: frozenset({RequestState.WAITING, RequestState.FINISHED}),
+    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.FINISHED}),  # WAITING: preempted
+    RequestState.FINISHED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy decoding of 20 tokens."""
+
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output ids (CTRL, as in transformers)
+    frequency_penalty: float = 0.0  # over output ids (OpenAI)
+    presence_penalty: float = 0.0  # over output ids (OpenAI)
+    seed: int | None = None  # None: the engine draws one at admission
+    ignore_eos: bool = False
+    logprobs: bool = False  # report the chosen token's log-probability
+    num_top_logprobs: int = 0  # and this many alternatives
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether choosing the next token reads the ids that came before."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One admitted generation (or one scoring of `choices`), all names resolved.
+
+    On a decoder-only base `prompt` is the prompt and `decoder_prompt` is empty. On an encoder-decoder base
+    `prompt` is the source text for the encoder and `decoder_prompt` what the decoder starts with (usually the
+    decoder start token).
+    """
+
+    id: RequestId
+    adapter: AdapterId
+    prompt: tuple[int, ...]
+    decoder_prompt: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_ids: frozenset[int] = frozenset()
+    choices: tuple[tuple[int, ...], ...] = ()  # token ids of each choice; not empty = score, do not generate
+    arrival_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a compiled adapter asks of the device."""
+
+    num_bytes: int
+    max_rank: int = 0  # the largest low-rank rank over all sites
+    num_prefix_tokens: int = 0  # KV positions in front of the (decoder's) tokens: a prefix, or a soft prompt
+    num_source_tokens: int = 0  # soft-prompt embeddings in front of the encoder's tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """Choose one next token after the row's last token."""
+
+    params: SamplingParams
+    seed: int
+    index: int  # how many tokens the request has produced so far: the draw's place in its random stream
+    prompt_history: tuple[int, ...] = ()  # filled only when `params.needs_history`
+    output_history: tuple[int, ...] = ()
+    suppress: tuple[int, ...] = ()  # ids that must not be chosen (end of sequence before min_new_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One request's part of a step.
+
+    Positions are context positions: they count the adapter's KV prefix, so that the position of a token is
+    also its place in the block table (`blocks[position // block_size]`, offset `position % block_size`).
+    """
+
+    request: RequestId
+    slot: int
+    tokens: tuple[int, ...]  # ids computed in this step, on the decoder of an encoder-decoder
+    start: int  # context position of tokens[0]
+    blocks: tuple[int, ...]  # block table covering at least start + len(tokens) positions
+    draw: Draw | None = None  # None: this is a prefill chunk, no token is chosen
+    wanted: tuple[tuple[int, ...], ...] = ()  # log-probabilities asked for: one tuple of ids for each of the
+    # last len(wanted) tokens of the row, read from that token's next-token distribution
+    branch: int = 0  # which continuation of the request this is (choices are scored side by side)
+    source: tuple[int, ...] = ()  # encoder-decoder: ids to encode in this step, in the row's first step only
+    cross_blocks: tuple[int, ...] = ()  # encoder-decoder: where the cross-attention KV is kept
+    num_source: int = 0  # encoder-decoder: length of the cross-attention KV, soft prompt included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Install:
+    """Put an adapter into a slot before the pass; `blocks` hold its KV prefix."""
+
+    slot: int
+    adapter: AdapterId
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One forward pass, as planned. The order of work is: removes, installs, copies, pass, choice of tokens.
+
+    `rows` are sorted by slot, so that the tokens of one adapter are contiguous.
+    """
+
+    id: int
+    rows: tuple[Row, ...]
+    removes: tuple[int, ...] = ()  # slots to empty
+    installs: tuple[Install, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()  # (from block, to block): copy-on-write of KV blocks
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in the step, encoder tokens included."""
+        return sum(len(row.tokens) + len(row.source) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowResult:
+    """What a row gave: a token if it drew one, scores if it wanted some."""
+
+    request: RequestId
+    branch: int = 0
+    token: int | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # (id, log-probability), best first
+    scores: tuple[tuple[float, ...], ...] = ()  # parallel to Row.wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave, parallel to its rows; an adapter that could not be installed fails alone."""
+
+    step_id: int
+    rows: tuple[RowResult, ...]
+    failed_installs: tuple[tuple[AdapterId, str], ...] = ()  # (adapter, reason); its rows were not run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """A request has one more token."""
+
+    request: RequestId
+    index: int
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoresEvent:
+    """Log-probabilities of a request's choices: the sum over each choice's tokens, and each token's own."""
+
+    request: RequestId
+    logprobs: tuple[float, ...]
+    token_logprobs: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishEvent:
+    """A request has ended and everything it held is given back."""
+
+    request: RequestId
+    reason: FinishReason
+    error: Exception | None = None
+    queue_s: float = 0.0  # from arrival to its first step
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+
+
+Event = TokenEvent | ScoresEvent | FinishEvent

@@ -1,0 +1,130 @@
+"""Every way a request can be refused, blame in the type, status in the class.
+
+ServeError
+|-- BadRequest            400  the body or the names in it contradict themselves
+|   |-- AdapterConflict   400  two places of one request name different adapters
+|   `-- MalformedUpload   400  an upload that cannot be read at all
+|-- Unauthorized          401
+|-- Forbidden             403
+|-- UnknownAdapter        404  never answered by the base model instead
+|-- NotFound              404
+|-- PreconditionFailed    412  the name moved meanwhile, or exists already
+|-- PayloadTooLarge       413
+|-- UnsupportedMediaType  415
+|-- InvalidParameter      422  a field outside its range (400 on /v1)
+|-- PromptTooLong         422  prompt + new tokens beyond the context (400 on /v1)
+|-- AdapterInvalid        422  a readable upload that is refused, one reason a place
+|-- QueueFull             429  with Retry-After
+|-- Internal              500
+|-- Unavailable           503  starting, draining or dead, with Retry-After
+|   `-- AdapterUnavailable 503 this adapter's files are corrupt, missing or do not load
+`-- StoreFull             507
+
+A message names the thing, the rule and the way out, and never a path, a traceback or an address.
+Turning one into a response is the business of `api.problems` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class ServeError(Exception):
+    """A refusal that may be shown to the caller as it stands."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(ServeError):
+    status, code = 400, "bad_request"
+
+
+class AdapterConflict(BadRequest):
+    code = "adapter_conflict"
+
+
+class MalformedUpload(BadRequest):
+    code = "malformed_upload"
+
+
+class Unauthorized(ServeError):
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(ServeError):
+    status, code = 403, "forbidden"
+
+
+class UnknownAdapter(ServeError):
+    status, code = 404, "model_not_found"
+
+
+class NotFound(ServeError):
+    status, code = 404, "not_found"
+
+
+class PreconditionFailed(ServeError):
+    status, code = 412, "precondition_failed"
+
+
+class PayloadTooLarge(ServeError):
+    status, code = 413, "payload_too_large"
+
+
+class UnsupportedMediaType(ServeError):
+    status, code = 415, "unsupported_media_type"
+
+
+class InvalidParameter(ServeError):
+    status, code = 422, "invalid_parameter"
+
+
+class PromptTooLong(ServeError):
+    status, code = 422, "context_length_exceeded"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One reason an adapter is refused: the place in the checkpoint, and the rule with its way out."""
+
+    path: str
+    reason: str
+
+
+class AdapterInvalid(ServeError):
+    status, code = 422, "adapter_invalid"
+
+    def __init__(self, errors: Sequence[Refusal]) -> None:
+        first = errors[0]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        super().__init__(f"{first.path}: {first.reason}{more}")
+        self.errors = tuple(errors)
+
+
+class QueueFull(ServeError):
+    status, code = 429, "overloaded"
+
+
+class Internal(ServeError):
+    status, code = 500, "internal"
+
+
+class Unavailable(ServeError):
+    status, code = 503, "unavailable"
+
+
+class AdapterUnavailable(Unavailable):
+    code = "adapter_unavailable"
+
+
+class StoreFull(ServeError):
+    status, code = 507, "store_full"

@@ -1,0 +1,1 @@
+"""The resident base: loader, families, sites, runner, attention, KV pools, sampler."""

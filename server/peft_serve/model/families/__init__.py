@@ -1,0 +1,1 @@
+"""What is particular to a family of models, one small file each."""

@@ -1,0 +1,1 @@
+"""Who runs next: slots, blocks, policy, scheduler. Plain Python; this package never imports torch."""
