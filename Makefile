@@ -1,0 +1,49 @@
+# `make serve` and `make test` need nothing but Python >= 3.11 and make; everything else is set up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= demo-llama
+PORT ?= 8000
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format lint types floors lock loadtest clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+serve: $(VENV)/.ready ## start the server on the demo base with the shipped adapters (MODEL=, PORT=, ARGS=)
+	$(BIN)/peft-serve serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: $(VENV)/.ready ## run every test
+	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: format lint types floors ## format, lint, types and import floors, as CI runs them
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+floors: $(VENV)/.ready
+	$(BIN)/lint-imports
+
+loadtest: $(VENV)/.ready ## a short load test of the demo server (ARGS= picks another, see loadtest/README.md)
+	$(BIN)/python -m loadtest $(if $(ARGS),$(ARGS),w4 --quick)
+
+lock: $(VENV)/.ready ## write requirements.lock from what is installed
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -viE '^(peft-serve|pip|setuptools|wheel)\b' > requirements.lock
+
+clean: ## remove the virtual environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peft-serve needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@

@@ -1,0 +1,158 @@
+"""The command `peft-serve`.
+
+Every field of `Settings` is an option of `serve`: the settings are written down once, in config.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, Optional
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import peft_serve
+from peft_serve.api.app import create_app
+from peft_serve.config import Settings
+from peft_serve.engine.assembly import Progress as StartProgress
+from peft_serve.engine.assembly import build, shipped_adapters
+from peft_serve.engine.parts import ServerParts
+from peft_serve.errors import ServeError
+
+app = typer.Typer(
+    name="peft-serve",
+    help="One resident base model, many PEFT adapters in one batch.",
+    no_args_is_help=True,
+    add_completion=True,
+)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(peft_serve.__version__)
+
+
+def _serve(model: str, **options: Any) -> None:
+    """Start the server on a base: demo-llama, demo-t5, a model folder, or a Hugging Face hub id."""
+    console = Console(stderr=True)
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    try:
+        settings = Settings(model=model, **given)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = str(problem["loc"][0]) if problem["loc"] else "settings"
+            console.print(f"[red]--{name.replace('_', '-')}: {problem['msg']} (given: {problem.get('input')!r})[/red]")
+        raise typer.Exit(2) from None
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        parts = _start(settings, console)
+    except (ServeError, ValueError, OSError) as error:
+        console.print(f"[red]peft-serve does not start:[/red] {error}")
+        raise typer.Exit(1) from None
+    run_server(parts, console)
+
+
+def _start(settings: Settings, console: Console) -> ServerParts:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def share(what: str, done: float) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=1.0)
+            bars.update(tasks[what], completed=done)
+
+        return build(settings, StartProgress(say=bars.console.print, share=share))
+
+
+def run_server(parts: ServerParts, console: Console) -> None:
+    """Serve until told to stop; running requests get `drain_s` to end."""
+    settings = parts.settings
+    server = _AnnouncingServer(
+        uvicorn.Config(
+            create_app(parts),
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+            server_header=False,
+        ),
+        lambda port: console.print(_ready_text(parts, port), highlight=False, soft_wrap=True),
+    )
+    server.run()
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Says where it listens once it does: the port may have been 0."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets=sockets)
+        for server in self.servers:
+            for bound in server.sockets:
+                self._announce(int(bound.getsockname()[1]))
+                return
+
+
+def _ready_text(parts: ServerParts, port: int) -> str:
+    host = parts.settings.host if parts.settings.host not in ("0.0.0.0", "::") else "localhost"
+    url = f"http://{host}:{port}"
+    where, inputs = f"{url}/generate", "The weather today"
+    if shipped_adapters(parts.settings.model) is not None:
+        where = f"{url}/generate?adapter=twitter-complaints"
+        inputs = "@support my order is three weeks late and nobody answers"
+    return (
+        f"[green]ready[/green] at {url}  (docs at {url}/docs, metrics at {url}/metrics). Try:\n"
+        f"""curl '{where}' -H 'content-type: application/json' -d '{{"inputs": "{inputs}"}}'"""
+    )
+
+
+def _as_option(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The command-line option of a settings field; None when it is not given, so that the environment counts."""
+    flag = f"--{name.replace('_', '-')}"
+    default = None if field.default is PydanticUndefined else field.default
+    text = f"{field.description or ''} [default: {default}; env: PEFT_SERVE_{name.upper()}]".strip()
+    annotation: Any = field.annotation
+    if "list" not in str(annotation) and "None" not in str(annotation):
+        annotation = Optional[annotation]  # noqa: UP045  # made at run time, where `X | None` of a Literal is the same
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=typer.Option(None, flag, help=text), annotation=annotation
+    )
+
+
+def _serve_command() -> Callable[..., None]:
+    """`_serve` with one option for each field of `Settings`."""
+
+    def serve(**values: Any) -> None:
+        _serve(values.pop("model"), **values)
+
+    serve.__doc__ = _serve.__doc__
+    model = inspect.Parameter(
+        "model", inspect.Parameter.KEYWORD_ONLY, default=typer.Argument("demo-llama"), annotation=str
+    )
+    options = [_as_option(name, field) for name, field in Settings.model_fields.items() if name != "model"]
+    serve.__signature__ = inspect.Signature([model, *options])  # type: ignore[attr-defined]
+    serve.__annotations__ = {p.name: p.annotation for p in (model, *options)}
+    return serve
+
+
+app.command("serve")(_serve_command())
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    sys.exit(app())

@@ -1,0 +1,213 @@
+"""Makes a server's inside from its settings: base, adapters, scheduler and engine, in that order.
+
+The one place that knows every part by its class. Nothing here runs a request.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import peft_serve
+from peft_serve.adapters.catalog import Catalog
+from peft_serve.adapters.compiler import compile_adapter
+from peft_serve.adapters.folders import Folders
+from peft_serve.adapters.gate import Inspected, inspect
+from peft_serve.adapters.host_cache import HostCache
+from peft_serve.adapters.limits import GateLimits
+from peft_serve.adapters.primitives import Adapter
+from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.store import AdapterStore
+from peft_serve.config import Settings
+from peft_serve.core import AdapterId
+from peft_serve.engine.loop import Engine
+from peft_serve.engine.parts import BaseCard, ServerParts
+from peft_serve.metrics import Metrics
+from peft_serve.model.base import ResidentBase
+from peft_serve.model.loader import DEMO_BASES, load_base
+from peft_serve.model.pools import bytes_per_block
+from peft_serve.model.runner import StepRunner
+from peft_serve.scheduling.blocks import BlockLedger
+from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.scheduler import Scheduler
+from peft_serve.scheduling.slots import SlotLedger
+from peft_serve.text import TextCodec
+
+_CROSS_SHARE = 0.5  # of the KV bytes of an encoder-decoder: the source is kept as long as the answer grows
+_AFFINITY_AGE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Start-up as it is told to whoever waits: a line for each thing done, and a share for long ones."""
+
+    say: Callable[[str], None]
+    share: Callable[[str, float], None]  # (what, 0 to 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KVSizes:
+    num_blocks: int
+    num_cross_blocks: int
+
+
+def build(settings: Settings, progress: Progress) -> ServerParts:
+    """Load the base and make everything around it; the engine is made but not started."""
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    base = load_base(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        served_name=settings.served_model_name,
+        on_progress=progress.share,
+    )
+    progress.say(f"base {base.name}: {base.class_name}, {base.num_parameters / 1e6:.1f} M parameters, {base.device}")
+    codec = TextCodec.load(base.source, is_encoder_decoder=base.shape.is_encoder_decoder)
+    metrics = Metrics()
+    limits = gate_limits(settings)
+
+    def check(files: CheckpointFiles) -> Inspected:
+        """The whole of validation: the gate, then a compile whose result is thrown away."""
+        inspected = inspect(files, base, limits)
+        compile_adapter(inspected, base, limits)
+        return inspected
+
+    catalog = _make_catalog(settings, base, check)
+    progress.say(f"adapters: {catalog.num_names} found")
+    engine = _make_engine(settings, base, catalog, limits, metrics)
+    fingerprint = base.fingerprint()
+    return ServerParts(
+        settings=settings,
+        base=_card(settings, base),
+        codec=codec,
+        catalog=catalog,
+        inspect=check,
+        engine=engine,
+        metrics=metrics,
+        clock=time.monotonic,
+        check_base=lambda: base.fingerprint() == fingerprint,
+    )
+
+
+def gate_limits(settings: Settings) -> GateLimits:
+    """The part of the settings that decides which adapters are let in."""
+    return GateLimits(
+        max_rank=settings.max_rank,
+        max_adapter_bytes=min(settings.max_adapter_bytes, settings.device_adapter_bytes),
+        max_virtual_tokens=settings.max_virtual_tokens,
+    )
+
+
+def shipped_adapters(model: str) -> Path | None:
+    """The folder of adapters that ship with a demo base: in a checkout, or inside an installed wheel."""
+    if model not in DEMO_BASES:
+        return None
+    package = Path(peft_serve.__file__).parent
+    candidates = (package / "demo" / "adapters" / model, package.parent.parent / "adapters" / model)
+    return next((path for path in candidates if path.is_dir()), None)
+
+
+def _max_context(settings: Settings, base: ResidentBase) -> int:
+    return settings.max_model_len or base.shape.max_positions
+
+
+def _card(settings: Settings, base: ResidentBase) -> BaseCard:
+    return BaseCard(
+        name=base.name,
+        family=base.family,
+        class_name=base.class_name,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        num_parameters=base.num_parameters,
+        is_encoder_decoder=base.shape.is_encoder_decoder,
+        max_context=_max_context(settings, base),
+        eos_ids=base.eos_ids,
+        decoder_start=base.decoder_start,
+    )
+
+
+def _make_catalog(settings: Settings, base: ResidentBase, check: Callable[[CheckpointFiles], Inspected]) -> Catalog:
+    folders = [*settings.adapters]
+    shipped = shipped_adapters(settings.model)
+    if shipped is not None:
+        folders.append(shipped)
+    root = settings.store or Path.home() / ".local" / "share" / "peft-serve" / base.name.replace("/", "--")
+    return Catalog(AdapterStore(root), Folders(folders), inspect=check, base_name=base.name)
+
+
+def _make_engine(
+    settings: Settings, base: ResidentBase, catalog: Catalog, limits: GateLimits, metrics: Metrics
+) -> Engine:
+    def load(adapter: AdapterId) -> Adapter:
+        began_s = time.monotonic()
+        inspected = inspect(catalog.files(adapter), base, limits)
+        compiled = compile_adapter(inspected, base, limits)
+        metrics.observe_load("host", time.monotonic() - began_s)
+        return compiled
+
+    sizes = _kv_sizes(settings, base)
+    block_size = settings.block_size
+    is_encoder_decoder = base.shape.is_encoder_decoder
+    scheduler = Scheduler(
+        Limits(
+            max_rows=settings.max_rows,
+            max_step_tokens=settings.max_step_tokens,
+            max_step_adapters=settings.max_step_adapters,
+            max_step_rank=4 * settings.max_rank,
+            max_queue=settings.max_queue,
+            block_size=block_size,
+            max_context=_max_context(settings, base),
+            is_encoder_decoder=is_encoder_decoder,
+            affinity_age_s=_AFFINITY_AGE_S,
+        ),
+        slots=SlotLedger(num_slots=settings.max_resident_adapters, max_bytes=settings.device_adapter_bytes),
+        blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size),
+        cross_blocks=(
+            BlockLedger(num_blocks=sizes.num_cross_blocks, block_size=block_size) if is_encoder_decoder else None
+        ),
+        clock=time.monotonic,
+    )
+    return Engine(
+        scheduler=scheduler,
+        make_runner=lambda adapters: StepRunner(
+            base,
+            num_blocks=sizes.num_blocks,
+            num_cross_blocks=sizes.num_cross_blocks,
+            block_size=block_size,
+            adapters=adapters,
+        ),
+        host_cache=HostCache(load, max_bytes=settings.host_adapter_bytes, clock=time.monotonic),
+        metrics=metrics,
+        clock=time.monotonic,
+        draw_seed=_seed_source(),
+        max_queue=settings.max_queue,
+        is_encoder_decoder=is_encoder_decoder,
+    )
+
+
+def _kv_sizes(settings: Settings, base: ResidentBase) -> _KVSizes:
+    """Blocks for the bytes the operator gives, and no more than every row at full length could use."""
+    per_block = bytes_per_block(base.shape, settings.block_size, base.dtype)
+    most = settings.max_rows * (_max_context(settings, base) // settings.block_size + 2)
+    fits = settings.kv_cache_bytes // per_block
+    if not base.shape.is_encoder_decoder:
+        return _KVSizes(num_blocks=1 + max(1, min(most, fits)), num_cross_blocks=0)
+    cross = max(1, min(most, int(fits * _CROSS_SHARE)))
+    return _KVSizes(num_blocks=1 + max(1, min(most, fits - cross)), num_cross_blocks=1 + cross)
+
+
+def _seed_source() -> Callable[[], int]:
+    source, lock = random.SystemRandom(), threading.Lock()
+
+    def draw() -> int:
+        with lock:
+            return source.getrandbits(32)
+
+    return draw

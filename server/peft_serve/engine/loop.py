@@ -1,0 +1,375 @@
+"""The engine: one thread that plans, runs and commits, and the only place where scheduler and model meet.
+
+Owns the thread, its inbox of frozen commands and the host copies of adapters that wait to be installed. Slow things
+(reading and compiling adapters) are asked of the host cache and come back through the inbox. Knows no HTTP, no text
+and no file.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from peft_serve.adapters.host_cache import HostCache
+from peft_serve.adapters.primitives import Adapter
+from peft_serve.core import (
+    BASE_SLOT,
+    AdapterId,
+    Event,
+    FinishEvent,
+    FinishReason,
+    Request,
+    RequestId,
+    Step,
+    StepResult,
+)
+from peft_serve.engine.snapshot import EngineSnapshot, EngineState, ResidentAdapter
+from peft_serve.errors import AdapterUnavailable, Internal, QueueFull, ServeError, Unavailable
+from peft_serve.metrics import Metrics
+from peft_serve.scheduling.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
+
+_IDLE_S = 1.0  # how long an idle engine sleeps before it looks at its books
+_RETRY_S = 1.0
+
+
+class Runner(Protocol):
+    """What runs a step: the model floor's `StepRunner`, or a fake."""
+
+    def run(self, step: Step) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request: RequestId
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    adapter: AdapterId
+    outcome: Adapter | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    adapter: AdapterId
+
+
+@dataclass(frozen=True, slots=True)
+class _Unload:
+    adapter: AdapterId
+
+
+@dataclass(frozen=True, slots=True)
+class _Pin:
+    adapter: AdapterId
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Command = _Submit | _Cancel | _Loaded | _Load | _Unload | _Pin | _Stop
+
+
+class Engine:
+    """See the module. Everything public may be called from any thread and returns at once, unless it says so."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        make_runner: Callable[[Callable[[AdapterId], Adapter]], Runner],
+        host_cache: HostCache,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        draw_seed: Callable[[], int],
+        max_queue: int,
+        is_encoder_decoder: bool,
+    ) -> None:
+        self._scheduler = scheduler
+        self._host_cache = host_cache
+        self._metrics = metrics
+        self._clock = clock
+        self._draw_seed = draw_seed
+        self._max_queue = max_queue
+        self._is_encoder_decoder = is_encoder_decoder
+        self._ready: dict[AdapterId, Adapter] = {}  # leased host copies that wait for their install
+        self._runner = make_runner(self._ready.__getitem__)
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._deliver: Callable[[Sequence[Event]], None] = lambda events: None
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._lock = threading.Lock()
+        self._num_arriving = 0  # submitted, not yet seen by the scheduler
+        self._state = EngineState.STARTING
+        self._books = EngineSnapshot(state=EngineState.STARTING)
+        self._step_began_s: float | None = None
+        self._num_steps = 0
+        self._wanted_unloads: set[AdapterId] = set()
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def connect(self, deliver: Callable[[Sequence[Event]], None]) -> None:
+        """Where events go: called on the engine's thread, once a step."""
+        self._deliver = deliver
+
+    def start(self) -> None:
+        self._state = EngineState.RUNNING
+        self._refresh_books()
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Admit a request. Raises `Unavailable` unless the engine runs, `QueueFull` when too many wait."""
+        if self._state is not EngineState.RUNNING:
+            raise Unavailable(f"the server is {self._state}; try again shortly", retry_after_s=_RETRY_S)
+        with self._lock:
+            num_waiting = self._num_arriving + self._books.num_waiting
+            if num_waiting >= self._max_queue:
+                raise QueueFull(
+                    f"{num_waiting} requests are waiting, as many as this server queues (--max-queue); try again later",
+                    retry_after_s=_RETRY_S,
+                )
+            self._num_arriving += 1
+        if request.sampling.seed is None:
+            request = replace(request, sampling=replace(request.sampling, seed=self._draw_seed()))
+        self._idle.clear()
+        self._inbox.put(_Submit(request))
+
+    def cancel(self, request: RequestId, reason: FinishReason) -> None:
+        """End a request; one that has ended already, or never was, is no error."""
+        self._inbox.put(_Cancel(request, reason))
+
+    def load(self, adapter: AdapterId) -> None:
+        """Bring an adapter to the host before anyone asks for it."""
+        self._inbox.put(_Load(adapter))
+
+    def unload(self, adapter: AdapterId) -> None:
+        """Give an adapter's memory back on every tier, as soon as no running request uses it."""
+        self._inbox.put(_Unload(adapter))
+
+    def set_pinned(self, adapter: AdapterId, *, pinned: bool) -> None:
+        """Keep an adapter on the device whatever else wants its place, or no longer."""
+        self._inbox.put(_Pin(adapter, pinned))
+
+    def snapshot(self) -> EngineSnapshot:
+        began_s = self._step_began_s
+        stalled_s = 0.0 if began_s is None else self._clock() - began_s
+        return replace(self._books, state=self._state, stalled_s=stalled_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Admit nothing more and wait for what runs; True when everything ended in time. Blocks."""
+        if self._state is EngineState.RUNNING:
+            self._state = EngineState.DRAINING
+        return self._idle.wait(timeout_s)
+
+    def stop(self) -> None:
+        """End the thread; requests that still run end as cancelled. Blocks."""
+        self._inbox.put(_Stop())
+        if self._thread.is_alive():
+            self._thread.join()
+        self._host_cache.close()
+
+    # ---- the engine's own thread ----
+
+    def _main(self) -> None:
+        try:
+            while self._read_inbox():
+                self._advance()
+            self._state = EngineState.STOPPED
+        except Exception:
+            # Whatever this is, no request may hang on it: they all end, and health tells the supervisor.
+            _log.exception("the engine has died")
+            self._state = EngineState.DEAD
+        self._end_all()
+        self._idle.set()
+
+    def _read_inbox(self) -> bool:
+        """Take in every command; False when told to stop. Sleeps when there is nothing to do."""
+        events: list[Event] = []
+        try:
+            if not self._scheduler.has_work:
+                self._refresh_books()
+                if self._inbox.empty():
+                    with self._lock:
+                        if self._num_arriving == 0:
+                            self._idle.set()
+                command = self._inbox.get(timeout=_IDLE_S)
+            else:
+                command = self._inbox.get_nowait()
+            while True:
+                if isinstance(command, _Stop):
+                    return False
+                events += self._obey(command)
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+        finally:
+            if events:
+                self._deliver(events)
+
+    def _obey(self, command: _Command) -> list[Event]:
+        match command:
+            case _Submit(request):
+                return self._take_in(request)
+            case _Cancel(request_id, reason):
+                return self._scheduler.cancel(request_id, reason)
+            case _Loaded(adapter, outcome):
+                return self._receive(adapter, outcome)
+            case _Load(adapter):
+                self._host_cache.request(adapter, lambda a, _outcome: self._host_cache.release(a))
+            case _Unload(adapter):
+                self._wanted_unloads.add(adapter)
+                self._unload_idle()
+            case _Pin(adapter, pinned):
+                (self._scheduler.pin if pinned else self._scheduler.unpin)(adapter)
+            case _Stop():
+                raise AssertionError("stop is read by the loop itself")
+        return []
+
+    def _take_in(self, request: Request) -> list[Event]:
+        try:
+            self._scheduler.submit(request)
+        except ServeError as error:
+            return [FinishEvent(request=request.id, reason=FinishReason.FAILED, error=error)]
+        finally:
+            with self._lock:
+                self._num_arriving -= 1
+        return []
+
+    def _receive(self, adapter: AdapterId, outcome: Adapter | Exception) -> list[Event]:
+        if isinstance(outcome, Exception):
+            _log.warning("adapter %s does not load: %s", adapter, outcome)
+            error = outcome if isinstance(outcome, AdapterUnavailable) else _unloadable(outcome)
+            return self._scheduler.adapter_failed(adapter, error)
+        if adapter in self._ready:
+            self._host_cache.release(adapter)  # delivered twice; one lease is enough
+        self._ready[adapter] = outcome
+        footprint = outcome.footprint(is_encoder_decoder=self._is_encoder_decoder)
+        self._scheduler.adapter_ready(adapter, footprint)
+        return []
+
+    def _advance(self) -> None:
+        """One step, if there is one to make."""
+        began_s = self._clock()
+        step = self._scheduler.plan()
+        for adapter in self._scheduler.take_loads():
+            self._host_cache.request(adapter, self._on_loaded)
+        if step is None:
+            self._wait_for_news()
+            return
+        self._step_began_s = began_s
+        events = self._run(step)
+        self._step_began_s = None
+        self._num_steps += 1
+        for install in step.installs:
+            if self._ready.pop(install.adapter, None) is not None:
+                self._host_cache.release(install.adapter)
+        if self._wanted_unloads:
+            self._unload_idle()
+        self._refresh_books()
+        if events:
+            self._deliver(events)
+        self._observe(step, self._clock() - began_s)
+
+    def _run(self, step: Step) -> list[Event]:
+        try:
+            result = self._runner.run(step)
+        except Exception as error:
+            # The step's rows fail, nobody else's do, and the engine goes on.
+            _log.exception("step %d failed with %d rows", step.id, len(step.rows))
+            failure = Internal(f"the forward pass failed ({type(error).__name__}); the request was not completed")
+            return self._scheduler.abandon(step.id, failure)
+        return self._scheduler.commit(result)
+
+    def _wait_for_news(self) -> None:
+        """Nothing can run before a command comes (an adapter that was loaded, as a rule)."""
+        if not self._scheduler.has_work:
+            return
+        try:
+            command = self._inbox.get(timeout=_IDLE_S)
+        except queue.Empty:
+            return
+        if isinstance(command, _Stop):
+            self._inbox.put(command)
+            return
+        events = self._obey(command)
+        if events:
+            self._deliver(events)
+
+    def _on_loaded(self, adapter: AdapterId, outcome: Adapter | Exception) -> None:
+        """Called on the host cache's thread."""
+        self._inbox.put(_Loaded(adapter, outcome))
+
+    def _unload_idle(self) -> None:
+        for adapter in tuple(self._wanted_unloads):
+            is_resident = any(r.adapter == adapter for r in self._scheduler.snapshot().resident)
+            if not is_resident or self._scheduler.evict(adapter):
+                self._wanted_unloads.discard(adapter)
+                self._host_cache.drop(adapter)
+
+    def _end_all(self) -> None:
+        error = Unavailable("the server stopped before the request was complete", retry_after_s=_RETRY_S)
+        events: list[Event] = []
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(command, _Submit):
+                events.append(FinishEvent(request=command.request.id, reason=FinishReason.FAILED, error=error))
+        events += [
+            FinishEvent(request=request, reason=FinishReason.FAILED, error=error)
+            for request in self._scheduler.open_requests()
+        ]
+        if events:
+            self._deliver(events)
+
+    def _observe(self, step: Step, seconds: float) -> None:
+        slots = {row.slot for row in step.rows} - {BASE_SLOT}
+        self._metrics.observe_step(
+            seconds=seconds, num_rows=len(step.rows), num_tokens=step.num_tokens, num_adapters=len(slots)
+        )
+        if step.removes:
+            self._metrics.observe_evictions("device", len(step.removes))
+
+    def _refresh_books(self) -> None:
+        books = self._scheduler.snapshot()
+        self._books = EngineSnapshot(
+            state=self._state,
+            num_running=books.num_running,
+            num_waiting=books.num_waiting,
+            running_adapters=books.running_adapters,
+            waiting_adapters=books.waiting_adapters,
+            resident=tuple(
+                ResidentAdapter(
+                    adapter=r.adapter, slot=r.slot, num_bytes=r.num_bytes, num_leases=r.num_leases, is_pinned=r.is_pinned
+                )
+                for r in books.resident
+            ),
+            host_adapters=tuple(self._host_cache.resident()),
+            device_bytes=books.device_bytes,
+            host_bytes=self._host_cache.num_bytes,
+            num_slots=books.num_slots,
+            kv_usage=books.kv_usage,
+            num_blocks=books.num_blocks,
+            block_size=books.block_size,
+            num_steps=self._num_steps,
+        )
+
+
+def _unloadable(cause: Exception) -> AdapterUnavailable:
+    reason = cause.message if isinstance(cause, ServeError) else type(cause).__name__
+    return AdapterUnavailable(f"the adapter does not load: {reason}; upload it again or ask the operator")

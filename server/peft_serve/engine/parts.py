@@ -1,0 +1,45 @@
+"""Everything a running server is made of, in one frozen object that the HTTP floor is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft_serve.adapters.catalog import Catalog
+from peft_serve.adapters.gate import Inspected
+from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.config import Settings
+from peft_serve.engine.client import EngineThread
+from peft_serve.metrics import Metrics
+from peft_serve.text import TextCodec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseCard:
+    """The base as callers may know it."""
+
+    name: str  # served model name
+    family: str
+    class_name: str
+    dtype: str
+    device: str
+    num_parameters: int
+    is_encoder_decoder: bool
+    max_context: int  # positions, prompt and new tokens together
+    eos_ids: frozenset[int]
+    decoder_start: tuple[int, ...]  # what the decoder of an encoder-decoder begins with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerParts:
+    """The parts of a server; `engine.assembly.build` makes them from `Settings`."""
+
+    settings: Settings
+    base: BaseCard
+    codec: TextCodec
+    catalog: Catalog
+    inspect: Callable[[CheckpointFiles], Inspected]  # the gate, for uploads that are only to be validated
+    engine: EngineThread
+    metrics: Metrics
+    clock: Callable[[], float]  # monotonic seconds
+    check_base: Callable[[], bool]  # whether the base's weights are still those it was started with

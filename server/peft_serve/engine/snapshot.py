@@ -1,0 +1,50 @@
+"""What the engine looked like a moment ago, for health, metrics and people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from peft_serve.core import AdapterId
+
+
+class EngineState(StrEnum):
+    """The life of an engine. Only RUNNING admits requests."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    DEAD = "dead"  # its thread ended by an error it could not survive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentAdapter:
+    """An adapter on the device."""
+
+    adapter: AdapterId
+    slot: int
+    num_bytes: int
+    num_leases: int
+    is_pinned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSnapshot:
+    """Counts and names at the end of the last step. Written by the engine's thread, read by anyone."""
+
+    state: EngineState
+    num_running: int = 0
+    num_waiting: int = 0
+    running_adapters: tuple[AdapterId, ...] = ()
+    waiting_adapters: tuple[AdapterId, ...] = ()
+    resident: tuple[ResidentAdapter, ...] = ()
+    host_adapters: tuple[AdapterId, ...] = ()
+    device_bytes: int = 0
+    host_bytes: int = 0
+    num_slots: int = 0
+    kv_usage: float = 0.0  # share of KV blocks in use, 0 to 1
+    num_blocks: int = 0
+    block_size: int = 0
+    num_steps: int = 0
+    stalled_s: float = 0.0  # how long the step in progress has been running

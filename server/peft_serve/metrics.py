@@ -1,0 +1,206 @@
+"""What a server counts, in Prometheus' words.
+
+vLLM's names where vLLM has the figure, so that dashboards and gateways made for it work as they are; ours,
+`peft_serve_`, beside them. Owns one registry. Knows no engine: whoever sees something tells it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+Tier = Literal["device", "host"]
+
+MAX_ADAPTER_LABELS: Final = 100  # more names than this share the label `_other`
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+_LATENCY_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKENS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFigures:
+    """One request that has ended. Times in seconds; None where it never got that far."""
+
+    adapter: str  # its name; `base` for the base
+    method: str  # peft_type; `base` for the base
+    outcome: str  # ok | cancelled | failed
+    finish_reason: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    queue_s: float
+    ttft_s: float | None
+    e2e_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateFigures:
+    """The moment's state, set just before a scrape."""
+
+    num_running: int
+    num_waiting: int
+    resident_adapters: tuple[str, ...]
+    waiting_adapters: tuple[str, ...]
+    host_adapters: tuple[str, ...]
+    device_bytes: int
+    host_bytes: int
+    kv_usage: float
+    max_resident: int
+    num_blocks: int
+    block_size: int
+
+
+class Metrics:
+    """The registry and the few acts that change it. Safe from any thread."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._registry = registry or CollectorRegistry()
+        self._labels: set[str] = set()
+        self._make_engine_metrics()
+        self._make_adapter_metrics()
+
+    def _make_engine_metrics(self) -> None:
+        r = self._registry
+        self._running = Gauge("vllm:num_requests_running", "Requests that are in the batch.", registry=r)
+        self._waiting = Gauge("vllm:num_requests_waiting", "Requests that wait.", registry=r)
+        self._kv_usage = Gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", registry=r)
+        self._ttft = _histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", r)
+        self._inter_token = _histogram("vllm:inter_token_latency_seconds", "From token to token.", r)
+        self._e2e = _histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", r)
+        self._queue = _histogram("vllm:request_queue_time_seconds", "Arrival to first step.", r)
+        self._prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens computed.", registry=r)
+        self._output_tokens = Counter("vllm:generation_tokens", "Tokens generated.", registry=r)
+        self._step_tokens = Histogram(
+            "vllm:iteration_tokens_total", "Tokens computed in a step.", buckets=_TOKENS, registry=r
+        )
+        self._success = Counter(
+            "vllm:request_success", "Requests that ended.", ["finished_reason"], registry=r
+        )
+        self._cache_config = Gauge(
+            "vllm:cache_config_info", "Size of the KV cache.", ["block_size", "num_gpu_blocks"], registry=r
+        )
+        self._lora_info = Gauge(
+            "vllm:lora_requests_info",
+            "Resident and waiting adapters.",
+            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+            registry=r,
+        )
+        self._step_s = _histogram("peft_serve_step_seconds", "Plan, run and commit of a step.", r)
+        self._step_rows = Histogram("peft_serve_step_rows", "Rows in a step.", buckets=_ROWS, registry=r)
+        self._step_adapters = Histogram(
+            "peft_serve_step_distinct_adapters",
+            "Distinct adapters in a step.",
+            buckets=(0, *_ROWS),
+            registry=r,
+        )
+        self._padding = Gauge(
+            "peft_serve_step_padding_ratio", "Padded share of the last step's tokens (ragged: 0).", registry=r
+        )
+        self._padding.set(0.0)
+        self._fingerprint = Gauge(
+            "peft_serve_base_fingerprint_ok", "1 while the base is unchanged.", registry=r
+        )
+        self._fingerprint.set(1)
+
+    def _make_adapter_metrics(self) -> None:
+        r = self._registry
+        self._adapter_requests = Counter(
+            "peft_serve_adapter_requests",
+            "Requests by adapter.",
+            ["adapter", "method", "outcome"],
+            registry=r,
+        )
+        self._adapter_tokens = Counter(
+            "peft_serve_adapter_tokens", "Tokens by adapter.", ["adapter", "kind"], registry=r
+        )
+        self._adapter_resident = Gauge(
+            "peft_serve_adapter_resident", "1 for an adapter in this tier.", ["adapter", "tier"], registry=r
+        )
+        self._adapter_bytes = Gauge("peft_serve_adapter_bytes", "Bytes of adapters.", ["tier"], registry=r)
+        self._hits = Counter("peft_serve_adapter_cache_hits", "Found in the tier.", ["tier"], registry=r)
+        self._misses = Counter("peft_serve_adapter_cache_misses", "Not in the tier.", ["tier"], registry=r)
+        self._evictions = Counter(
+            "peft_serve_adapter_evictions", "Taken out to make room.", ["tier"], registry=r
+        )
+        self._load_s = Histogram(
+            "peft_serve_adapter_load_seconds", "Load into the tier.", ["tier"], buckets=_LATENCY_S, registry=r
+        )
+        self._uploads = Counter("peft_serve_adapter_uploads", "Uploads by outcome.", ["outcome"], registry=r)
+
+    def observe_request(self, figures: RequestFigures) -> None:
+        """A request has ended."""
+        label = self._label(figures.adapter)
+        self._adapter_requests.labels(label, figures.method, figures.outcome).inc()
+        self._adapter_tokens.labels(label, "prompt").inc(figures.num_prompt_tokens)
+        self._adapter_tokens.labels(label, "output").inc(figures.num_output_tokens)
+        self._prompt_tokens.inc(figures.num_prompt_tokens)
+        self._output_tokens.inc(figures.num_output_tokens)
+        self._queue.observe(figures.queue_s)
+        self._e2e.observe(figures.e2e_s)
+        if figures.ttft_s is not None:
+            self._ttft.observe(figures.ttft_s)
+        if figures.outcome == "ok":
+            self._success.labels(figures.finish_reason).inc()
+
+    def observe_inter_token(self, seconds: float) -> None:
+        self._inter_token.observe(seconds)
+
+    def observe_step(self, *, seconds: float, num_rows: int, num_tokens: int, num_adapters: int) -> None:
+        """A step has been planned, run and committed; `num_adapters` counts adapters, not the base."""
+        self._step_s.observe(seconds)
+        self._step_rows.observe(num_rows)
+        self._step_tokens.observe(num_tokens)
+        self._step_adapters.observe(num_adapters)
+
+    def observe_lookup(self, tier: Tier, *, hit: bool) -> None:
+        (self._hits if hit else self._misses).labels(tier).inc()
+
+    def observe_evictions(self, tier: Tier, count: int = 1) -> None:
+        self._evictions.labels(tier).inc(count)
+
+    def observe_load(self, tier: Tier, seconds: float) -> None:
+        self._load_s.labels(tier).observe(seconds)
+
+    def observe_upload(self, outcome: str) -> None:
+        """`created`, `unchanged`, `refused` or `failed`."""
+        self._uploads.labels(outcome).inc()
+
+    def set_base_ok(self, *, ok: bool) -> None:
+        self._fingerprint.set(1 if ok else 0)
+
+    def set_state(self, state: StateFigures) -> None:
+        """Bring every gauge up to the moment."""
+        self._running.set(state.num_running)
+        self._waiting.set(state.num_waiting)
+        self._kv_usage.set(state.kv_usage)
+        self._adapter_bytes.labels("device").set(state.device_bytes)
+        self._adapter_bytes.labels("host").set(state.host_bytes)
+        self._cache_config.clear()
+        self._cache_config.labels(str(state.block_size), str(state.num_blocks)).set(1)
+        # Gateways read exactly one sample, whose *running* are the adapters that are ready to run: the residents.
+        self._lora_info.clear()
+        resident, waiting = ",".join(state.resident_adapters), ",".join(state.waiting_adapters)
+        self._lora_info.labels(str(state.max_resident), resident, waiting).set(1)
+        self._adapter_resident.clear()
+        for tier, names in (("device", state.resident_adapters), ("host", state.host_adapters)):
+            for name in names:
+                self._adapter_resident.labels(self._label(name), tier).set(1)
+
+    def render(self) -> bytes:
+        """The page a scraper reads, as `CONTENT_TYPE`."""
+        return generate_latest(self._registry)
+
+    def _label(self, adapter: str) -> str:
+        if adapter in self._labels:
+            return adapter
+        if len(self._labels) >= MAX_ADAPTER_LABELS:
+            return "_other"
+        self._labels.add(adapter)
+        return adapter
+
+
+def _histogram(name: str, documentation: str, registry: CollectorRegistry) -> Histogram:
+    return Histogram(name, documentation, buckets=_LATENCY_S, registry=registry)

@@ -1,0 +1,102 @@
+"""Text to ids and back: pieces of a stream add up to the whole, and nothing shows half a character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_serve.errors import BadRequest
+from peft_serve.text import StopFinder, TextCodec
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_tokenizer: Any) -> TextCodec:
+    return TextCodec(tiny_tokenizer, is_encoder_decoder=False)
+
+
+@given(text=st.text(max_size=40), prompt=st.text(max_size=10))
+@settings(max_examples=60, deadline=None)
+def test_pieces_of_a_stream_add_up_to_the_text(codec: TextCodec, text: str, prompt: str) -> None:
+    text = text.encode("utf-8", "ignore").decode()
+    detokenizer = codec.detokenizer(codec.encode(prompt.encode("utf-8", "ignore").decode()))
+    pieces = [detokenizer.push(i) for i in codec.encode(text)]
+    assert "".join(pieces) + detokenizer.flush() == text
+
+
+def test_half_a_character_is_held_back(codec: TextCodec) -> None:
+    detokenizer = codec.detokenizer(())
+    ids = codec.encode("é€")
+    assert len(ids) == 5
+    assert [detokenizer.push(i) for i in ids] == ["", "é", "", "", "€"]
+
+
+def test_a_cut_character_is_shown_at_the_end_as_broken(codec: TextCodec) -> None:
+    detokenizer = codec.detokenizer(())
+    assert detokenizer.push(codec.encode("€")[0]) == ""
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_special_tokens_are_not_text(codec: TextCodec) -> None:
+    assert codec.decode([1, *codec.encode("a")]) == "a"
+    assert codec.is_special(1)
+    assert not codec.is_special(codec.encode("a")[0])
+    assert codec.token_text(1) == "</s>"
+
+
+def test_a_choice_continues_the_prompt_after_a_space(codec: TextCodec) -> None:
+    assert codec.choice_ids("Label :", "no") == codec.encode(" no")
+    assert codec.choice_ids("Label : ", "no") == codec.encode("no")
+
+
+def test_a_choice_of_an_encoder_decoder_stands_alone(tiny_tokenizer: Any) -> None:
+    codec = TextCodec(tiny_tokenizer, is_encoder_decoder=True)
+    assert codec.choice_ids("Label :", "no") == codec.encode("no", add_special_tokens=False)
+
+
+def test_an_empty_choice_is_refused_by_name(tiny_tokenizer: Any) -> None:
+    codec = TextCodec(tiny_tokenizer, is_encoder_decoder=True)
+    with pytest.raises(BadRequest, match="choices"):
+        codec.choice_ids("p", "")
+
+
+def test_chat_without_a_template_is_a_transcript(codec: TextCodec) -> None:
+    assert codec.chat_prompt([{"role": "user", "content": "hi"}]) == "hi"
+    two = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert codec.chat_prompt(two) == "system: be brief\nuser: hi\nassistant:"
+
+
+@given(
+    text=st.text(alphabet="abc ", max_size=30),
+    stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(1, 5), max_size=30),
+)
+@settings(max_examples=300, deadline=None)
+def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
+    finder = StopFinder(stops, keep_stop=False)
+    shown, rest, found_early = "", text, False
+    for n in [*cuts, len(text)]:
+        shown += finder.push(rest[:n])
+        rest = rest[n:]
+        if finder.found is not None:
+            found_early = True
+            break
+    shown += finder.flush()
+    ends = [text.find(s) + len(s) for s in stops if s in text]
+    assert found_early == bool(ends)
+    if not ends:
+        assert shown == text
+    else:
+        assert text.startswith(shown)
+        assert not any(s in shown for s in stops)
+        assert finder.found is not None
+        assert text.startswith(shown + finder.found)
+
+
+def test_a_kept_stop_string_ends_the_text() -> None:
+    finder = StopFinder(["END"], keep_stop=True)
+    assert finder.push("one E") == "one "
+    assert finder.push("ND two") == "END"
+    assert finder.push("three") == ""
