@@ -17,12 +17,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import peft_serve
 from peft_serve.api.app import create_app
 from peft_serve.config import Settings
-from peft_serve.engine.assembly import Progress as StartProgress
 from peft_serve.engine.assembly import build, shipped_adapters
 from peft_serve.engine.parts import ServerParts
 from peft_serve.errors import ServeError
@@ -62,17 +60,13 @@ def _serve(model: str, **options: Any) -> None:
 
 
 def _start(settings: Settings, console: Console) -> ServerParts:
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
-    ) as bars:
-        tasks: dict[str, Any] = {}
+    with console.status("starting") as status:
 
-        def share(what: str, done: float) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=1.0)
-            bars.update(tasks[what], completed=done)
+        def say(line: str) -> None:
+            console.print(f"  {line}", highlight=False)
+            status.update(line)
 
-        return build(settings, StartProgress(say=bars.console.print, share=share))
+        return build(settings, say)
 
 
 def run_server(parts: ServerParts, console: Console) -> None:

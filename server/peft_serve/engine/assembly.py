@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ import torch
 import peft_serve
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.compiler import compile_adapter
-from peft_serve.adapters.folders import Folders
+from peft_serve.adapters.filesystem import DiskFileSystem
+from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.gate import Inspected, inspect
 from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.limits import GateLimits
@@ -30,8 +32,7 @@ from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import BaseCard, ServerParts
 from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
-from peft_serve.model.loader import DEMO_BASES, load_base
-from peft_serve.model.pools import bytes_per_block
+from peft_serve.model.loader import DEMO_NAMES, load_base, locate
 from peft_serve.model.runner import StepRunner
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
@@ -43,33 +44,21 @@ _CROSS_SHARE = 0.5  # of the KV bytes of an encoder-decoder: the source is kept 
 _AFFINITY_AGE_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Start-up as it is told to whoever waits: a line for each thing done, and a share for long ones."""
-
-    say: Callable[[str], None]
-    share: Callable[[str, float], None]  # (what, 0 to 1)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _KVSizes:
     num_blocks: int
     num_cross_blocks: int
 
 
-def build(settings: Settings, progress: Progress) -> ServerParts:
+def build(settings: Settings, say: Callable[[str], None]) -> ServerParts:
     """Load the base and make everything around it; the engine is made but not started."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
-    base = load_base(
-        settings.model,
-        dtype=settings.dtype,
-        device=settings.device,
-        served_name=settings.served_model_name,
-        on_progress=progress.share,
-    )
-    progress.say(f"base {base.name}: {base.class_name}, {base.num_parameters / 1e6:.1f} M parameters, {base.device}")
-    codec = TextCodec.load(base.source, is_encoder_decoder=base.shape.is_encoder_decoder)
+    base = load_base(settings.model, dtype=settings.dtype, device=settings.device, on_progress=say)
+    card = _card(settings, base)
+    say(f"base {card.name}: {card.class_name}, {card.num_parameters / 1e6:.1f} M parameters, {card.dtype}, {card.device}")
+    codec = TextCodec.load(locate(settings.model), is_encoder_decoder=card.is_encoder_decoder)
+    fingerprint = base.fingerprint()
     metrics = Metrics()
     limits = gate_limits(settings)
 
@@ -79,13 +68,12 @@ def build(settings: Settings, progress: Progress) -> ServerParts:
         compile_adapter(inspected, base, limits)
         return inspected
 
-    catalog = _make_catalog(settings, base, check)
-    progress.say(f"adapters: {catalog.num_names} found")
+    catalog = _make_catalog(settings, card, check, f"{peft_serve.__version__} {fingerprint} {limits}")
+    say(f"adapters: {len(catalog.list())} found")
     engine = _make_engine(settings, base, catalog, limits, metrics)
-    fingerprint = base.fingerprint()
     return ServerParts(
         settings=settings,
-        base=_card(settings, base),
+        base=card,
         codec=codec,
         catalog=catalog,
         inspect=check,
@@ -107,7 +95,7 @@ def gate_limits(settings: Settings) -> GateLimits:
 
 def shipped_adapters(model: str) -> Path | None:
     """The folder of adapters that ship with a demo base: in a checkout, or inside an installed wheel."""
-    if model not in DEMO_BASES:
+    if model not in DEMO_NAMES:
         return None
     package = Path(peft_serve.__file__).parent
     candidates = (package / "demo" / "adapters" / model, package.parent.parent / "adapters" / model)
@@ -120,37 +108,39 @@ def _max_context(settings: Settings, base: ResidentBase) -> int:
 
 def _card(settings: Settings, base: ResidentBase) -> BaseCard:
     return BaseCard(
-        name=base.name,
+        name=settings.served_model_name or base.name,
         family=base.family,
         class_name=base.class_name,
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
-        num_parameters=base.num_parameters,
+        num_parameters=sum(p.numel() for p in base.model.parameters()),
         is_encoder_decoder=base.shape.is_encoder_decoder,
         max_context=_max_context(settings, base),
         eos_ids=base.eos_ids,
-        decoder_start=base.decoder_start,
+        decoder_start=base.decoder_start_ids,
     )
 
 
-def _make_catalog(settings: Settings, base: ResidentBase, check: Callable[[CheckpointFiles], Inspected]) -> Catalog:
-    folders = [*settings.adapters]
+def _make_catalog(settings: Settings, card: BaseCard, check: Callable[[CheckpointFiles], Inspected], checked_for: str) -> Catalog:
     shipped = shipped_adapters(settings.model)
-    if shipped is not None:
-        folders.append(shipped)
-    root = settings.store or Path.home() / ".local" / "share" / "peft-serve" / base.name.replace("/", "--")
-    return Catalog(AdapterStore(root), Folders(folders), inspect=check, base_name=base.name)
+    folders = [*settings.adapters, *([] if shipped is None else [shipped])]
+    root = settings.store or Path.home() / ".local" / "share" / "peft-serve" / card.name.replace("/", "--")
+    disk = DiskFileSystem()
+    return Catalog(
+        AdapterStore(root, disk),
+        CheckpointFolders(folders, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes),
+        check,
+        checked_for=checked_for,
+        base_name=card.name,
+        now=lambda: datetime.now(UTC),
+    )
 
 
 def _make_engine(
     settings: Settings, base: ResidentBase, catalog: Catalog, limits: GateLimits, metrics: Metrics
 ) -> Engine:
     def load(adapter: AdapterId) -> Adapter:
-        began_s = time.monotonic()
-        inspected = inspect(catalog.files(adapter), base, limits)
-        compiled = compile_adapter(inspected, base, limits)
-        metrics.observe_load("host", time.monotonic() - began_s)
-        return compiled
+        return compile_adapter(inspect(catalog.files(adapter), base, limits), base, limits)
 
     sizes = _kv_sizes(settings, base)
     block_size = settings.block_size
@@ -183,18 +173,24 @@ def _make_engine(
             block_size=block_size,
             adapters=adapters,
         ),
-        host_cache=HostCache(load, max_bytes=settings.host_adapter_bytes, clock=time.monotonic),
+        host_cache=HostCache(
+            load,
+            max_bytes=settings.host_adapter_bytes,
+            clock=time.monotonic,
+            observe_load=lambda _adapter, seconds: metrics.observe_load("host", seconds),
+        ),
         metrics=metrics,
         clock=time.monotonic,
         draw_seed=_seed_source(),
         max_queue=settings.max_queue,
         is_encoder_decoder=is_encoder_decoder,
+        block_size=block_size,
     )
 
 
 def _kv_sizes(settings: Settings, base: ResidentBase) -> _KVSizes:
     """Blocks for the bytes the operator gives, and no more than every row at full length could use."""
-    per_block = bytes_per_block(base.shape, settings.block_size, base.dtype)
+    per_block = base.runs.cache.bytes_per_block(settings.block_size, base.dtype)
     most = settings.max_rows * (_max_context(settings, base) // settings.block_size + 2)
     fits = settings.kv_cache_bytes // per_block
     if not base.shape.is_encoder_decoder:

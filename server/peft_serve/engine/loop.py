@@ -27,7 +27,7 @@ from peft_serve.core import (
     Step,
     StepResult,
 )
-from peft_serve.engine.snapshot import EngineSnapshot, EngineState, ResidentAdapter
+from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.errors import AdapterUnavailable, Internal, QueueFull, ServeError, Unavailable
 from peft_serve.metrics import Metrics
 from peft_serve.scheduling.scheduler import Scheduler
@@ -99,6 +99,7 @@ class Engine:
         draw_seed: Callable[[], int],
         max_queue: int,
         is_encoder_decoder: bool,
+        block_size: int,
     ) -> None:
         self._scheduler = scheduler
         self._host_cache = host_cache
@@ -107,6 +108,7 @@ class Engine:
         self._draw_seed = draw_seed
         self._max_queue = max_queue
         self._is_encoder_decoder = is_encoder_decoder
+        self._block_size = block_size
         self._ready: dict[AdapterId, Adapter] = {}  # leased host copies that wait for their install
         self._runner = make_runner(self._ready.__getitem__)
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -254,12 +256,21 @@ class Engine:
             _log.warning("adapter %s does not load: %s", adapter, outcome)
             error = outcome if isinstance(outcome, AdapterUnavailable) else _unloadable(outcome)
             return self._scheduler.adapter_failed(adapter, error)
-        if adapter in self._ready:
-            self._host_cache.release(adapter)  # delivered twice; one lease is enough
+        assert adapter not in self._ready, "an adapter was loaded twice for one claim"
         self._ready[adapter] = outcome
         footprint = outcome.footprint(is_encoder_decoder=self._is_encoder_decoder)
         self._scheduler.adapter_ready(adapter, footprint)
+        self._release_unclaimed()
         return []
+
+    def _release_unclaimed(self) -> None:
+        """Give the host copies back that are installed by now, or that nobody waits for any more."""
+        if not self._ready:
+            return
+        claims = self._scheduler.claims
+        for adapter in [a for a in self._ready if a not in claims]:
+            del self._ready[adapter]
+            self._host_cache.release(adapter)
 
     def _advance(self) -> None:
         """One step, if there is one to make."""
@@ -268,15 +279,17 @@ class Engine:
         for adapter in self._scheduler.take_loads():
             self._host_cache.request(adapter, self._on_loaded)
         if step is None:
-            self._wait_for_news()
+            events = self._scheduler.take_events()
+            if events:
+                self._deliver(events)
+            else:
+                self._wait_for_news()
             return
         self._step_began_s = began_s
         events = self._run(step)
         self._step_began_s = None
         self._num_steps += 1
-        for install in step.installs:
-            if self._ready.pop(install.adapter, None) is not None:
-                self._host_cache.release(install.adapter)
+        self._release_unclaimed()
         if self._wanted_unloads:
             self._unload_idle()
         self._refresh_books()
@@ -316,7 +329,7 @@ class Engine:
     def _unload_idle(self) -> None:
         for adapter in tuple(self._wanted_unloads):
             is_resident = any(r.adapter == adapter for r in self._scheduler.snapshot().resident)
-            if not is_resident or self._scheduler.evict(adapter):
+            if self._scheduler.evict(adapter) or not is_resident:
                 self._wanted_unloads.discard(adapter)
                 self._host_cache.drop(adapter)
 
@@ -346,26 +359,21 @@ class Engine:
             self._metrics.observe_evictions("device", len(step.removes))
 
     def _refresh_books(self) -> None:
-        books = self._scheduler.snapshot()
+        books, host = self._scheduler.snapshot(), self._host_cache.stats()
         self._books = EngineSnapshot(
             state=self._state,
             num_running=books.num_running,
             num_waiting=books.num_waiting,
             running_adapters=books.running_adapters,
             waiting_adapters=books.waiting_adapters,
-            resident=tuple(
-                ResidentAdapter(
-                    adapter=r.adapter, slot=r.slot, num_bytes=r.num_bytes, num_leases=r.num_leases, is_pinned=r.is_pinned
-                )
-                for r in books.resident
-            ),
-            host_adapters=tuple(self._host_cache.resident()),
+            resident=books.resident,
+            host_adapters=self._host_cache.resident(),
             device_bytes=books.device_bytes,
-            host_bytes=self._host_cache.num_bytes,
+            host_bytes=host.num_bytes,
             num_slots=books.num_slots,
             kv_usage=books.kv_usage,
             num_blocks=books.num_blocks,
-            block_size=books.block_size,
+            block_size=self._block_size,
             num_steps=self._num_steps,
         )
 

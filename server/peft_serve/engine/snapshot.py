@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from peft_serve.core import AdapterId
+from peft_serve.scheduling.slots import Resident
 
 
 class EngineState(StrEnum):
@@ -19,17 +20,6 @@ class EngineState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResidentAdapter:
-    """An adapter on the device."""
-
-    adapter: AdapterId
-    slot: int
-    num_bytes: int
-    num_leases: int
-    is_pinned: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSnapshot:
     """Counts and names at the end of the last step. Written by the engine's thread, read by anyone."""
 
@@ -38,7 +28,7 @@ class EngineSnapshot:
     num_waiting: int = 0
     running_adapters: tuple[AdapterId, ...] = ()
     waiting_adapters: tuple[AdapterId, ...] = ()
-    resident: tuple[ResidentAdapter, ...] = ()
+    resident: tuple[Resident, ...] = ()
     host_adapters: tuple[AdapterId, ...] = ()
     device_bytes: int = 0
     host_bytes: int = 0
