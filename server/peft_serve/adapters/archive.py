@@ -1,0 +1,169 @@
+"""Uploads: the files of a checkpoint out of an archive or a form, with nothing ever extracted to a disk.
+
+An archive is recognised by its first bytes and read member by member. Three exact file names are taken, at the
+top or in one folder at the top; every byte that comes out is counted. Whatever is wrong with an upload is
+MalformedUpload or PayloadTooLarge, never another exception. What the files say is the gate's business.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO, Final
+
+from peft_serve.adapters.members import WANTED, Member, UploadLimits, printable, split_member
+from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles
+from peft_serve.adapters.tar_reader import is_gzip, is_tar, read_tar
+from peft_serve.adapters.zip_reader import is_zip, read_zip
+from peft_serve.errors import MalformedUpload, PayloadTooLarge, UnsupportedMediaType
+
+MEDIA_TYPES: Final = frozenset(
+    {
+        "",
+        "application/gzip",
+        "application/octet-stream",
+        "application/tar",
+        "application/tar+gzip",
+        "application/x-compressed-tar",
+        "application/x-gtar",
+        "application/x-gzip",
+        "application/x-tar",
+        "application/x-www-form-urlencoded",  # what `curl --data-binary` says when it is told nothing
+        "application/x-zip-compressed",
+        "application/zip",
+    }
+)
+"""Declared types under which an archive is looked for; the first bytes decide which."""
+
+_PICKLE_ENDINGS: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_LFS_POINTER: Final = b"version https://git-lfs.github.com/"
+_SAVE_AGAIN: Final = (
+    "save the adapter again with peft: model.save_pretrained(folder, safe_serialization=True), "
+    "the default, writes adapter_model.safetensors"
+)
+_MAX_IGNORED: Final = 32
+
+
+def read_upload(
+    content: bytes | BinaryIO, media_type: str | None, *, limits: UploadLimits | None = None
+) -> CheckpointFiles:
+    """The checkpoint in a .zip, .tar or .tar.gz; a file object must be seekable.
+
+    Raises UnsupportedMediaType for a declared type that is no archive, MalformedUpload and PayloadTooLarge.
+    """
+    limits = limits or UploadLimits()
+    declared = (media_type or "").partition(";")[0].strip().lower()
+    if declared not in MEDIA_TYPES:
+        raise UnsupportedMediaType(
+            "an adapter is uploaded as application/zip, application/x-tar or application/gzip, "
+            "or its files as multipart/form-data"
+        )
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    size = source.seek(0, io.SEEK_END)
+    if size > limits.max_bytes:
+        raise PayloadTooLarge(f"the upload has {size} bytes; this server accepts {limits.max_bytes}")
+    source.seek(0)
+    head = source.read(512)
+    source.seek(0)
+    if is_zip(head):
+        return _gather(read_zip(source, size, limits), limits)
+    if is_gzip(head) or is_tar(head):
+        return _gather(read_tar(source, size, limits), limits)
+    raise MalformedUpload(_not_an_archive(head, size))
+
+
+def files_from_parts(parts: Mapping[str, bytes], *, limits: UploadLimits | None = None) -> CheckpointFiles:
+    """The checkpoint in the parts of a form, by file name; raises MalformedUpload and PayloadTooLarge."""
+    return _gather(((name, content) for name, content in parts.items()), limits or UploadLimits())
+
+
+@dataclass(slots=True)
+class _Found:
+    """The wanted files seen so far, and where they were."""
+
+    contents: dict[str, bytes] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    ignored: list[str] = field(default_factory=list)
+
+    def take(self, name: str, folder: str, content: bytes) -> None:
+        if name in self.contents:
+            raise MalformedUpload(f"the upload holds {name} twice; send one checkpoint")
+        self.contents[name] = content
+        self.folders.add(folder)
+        if len(self.folders) > 1:
+            raise MalformedUpload(
+                "the checkpoint's files lie in different folders of the upload; put them side by side"
+            )
+
+
+def _gather(members: Iterable[Member], limits: UploadLimits) -> CheckpointFiles:
+    """Sort members into the wanted files and the rest. A member without content was not read."""
+    found = _Found()
+    for path, content in members:
+        folder, name = split_member(path)
+        if content is None or name not in WANTED:
+            found.ignored.append(path)
+            continue
+        limits.check_file(name, len(content))
+        found.take(name, folder, content)
+    return _checked(found)
+
+
+def _checked(found: _Found) -> CheckpointFiles:
+    """The checkpoint, if it is one at all."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if name not in found.contents:
+            raise MalformedUpload(_missing(name, found.ignored))
+    for name, content in found.contents.items():
+        if content.startswith(_LFS_POINTER):
+            raise MalformedUpload(f"{name} is a git-lfs pointer, not the file; run `git lfs pull` and upload again")
+    if is_pickle(found.contents[WEIGHTS_FILE]):
+        raise MalformedUpload(f"{WEIGHTS_FILE} is a pickle, and reading a pickle can run code; {_SAVE_AGAIN}")
+    return CheckpointFiles(
+        config=found.contents[CONFIG_FILE],
+        weights=found.contents[WEIGHTS_FILE],
+        profile=found.contents.get(PROFILE_FILE),
+        ignored=tuple(printable(path) for path in _first(found.ignored)),
+    )
+
+
+def is_pickle(content: bytes) -> bool:
+    """Whether the bytes begin like torch.save's zip or a bare pickle, whatever the file is called."""
+    if content.startswith(b"PK\x03\x04"):
+        return True
+    # A safetensors file may begin like this too: with a header length, whose upper bytes are zero.
+    return len(content) > 1 and content[0] == 0x80 and content[1] in range(2, 6) and any(content[3:8])
+
+
+def _missing(name: str, ignored: Iterable[str]) -> str:
+    pickles = [path for path in ignored if path.endswith(_PICKLE_ENDINGS)]
+    if name == CONFIG_FILE and any(path.endswith("/data.pkl") for path in pickles):
+        return f"the upload is a file of torch.save, and reading it can run code; {_SAVE_AGAIN}"
+    if name == WEIGHTS_FILE and pickles:
+        return (
+            f"the upload holds {printable(pickles[0])} but no {WEIGHTS_FILE}; "
+            f"reading a pickle can run code, so it is refused; {_SAVE_AGAIN}"
+        )
+    return (
+        f"the upload holds no {name}; send the folder that peft's save_pretrained wrote, "
+        "its files at the top or in one folder at the top"
+    )
+
+
+def _not_an_archive(head: bytes, size: int) -> str:
+    if size == 0:
+        return "the upload is empty"
+    if head.startswith(_LFS_POINTER):
+        return "the upload is a git-lfs pointer, not the file; run `git lfs pull` and upload again"
+    if is_pickle(head):
+        return f"the upload is a pickle, and reading a pickle can run code; {_SAVE_AGAIN}"
+    return (
+        "the upload is no .zip, .tar or .tar.gz; pack the checkpoint's folder, or send its files as multipart/form-data"
+    )
+
+
+def _first(paths: list[str]) -> Iterator[str]:
+    yield from paths[:_MAX_IGNORED]
+    if len(paths) > _MAX_IGNORED:
+        yield f"and {len(paths) - _MAX_IGNORED} more"

@@ -1,0 +1,166 @@
+"""What the gate found in a checkpoint, asked for by the catalog's two sources: the store and the folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+from peft_serve.adapters.folders import CheckpointFolders, FilesStamp
+from peft_serve.adapters.manifest import Manifest
+from peft_serve.adapters.once_each import OnceEach
+from peft_serve.adapters.records import CheckpointFiles, Profile, Summary
+from peft_serve.adapters.store import AdapterStore
+from peft_serve.core import AdapterId
+from peft_serve.errors import AdapterInvalid, AdapterUnavailable, MalformedUpload
+
+_MAX_REASONS = 3
+
+
+class Inspection(Protocol):
+    """What the gate gives for a checkpoint that it accepts."""
+
+    @property
+    def id(self) -> AdapterId: ...
+
+    @property
+    def summary(self) -> Summary: ...
+
+    @property
+    def profile(self) -> Profile: ...
+
+
+Inspect = Callable[[CheckpointFiles], Inspection]
+"""The gate: raises AdapterInvalid or MalformedUpload."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A checkpoint's id and either its manifest or the reasons why the base cannot serve it."""
+
+    id: AdapterId
+    manifest: Manifest | None = None
+    refusal: str = ""
+
+    def accepted(self, what: str) -> Manifest:
+        """The manifest; raises AdapterUnavailable, in which `what` names the adapter."""
+        if self.manifest is None:
+            raise AdapterUnavailable(f"{what} does not fit the base model served here: {self.refusal}")
+        return self.manifest
+
+
+def rfc3339(moment: datetime) -> str:
+    """A moment with a time zone as RFC 3339 writes it, in UTC, to the second."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def examine(files: CheckpointFiles, inspect: Inspect, checked_for: str) -> Finding:
+    """Ask the gate about a checkpoint that is already here."""
+    try:
+        found = inspect(files)
+    except AdapterInvalid as error:
+        reasons = [f"{refusal.path}: {refusal.reason}" for refusal in error.errors[:_MAX_REASONS]]
+        return Finding(id=files.digest(), refusal="; ".join(reasons))
+    except MalformedUpload as error:
+        return Finding(id=files.digest(), refusal=error.message)
+    manifest = Manifest(checked_for=checked_for, summary=found.summary, profile=found.profile)
+    return Finding(id=found.id, manifest=manifest)
+
+
+class StoreFindings:
+    """Findings about the store's blobs: from the manifest, or from the gate if that was for another base."""
+
+    def __init__(self, store: AdapterStore, inspect: Inspect, checked_for: str) -> None:
+        self._store = store
+        self._inspect = inspect
+        self._checked_for = checked_for
+        self._findings: OnceEach[AdapterId, Finding] = OnceEach()
+
+    def of(self, adapter: AdapterId) -> Finding:
+        """May read the weights, once; raises AdapterUnavailable when the files are damaged or missing."""
+        return self._findings.get(adapter, lambda: self._made(adapter))
+
+    def _made(self, adapter: AdapterId) -> Finding:
+        manifest = self._store.read_manifest(adapter)
+        if manifest is not None and manifest.checked_for == self._checked_for:
+            return Finding(id=adapter, manifest=manifest)
+        return examine(self._store.read_blob(adapter), self._inspect, self._checked_for)
+
+    def summary(self, adapter: AdapterId) -> Summary | None:
+        """The summary as far as it is known without reading weights."""
+        known = self._findings.peek(adapter)
+        if known is not None:
+            return known.manifest.summary if known.manifest is not None else None
+        manifest = self._store.read_manifest(adapter)
+        if manifest is None or manifest.checked_for != self._checked_for:
+            return None
+        self._findings.put(adapter, Finding(id=adapter, manifest=manifest))
+        return manifest.summary
+
+    def learn(self, adapter: AdapterId, manifest: Manifest) -> None:
+        """The gate has just said this about it."""
+        self._findings.put(adapter, Finding(id=adapter, manifest=manifest))
+
+    def drop(self, adapter: AdapterId) -> None:
+        """The blob is gone or damaged."""
+        self._findings.drop(adapter)
+
+
+class FolderFindings:
+    """Findings about read-only folders: made on first use, and again when the files' stamp changes."""
+
+    def __init__(self, folders: CheckpointFolders, inspect: Inspect, checked_for: str) -> None:
+        self._folders = folders
+        self._inspect = inspect
+        self._checked_for = checked_for
+        self._findings: OnceEach[tuple[str, FilesStamp], Finding] = OnceEach()
+        self._newest: dict[str, FilesStamp] = {}
+        self._homes: dict[AdapterId, str] = {}
+
+    def names(self) -> tuple[str, ...]:
+        return self._folders.names()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._folders
+
+    def of(self, name: str) -> Finding:
+        """May read the weights; raises AdapterUnavailable when the files cannot be read."""
+        stamp = self._folders.stamp(name)
+        finding = self._findings.get((name, stamp), lambda: self._made(name))
+        before = self._newest.get(name)
+        self._newest[name] = stamp
+        if before is not None and before != stamp:
+            self._findings.drop((name, before))
+        return finding
+
+    def _made(self, name: str) -> Finding:
+        _, files = self._folders.read(name)
+        finding = examine(files, self._inspect, self._checked_for)
+        self._homes[finding.id] = name
+        return finding
+
+    def known(self, name: str) -> Finding | None:
+        """The finding if it has been made, whatever the files are now; nothing is read."""
+        stamp = self._newest.get(name)
+        return None if stamp is None else self._findings.peek((name, stamp))
+
+    def changed_at(self, name: str) -> str:
+        """When the weights of a known finding were last changed: RFC 3339, UTC."""
+        weights = self._newest[name][1]
+        assert weights is not None, "what was found has weights"
+        return rfc3339(datetime.fromtimestamp(weights[0] / 1e9, UTC))
+
+    def has(self, adapter: AdapterId) -> bool:
+        """Whether some folder held this checkpoint when it was last looked at."""
+        return adapter in self._homes
+
+    def files(self, adapter: AdapterId) -> CheckpointFiles:
+        """The files of a checkpoint that was found here; raises AdapterUnavailable if they changed since."""
+        name = self._homes[adapter]
+        _, files = self._folders.read(name)
+        if files.digest() != adapter:
+            raise AdapterUnavailable(
+                f"adapter '{name}': its files changed on the disk after it was asked for; ask again"
+            )
+        return files

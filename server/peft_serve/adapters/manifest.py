@@ -1,0 +1,67 @@
+"""A blob's manifest: what the gate found out about the checkpoint, so that nobody reads the weights to list it.
+
+It is derived from the files beside it and from the base they were checked against (`checked_for`); one that is
+missing, damaged or made for another base is worked out again, never trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft_serve.adapters.records import Profile, Summary
+from peft_serve.adapters.sealed import SealError, seal, unseal
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The gate's findings, and the key of the base and rules they hold for."""
+
+    checked_for: str
+    summary: Summary
+    profile: Profile
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as a sealed document."""
+    profile = manifest.profile
+    body = {
+        "format": _FORMAT,
+        "checked_for": manifest.checked_for,
+        "summary": asdict(manifest.summary),
+        "profile": {
+            "template": profile.template,
+            "choices": None if profile.choices is None else dict(profile.choices),
+            "parameters": dict(profile.parameters),
+            "labels": None if profile.labels is None else list(profile.labels),
+        },
+    }
+    return seal(body)
+
+
+def decode_manifest(document: bytes) -> Manifest:
+    """The manifest that `encode_manifest` wrote; raises SealError, for another format's too."""
+    body = unseal(document)
+    try:
+        if body["format"] != _FORMAT:
+            raise SealError("a manifest of another format")
+        return Manifest(
+            checked_for=body["checked_for"],
+            summary=_summary(body["summary"]),
+            profile=_profile(body["profile"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise SealError("not a manifest") from error
+
+
+def _summary(body: Mapping[str, Any]) -> Summary:
+    fields = {**body, "modules": tuple(body["modules"]), "warnings": tuple(body["warnings"])}
+    return Summary(**fields)
+
+
+def _profile(body: Mapping[str, Any]) -> Profile:
+    labels = body["labels"]
+    return Profile(**{**body, "labels": None if labels is None else tuple(labels)})

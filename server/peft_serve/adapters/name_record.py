@@ -1,0 +1,94 @@
+"""What a name stands for: its versions, which one is current, and the next number.
+
+A record is a frozen fact; publishing, rolling back and deleting give a new one. It is what the store keeps in
+`names/`. Numbers count up for ever: a deleted name keeps its counter, so `name@2` never means two things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft_serve.adapters.names import is_id
+from peft_serve.adapters.sealed import SealError
+from peft_serve.core import AdapterId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbered:
+    """A version as the record knows it."""
+
+    number: int
+    id: AdapterId
+    created: str  # RFC 3339, UTC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameRecord:
+    """A name's versions by ascending number. `current` is None when the name is deleted, and none is left."""
+
+    name: str
+    next_number: int = 1
+    current: int | None = None
+    versions: tuple[Numbered, ...] = ()
+
+    def published(self, adapter: AdapterId, created: str) -> NameRecord:
+        """The record with one more version, which is current."""
+        version = Numbered(number=self.next_number, id=adapter, created=created)
+        return replace(
+            self,
+            next_number=self.next_number + 1,
+            current=version.number,
+            versions=(*self.versions, version),
+        )
+
+    def rolled_back(self, number: int) -> NameRecord:
+        """The record with version `number` current; it must be one of `versions`."""
+        assert self.numbered(number) is not None
+        return replace(self, current=number)
+
+    def deleted(self) -> NameRecord:
+        """The tombstone: nothing but the counter."""
+        return replace(self, current=None, versions=())
+
+    def numbered(self, number: int | None) -> Numbered | None:
+        """Version `number`, if it is there."""
+        return next((v for v in self.versions if v.number == number), None)
+
+    def identified(self, adapter: AdapterId) -> Numbered | None:
+        """The newest version that is `adapter`, if one is."""
+        return next((v for v in reversed(self.versions) if v.id == adapter), None)
+
+    @property
+    def current_version(self) -> Numbered | None:
+        return self.numbered(self.current)
+
+    @property
+    def ids(self) -> frozenset[AdapterId]:
+        return frozenset(v.id for v in self.versions)
+
+    def to_json(self) -> dict[str, Any]:
+        versions = [{"number": v.number, "id": v.id, "created": v.created} for v in self.versions]
+        return {"name": self.name, "next": self.next_number, "current": self.current, "versions": versions}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> NameRecord:
+        """The record that `to_json` gave; raises SealError when the body is not a consistent one."""
+        try:
+            versions = tuple(
+                Numbered(number=v["number"], id=AdapterId(v["id"]), created=v["created"]) for v in body["versions"]
+            )
+            record = cls(name=body["name"], next_number=body["next"], current=body["current"], versions=versions)
+            numbers = [v.number for v in versions]
+            consistent = (
+                numbers == sorted(set(numbers))
+                and all(0 < n < record.next_number for n in numbers)
+                and all(is_id(v.id) for v in versions)
+                and ((record.current in numbers) if numbers else record.current is None)
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SealError("not the record of a name") from error
+        if not consistent:
+            raise SealError("the record of a name contradicts itself")
+        return record
