@@ -40,6 +40,8 @@ from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
 from peft_serve.text import TextCodec
 
+Inspect = Callable[[CheckpointFiles], Inspected]
+
 _CROSS_SHARE = 0.5  # of the KV bytes of an encoder-decoder: the source is kept as long as the answer grows
 _AFFINITY_AGE_S = 2.0
 
@@ -50,7 +52,7 @@ class _KVSizes:
     num_cross_blocks: int
 
 
-def build(settings: Settings, say: Callable[[str], None]) -> ServerParts:
+def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
     """Load the base and make everything around it; the engine is made but not started."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
@@ -68,10 +70,9 @@ def build(settings: Settings, say: Callable[[str], None]) -> ServerParts:
         compile_adapter(inspected, base, limits)
         return inspected
 
-    catalog = _make_catalog(settings, card, check, f"{peft_serve.__version__} {fingerprint} {limits}")
-    say(f"adapters: {len(catalog.list())} found")
+    catalog = _make_catalog(settings, card, check, f"{peft_serve.__version__} {fingerprint} {limits}", say)
     engine = _make_engine(settings, base, catalog, limits, metrics)
-    return ServerParts(
+    parts = ServerParts(
         settings=settings,
         base=card,
         codec=codec,
@@ -82,6 +83,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> ServerParts:
         clock=time.monotonic,
         check_base=lambda: base.fingerprint() == fingerprint,
     )
+    return parts, engine
 
 
 def gate_limits(settings: Settings) -> GateLimits:
@@ -121,18 +123,21 @@ def _card(settings: Settings, base: ResidentBase) -> BaseCard:
     )
 
 
-def _make_catalog(settings: Settings, card: BaseCard, check: Callable[[CheckpointFiles], Inspected], checked_for: str) -> Catalog:
+def _make_catalog(
+    settings: Settings, card: BaseCard, check: Inspect, checked_for: str, say: Callable[[str], None]
+) -> Catalog:
+    """Names are listed and no file is read, however many there are."""
     shipped = shipped_adapters(settings.model)
-    folders = [*settings.adapters, *([] if shipped is None else [shipped])]
+    paths = [*settings.adapters, *([] if shipped is None else [shipped])]
     root = settings.store or Path.home() / ".local" / "share" / "peft-serve" / card.name.replace("/", "--")
     disk = DiskFileSystem()
+    store = AdapterStore(root, disk)
+    folders = CheckpointFolders(paths, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes)
+    for problem in folders.problems:
+        say(f"adapters: {problem}")
+    say(f"adapters: {len({*store.names(), *folders.names()})} found")
     return Catalog(
-        AdapterStore(root, disk),
-        CheckpointFolders(folders, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes),
-        check,
-        checked_for=checked_for,
-        base_name=card.name,
-        now=lambda: datetime.now(UTC),
+        store, folders, check, checked_for=checked_for, base_name=card.name, now=lambda: datetime.now(UTC)
     )
 
 

@@ -28,7 +28,7 @@ from peft_serve.core import (
     StepResult,
 )
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
-from peft_serve.errors import AdapterUnavailable, Internal, QueueFull, ServeError, Unavailable
+from peft_serve.errors import AdapterUnavailable, Internal, InvalidParameter, QueueFull, ServeError, Unavailable
 from peft_serve.metrics import Metrics
 from peft_serve.scheduling.scheduler import Scheduler
 
@@ -171,10 +171,14 @@ class Engine:
         stalled_s = 0.0 if began_s is None else self._clock() - began_s
         return replace(self._books, state=self._state, stalled_s=stalled_s)
 
-    def drain(self, timeout_s: float) -> bool:
-        """Admit nothing more and wait for what runs; True when everything ended in time. Blocks."""
+    def close_admission(self) -> None:
+        """Admit nothing more; what was admitted goes on."""
         if self._state is EngineState.RUNNING:
             self._state = EngineState.DRAINING
+
+    def drain(self, timeout_s: float) -> bool:
+        """Admit nothing more and wait for what runs; True when everything ended in time. Blocks."""
+        self.close_admission()
         return self._idle.wait(timeout_s)
 
     def stop(self) -> None:
@@ -246,6 +250,10 @@ class Engine:
             self._scheduler.submit(request)
         except ServeError as error:
             return [FinishEvent(request=request.id, reason=FinishReason.FAILED, error=error)]
+        except ValueError as error:  # a request that admission should not have let through: it alone fails
+            _log.exception("request %s cannot be queued", request.id)
+            failure = InvalidParameter(f"the request cannot be run: {error}")
+            return [FinishEvent(request=request.id, reason=FinishReason.FAILED, error=failure)]
         finally:
             with self._lock:
                 self._num_arriving -= 1

@@ -1,0 +1,154 @@
+"""A draft: one step while it is being planned, with what is left of its budgets.
+
+It turns requests into rows; which requests, and in which order, is the planner's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_serve.core import BASE, AdapterId, Draw, Install, Row, Step
+from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.tracked import Branch, Tracked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight:
+    """A step on its way through the model, and whose each row is."""
+
+    step: Step
+    owners: tuple[Tracked, ...]  # parallel to step.rows
+
+
+class StepDraft:
+    """Rows, copies and budgets of one step."""
+
+    def __init__(self, limits: Limits, step_id: int) -> None:
+        self._limits = limits
+        self._step_id = step_id
+        self._rows: list[tuple[int, int, int, Row, Tracked]] = []
+        self._copies: list[tuple[int, int]] = []
+        self._ranks: dict[AdapterId, int] = {}
+        self._num_tokens = 0
+        self._has_source = False
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def tokens_left(self) -> int:
+        return self._limits.max_step_tokens - self._num_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the step takes no further row."""
+        return self.tokens_left <= 0 or len(self._rows) >= self._limits.max_rows
+
+    def carries(self, adapter: AdapterId) -> bool:
+        """Whether the adapter costs the step nothing more: it is in the step, or the base."""
+        return adapter == BASE or adapter in self._ranks
+
+    def allows(self, adapter: AdapterId, rank: int) -> bool:
+        """Whether the adapter fits the step's budget of adapters and ranks. The first one always does."""
+        if not self._ranks or self.carries(adapter):
+            return True
+        if len(self._ranks) >= self._limits.max_step_adapters:
+            return False
+        return sum(self._ranks.values()) + rank <= self._limits.max_step_rank
+
+    def join(self, adapter: AdapterId, rank: int) -> None:
+        """Spend the budget on the adapter."""
+        if adapter != BASE:
+            self._ranks[adapter] = rank
+
+    def has_tokens_for(self, tracked: Tracked) -> bool:
+        """Whether the request's next row fits; a source always fits as the step's first one."""
+        if self.is_full:
+            return False
+        if not tracked.source_is_pending or not self._has_source:
+            return True
+        return len(tracked.request.prompt) < self.tokens_left
+
+    def add_row(self, tracked: Tracked) -> None:
+        """The request's next row: as much of its tokens as the step has room for, one at least."""
+        source = tracked.request.prompt if tracked.source_is_pending else ()
+        start = tracked.num_computed
+        num_tokens = min(len(tracked.tokens) - start, max(1, self.tokens_left - len(source)))
+        end = start + num_tokens
+        is_last = end == len(tracked.tokens)
+        choices = tracked.request.choices
+        row = Row(
+            request=tracked.request.id,
+            slot=_slot_of(tracked),
+            tokens=tuple(tracked.tokens[start:end]),
+            start=tracked.prefix + start,
+            blocks=tracked.table,
+            draw=_draw(tracked) if is_last and not choices else None,
+            wanted=(tuple(choice[0] for choice in choices),) if is_last and choices else (),
+            source=source,
+            cross_blocks=tracked.cross_blocks,
+            num_source=tracked.num_source,
+        )
+        self._append(tracked, row, num_tokens + len(source))
+        self._has_source = self._has_source or bool(source)
+        self._copies.extend(tracked.copies)
+        tracked.copies = ()
+
+    def add_branch_row(self, tracked: Tracked, index: int) -> None:
+        """The next row of one of the request's choices."""
+        branch: Branch = tracked.branches[index]
+        done = branch.num_computed
+        end = done + min(branch.num_left, self.tokens_left)
+        row = Row(
+            request=tracked.request.id,
+            slot=_slot_of(tracked),
+            tokens=branch.choice[done:end],
+            start=tracked.num_positions + done,
+            blocks=branch.blocks,
+            wanted=tuple((token,) for token in branch.choice[done + 1 : end + 1]),
+            branch=index + 1,
+            cross_blocks=tracked.cross_blocks,
+            num_source=tracked.num_source,
+        )
+        self._append(tracked, row, end - done)
+        self._copies.extend(branch.copies)
+        branch.copies = ()
+
+    def seal(self, removes: tuple[int, ...], installs: tuple[Install, ...]) -> Flight:
+        """The finished step, rows sorted by slot and then by arrival."""
+        rows = sorted(self._rows, key=lambda entry: entry[:3])
+        step = Step(
+            id=self._step_id,
+            rows=tuple(entry[3] for entry in rows),
+            removes=removes,
+            installs=installs,
+            copies=tuple(self._copies),
+        )
+        return Flight(step=step, owners=tuple(entry[4] for entry in rows))
+
+    def _append(self, tracked: Tracked, row: Row, num_tokens: int) -> None:
+        self._rows.append((row.slot, tracked.seq, row.branch, row, tracked))
+        self._num_tokens += num_tokens
+        tracked.last_step = self._step_id
+
+
+def _slot_of(tracked: Tracked) -> int:
+    assert tracked.lease is not None, f"request {tracked.id} is in a step without a lease"
+    return tracked.lease.slot
+
+
+def _draw(tracked: Tracked) -> Draw:
+    """How the token behind the request's known ones is chosen."""
+    request, params = tracked.request, tracked.request.sampling
+    index = tracked.num_outputs
+    holds_back_eos = index < params.min_new_tokens and not params.ignore_eos
+    num_prompt = tracked.num_prompt
+    return Draw(
+        params=params,
+        seed=params.seed or 0,
+        index=index,
+        prompt_history=tuple(tracked.tokens[:num_prompt]) if params.needs_history else (),
+        output_history=tuple(tracked.tokens[num_prompt:]) if params.needs_history else (),
+        suppress=tuple(sorted(request.eos_ids)) if holds_back_eos else (),
+    )

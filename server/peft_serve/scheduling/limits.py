@@ -1,0 +1,36 @@
+"""Limits: the numbers the scheduler keeps to, fixed for the life of a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a step may hold, and how many requests may run and wait."""
+
+    max_rows: int  # requests that run at the same time, and rows of one step
+    max_step_tokens: int  # tokens of one step; the source of one encoder-decoder request may exceed it
+    max_step_adapters: int  # distinct adapters of one step, the base not counted
+    max_step_rank: int  # sum of their ranks; a single adapter above it runs alone
+    max_queue: int  # requests that wait; one more is refused
+    block_size: int  # positions in a KV block
+    max_context: int  # positions of a request, the adapter's KV prefix counted
+    is_encoder_decoder: bool = False
+    affinity_age_s: float = 0.5  # a waiting request is overtaken by ones of the step's adapters until this age
+    max_loads: int = 16  # adapters asked for, or ready on the host, that are not in a slot yet
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_step_tokens", "max_step_adapters", "max_step_rank", "max_queue"):
+            self._require_positive(name)
+        for name in ("block_size", "max_context", "max_loads"):
+            self._require_positive(name)
+
+    def _require_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+
+    def blocks_for(self, num_positions: int) -> int:
+        """Blocks that hold so many positions."""
+        return -(-num_positions // self.block_size)

@@ -1,0 +1,174 @@
+"""Memory: what a request holds on the device while it runs.
+
+A request's table is the adapter's KV prefix (full blocks shared, a partly filled one copied) and its own blocks
+behind it; on an encoder-decoder base it has cross-attention blocks as well; each choice that is being scored
+has a fork of the table. Everything is taken here and given back here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from peft_serve.core import Footprint
+from peft_serve.errors import PromptTooLong
+from peft_serve.scheduling.blocks import BlockLedger, Fork
+from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.residency import Residency
+from peft_serve.scheduling.slots import SlotLedger
+from peft_serve.scheduling.tracked import Branch, Tracked
+
+
+class Memory:
+    """Opens, grows and returns the blocks and the slot lease of one request at a time."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        slots: SlotLedger,
+        blocks: BlockLedger,
+        cross_blocks: BlockLedger | None,
+        residency: Residency,
+    ) -> None:
+        self._limits = limits
+        self._slots = slots
+        self._blocks = blocks
+        self._cross_blocks = cross_blocks
+        self._residency = residency
+
+    def require_possible(self, tracked: Tracked, footprint: Footprint) -> None:
+        """Raise `PromptTooLong` for a request that no wait can make fit."""
+        self._require_context(tracked, footprint)
+        pinned = self._residency.num_pinned_blocks(besides=tracked.adapter)
+        capacity = self._blocks.capacity - pinned
+        num_blocks = self._residency.num_prefix_blocks(footprint) + self._num_own_blocks(tracked, footprint)
+        num_blocks += self._num_branch_blocks(tracked, footprint)
+        if num_blocks > capacity:
+            raise PromptTooLong(
+                f"request {tracked.id} needs {num_blocks} KV blocks of {self._limits.block_size} positions; "
+                f"this server has {capacity} for it: shorten it, or start the server with more kv_cache_bytes"
+            )
+        if self._cross_blocks is None:
+            return
+        num_cross = self._num_cross_blocks(tracked, footprint)
+        if num_cross > self._cross_blocks.capacity:
+            raise PromptTooLong(
+                f"request {tracked.id} needs {num_cross} blocks for its source; this server has "
+                f"{self._cross_blocks.capacity}: shorten it, or start the server with more kv_cache_bytes"
+            )
+
+    def has_room(self, tracked: Tracked, footprint: Footprint) -> bool:
+        """Whether all blocks of the tokens known so far, and of a prefix still to install, are there now."""
+        num_blocks = self._num_own_blocks(tracked, footprint)
+        if not self._residency.is_seated(tracked.adapter):
+            num_blocks += self._residency.num_prefix_blocks(footprint)
+        if num_blocks > self._residency.num_available(besides=tracked.adapter):
+            return False
+        cross = self._cross_blocks
+        return cross is None or self._num_cross_blocks(tracked, footprint) <= cross.num_free
+
+    def open(self, tracked: Tracked, footprint: Footprint) -> None:
+        """Lease the seated adapter and take the blocks that `has_room` saw."""
+        tracked.lease = self._slots.acquire(tracked.adapter)
+        tracked.prefix, tracked.rank = footprint.num_prefix_tokens, footprint.max_rank
+        prefix = self._residency.prefix(tracked.adapter)
+        fork = self._extend(prefix, tracked.prefix, tracked.num_positions)
+        assert fork is not None, f"no blocks for request {tracked.id}: ask has_room first"
+        tracked.table, tracked.copies = fork.blocks, fork.copies
+        if self._cross_blocks is not None:
+            tracked.num_source = footprint.num_source_tokens + len(tracked.request.prompt)
+            cross = self._cross_blocks.allocate(self._num_cross_blocks(tracked, footprint))
+            assert cross is not None, f"no blocks for the source of {tracked.id}: ask has_room first"
+            tracked.cross_blocks = cross
+
+    def secure(self, tracked: Tracked) -> bool:
+        """Make sure that the running request has the blocks of a next row; False while there are none."""
+        if tracked.request.choices:
+            return tracked.num_left > 0 or bool(tracked.branches) or self.open_branch(tracked)
+        missing = self._limits.blocks_for(tracked.num_positions) - len(tracked.table)
+        if missing <= 0:
+            return True
+        if not self._residency.make_free(missing):
+            return False
+        tracked.table += self._fresh(missing)
+        return True
+
+    def open_branch(self, tracked: Tracked) -> bool:
+        """Fork the table for the next choice; False while there are no blocks."""
+        index = tracked.open_choices[-1]
+        choice = tracked.request.choices[index]
+        fork = self._extend(tracked.table, tracked.num_positions, tracked.num_positions + len(choice) - 1)
+        if fork is None:
+            return False
+        tracked.open_choices.pop()
+        tracked.branches[index] = Branch(choice=choice, blocks=fork.blocks, copies=fork.copies)
+        return True
+
+    def close_branch(self, tracked: Tracked, index: int) -> None:
+        self._blocks.release(tracked.branches.pop(index).blocks)
+
+    def give_back(self, tracked: Tracked) -> None:
+        """Return the lease and every block of a request that stops running."""
+        assert tracked.lease is not None, f"request {tracked.id} does not run: it has nothing to give back"
+        for index in sorted(tracked.branches, reverse=True):
+            self.close_branch(tracked, index)
+            tracked.open_choices.append(index)
+        self._blocks.release(tracked.table)
+        if self._cross_blocks is not None:
+            self._cross_blocks.release(tracked.cross_blocks)
+            tracked.source_is_pending = True
+        tracked.table = tracked.cross_blocks = ()
+        tracked.copies = ()
+        tracked.num_computed = 0
+        tracked.lease.release()
+        tracked.lease = None
+
+    def check(self, running: Iterator[Tracked]) -> None:
+        """Assert that every block has exactly the holders it counts."""
+        tables = list(self._residency.holders())
+        cross = []
+        for tracked in running:
+            tables.append(tracked.table)
+            tables.extend(branch.blocks for branch in tracked.branches.values())
+            cross.append(tracked.cross_blocks)
+        self._blocks.check(tables)
+        if self._cross_blocks is not None:
+            self._cross_blocks.check(cross)
+
+    def _extend(self, table: Sequence[int], num_kept: int, num_positions: int) -> Fork | None:
+        """A table that shares the first `num_kept` positions of `table` and has room for `num_positions`."""
+        num_fresh = self._limits.blocks_for(num_positions) - num_kept // self._limits.block_size
+        if not self._residency.make_free(num_fresh):
+            return None
+        fork = self._blocks.fork(table, num_kept)
+        assert fork is not None, "blocks that were made free are gone"
+        return Fork(blocks=fork.blocks + self._fresh(num_fresh - len(fork.copies)), copies=fork.copies)
+
+    def _fresh(self, num_blocks: int) -> tuple[int, ...]:
+        blocks = self._blocks.allocate(num_blocks)
+        assert blocks is not None, "blocks that were made free are gone"
+        return blocks
+
+    def _require_context(self, tracked: Tracked, footprint: Footprint) -> None:
+        # a choice's last token is scored but never computed; a drawn token has a position of its own
+        longest = max((len(choice) - 1 for choice in tracked.request.choices), default=1)
+        num_positions = footprint.num_prefix_tokens + len(tracked.tokens) + longest
+        if num_positions > self._limits.max_context:
+            raise PromptTooLong(
+                f"request {tracked.id} needs {num_positions} positions ({footprint.num_prefix_tokens} of them "
+                f"the adapter's); the context has {self._limits.max_context} (max_model_len): shorten it"
+            )
+
+    def _num_own_blocks(self, tracked: Tracked, footprint: Footprint) -> int:
+        prefix = footprint.num_prefix_tokens
+        num_shared = prefix // self._limits.block_size
+        return self._limits.blocks_for(prefix + len(tracked.tokens)) - num_shared
+
+    def _num_branch_blocks(self, tracked: Tracked, footprint: Footprint) -> int:
+        longest = max((len(choice) for choice in tracked.request.choices), default=1)
+        if longest == 1:
+            return 0
+        start = footprint.num_prefix_tokens + len(tracked.tokens)
+        return self._limits.blocks_for(start + longest - 1) - start // self._limits.block_size
+
+    def _num_cross_blocks(self, tracked: Tracked, footprint: Footprint) -> int:
+        return self._limits.blocks_for(footprint.num_source_tokens + len(tracked.request.prompt))

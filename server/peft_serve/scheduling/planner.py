@@ -1,0 +1,172 @@
+"""The planner: who runs in the next step.
+
+Order of service: requests that decode, one token each; requests in the middle of their prompt or of scoring
+their choices, oldest first; then the queue, oldest first. A waiting request that cannot start yet is overtaken
+only by requests whose adapter the step carries anyway, and only while it is younger than `affinity_age_s`.
+A request whose adapter is still on its way is overtaken by everyone.
+
+When KV blocks run out, the youngest running request goes back to the queue. Knows no tokens' meaning and no
+results: that is `Outcome`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft_serve.core import BASE, AdapterId, FinishEvent, FinishReason, RequestState
+from peft_serve.errors import ServeError
+from peft_serve.scheduling.draft import Flight, StepDraft
+from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.memory import Memory
+from peft_serve.scheduling.residency import Residency
+from peft_serve.scheduling.roster import Roster
+from peft_serve.scheduling.tracked import Tracked
+
+
+class Planner:
+    """Plans one step at a time over the roster."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        roster: Roster,
+        memory: Memory,
+        residency: Residency,
+        clock: Callable[[], float],
+    ) -> None:
+        self._limits = limits
+        self._roster = roster
+        self._memory = memory
+        self._residency = residency
+        self._clock = clock
+        self._num_steps = 0
+
+    def plan(self, failures: list[FinishEvent]) -> Flight | None:
+        """The next step, None when nobody can run. Requests that can never run end up in `failures`."""
+        now_s = self._clock()
+        may_admit = self._secure_running()
+        if may_admit:
+            self._start_overdue(now_s, failures)
+        draft = StepDraft(self._limits, self._num_steps)
+        self._serve_running(draft)
+        if may_admit:
+            self._admit(draft, now_s, failures)
+        if draft.num_rows == 0:
+            assert not self._roster.running, "requests run, and none of them has a row"
+            return None
+        self._num_steps += 1
+        removes, installs = self._residency.hand_over()
+        flight = draft.seal(removes, installs)
+        for tracked in flight.owners:
+            if tracked.first_step_s is None:
+                tracked.first_step_s = now_s
+        return flight
+
+    # -- those who run
+
+    def _secure_running(self) -> bool:
+        """Give every running request the blocks of its next row, oldest first.
+
+        False when some had to be preempted for it: then nobody is admitted in this step.
+        """
+        running = self._roster.by_arrival
+        num_running = len(running)
+        for tracked in running:
+            while tracked.id in self._roster.running and not self._memory.secure(tracked):
+                self._roster.preempt(self._youngest())
+        return len(self._roster.running) == num_running or not self._roster.running
+
+    def _youngest(self) -> Tracked:
+        return max(self._roster.running.values(), key=lambda tracked: tracked.seq)
+
+    def _serve_running(self, draft: StepDraft) -> None:
+        """Rows for the running requests of the adapters that this step has room for."""
+        self._choose_adapters(draft)
+        running = [t for t in self._roster.by_arrival if draft.carries(t.adapter)]
+        decoding = [tracked for tracked in running if tracked.is_decoding]
+        for tracked in decoding:
+            if draft.is_full:
+                return
+            draft.add_row(tracked)
+        for tracked in running:
+            if draft.is_full:
+                return
+            if tracked.num_left == 0:
+                self._serve_choices(draft, tracked)
+            elif not tracked.is_decoding and draft.has_tokens_for(tracked):
+                draft.add_row(tracked)
+
+    def _choose_adapters(self, draft: StepDraft) -> None:
+        """Spend the step's budget of adapters on those that were served longest ago."""
+        last_steps: dict[AdapterId, int] = {}
+        ranks: dict[AdapterId, int] = {}
+        for tracked in self._roster.running.values():
+            adapter = tracked.adapter
+            if adapter == BASE:
+                continue
+            ranks[adapter] = tracked.rank
+            last_steps[adapter] = max(tracked.last_step, last_steps.get(adapter, -1))
+        for adapter in sorted(ranks, key=last_steps.__getitem__):
+            if draft.allows(adapter, ranks[adapter]):
+                draft.join(adapter, ranks[adapter])
+
+    def _serve_choices(self, draft: StepDraft, tracked: Tracked) -> None:
+        """Rows for the choices of a request whose prompt is computed: open ones first, then new ones."""
+        for index in tuple(tracked.branches):
+            if draft.is_full:
+                return
+            draft.add_branch_row(tracked, index)
+        while not draft.is_full and tracked.open_choices:
+            if not self._memory.open_branch(tracked):
+                return
+            draft.add_branch_row(tracked, next(reversed(tracked.branches)))
+
+    # -- those who wait
+
+    def _start_overdue(self, now_s: float, failures: list[FinishEvent]) -> None:
+        """Start the oldest usable request before adapters are chosen, if it has waited beyond the bound.
+
+        So that its adapter is the one served longest ago, whatever the running ones would have filled.
+        """
+        for tracked in self._roster.queue:
+            if self._residency.footprint(tracked.adapter) is not None:
+                if self._is_overdue(tracked, now_s) and len(self._roster.running) < self._limits.max_rows:
+                    self._start(tracked, failures)
+                return
+
+    def _admit(self, draft: StepDraft, now_s: float, failures: list[FinishEvent]) -> None:
+        """Start waiting requests while the step has room, each with its first row."""
+        is_held = False
+        for tracked in list(self._roster.queue):
+            if draft.is_full or len(self._roster.running) >= self._limits.max_rows:
+                return
+            footprint = self._residency.footprint(tracked.adapter)
+            if footprint is None or (is_held and not draft.carries(tracked.adapter)):
+                continue
+            fits = draft.has_tokens_for(tracked) and draft.allows(tracked.adapter, footprint.max_rank)
+            if fits and self._start(tracked, failures):
+                draft.join(tracked.adapter, footprint.max_rank)
+                draft.add_row(tracked)
+            elif tracked.state is RequestState.FINISHED:
+                continue
+            elif self._is_overdue(tracked, now_s):
+                return
+            else:
+                is_held = True
+
+    def _start(self, tracked: Tracked, failures: list[FinishEvent]) -> bool:
+        """Seat the request's adapter and open its memory; False when it has to wait or has failed."""
+        footprint = self._residency.footprint(tracked.adapter)
+        assert footprint is not None, f"adapter {tracked.adapter} is neither ready nor seated"
+        try:
+            self._memory.require_possible(tracked, footprint)
+            if not self._memory.has_room(tracked, footprint) or not self._residency.seat(tracked.adapter):
+                return False
+        except ServeError as error:
+            failures.append(self._roster.finish(tracked, FinishReason.FAILED, error))
+            return False
+        self._roster.start(tracked, footprint)
+        return True
+
+    def _is_overdue(self, tracked: Tracked, now_s: float) -> bool:
+        return now_s - tracked.request.arrival_s > self._limits.affinity_age_s

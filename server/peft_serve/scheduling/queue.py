@@ -1,0 +1,95 @@
+"""The queue: who waits, in order of arrival, and for which adapter.
+
+Holds the requests that are WAITING or LOADING. A preempted request comes back to its old place.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from peft_serve.core import AdapterId
+from peft_serve.errors import QueueFull
+from peft_serve.scheduling.tracked import Tracked
+
+_NUM_FINISHES = 64  # finishes that the rate is measured over
+_MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+
+
+def _seq(tracked: Tracked) -> int:
+    return tracked.seq
+
+
+class WaitingQueue:
+    """Waiting requests, oldest first, with an index by adapter."""
+
+    def __init__(self, *, max_queue: int) -> None:
+        self._max_queue = max_queue
+        self._order: list[Tracked] = []
+        self._by_adapter: dict[AdapterId, dict[int, Tracked]] = {}
+        self._finished_s: deque[float] = deque(maxlen=_NUM_FINISHES)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Tracked]:
+        return iter(self._order)
+
+    @property
+    def head(self) -> Tracked | None:
+        return self._order[0] if self._order else None
+
+    @property
+    def adapters(self) -> tuple[AdapterId, ...]:
+        """Adapters that someone waits for."""
+        return tuple(self._by_adapter)
+
+    def waiters(self, adapter: AdapterId) -> Sequence[Tracked]:
+        """Who waits for the adapter, oldest first."""
+        return sorted(self._by_adapter.get(adapter, {}).values(), key=_seq)
+
+    def has_waiters(self, adapter: AdapterId) -> bool:
+        return adapter in self._by_adapter
+
+    def require_room(self, now_s: float) -> None:
+        """Raise `QueueFull` when the queue takes no more, with the time in which it should have emptied."""
+        if len(self._order) < self._max_queue:
+            return
+        retry_s = self._retry_after_s(now_s)
+        raise QueueFull(
+            f"{len(self._order)} requests wait already (max_queue): try again in {retry_s:.0f} s",
+            retry_after_s=retry_s,
+        )
+
+    def note_finish(self, now_s: float) -> None:
+        """A request has finished: the rate of these is what `QueueFull` promises by."""
+        self._finished_s.append(now_s)
+
+    def push(self, tracked: Tracked) -> None:
+        """Put a request at its place in the order of arrival."""
+        insort(self._order, tracked, key=_seq)
+        self._by_adapter.setdefault(tracked.adapter, {})[tracked.seq] = tracked
+
+    def remove(self, tracked: Tracked) -> None:
+        index = bisect_left(self._order, tracked.seq, key=_seq)
+        assert self._order[index] is tracked, f"request {tracked.id} is not in the queue"
+        del self._order[index]
+        waiters = self._by_adapter[tracked.adapter]
+        del waiters[tracked.seq]
+        if not waiters:
+            del self._by_adapter[tracked.adapter]
+
+    def check(self) -> None:
+        """Assert that order and index agree."""
+        seqs = [tracked.seq for tracked in self._order]
+        assert seqs == sorted(set(seqs)), "the queue is out of order"
+        indexed = sorted(seq for waiters in self._by_adapter.values() for seq in waiters)
+        assert indexed == seqs, "the queue's index by adapter is wrong"
+        assert all(self._by_adapter.values()), "the queue's index keeps an empty entry"
+
+    def _retry_after_s(self, now_s: float) -> float:
+        if len(self._finished_s) < 2:
+            return _MIN_RETRY_S
+        gap_s = (now_s - self._finished_s[0]) / len(self._finished_s)
+        return min(max(len(self._order) * gap_s, _MIN_RETRY_S), _MAX_RETRY_S)

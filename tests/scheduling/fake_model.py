@@ -1,0 +1,207 @@
+"""A model without tensors: every token depends on its adapter and on the whole history read through the blocks.
+
+A KV cell remembers which adapter wrote which token there. A block given to two requests, a table that points at
+the wrong place, a slot with the wrong adapter, a copy that was forgotten: each changes the history that a row
+reads, and so its tokens. `alone` computes what a request must get from the request alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from peft_serve.core import (
+    BASE,
+    BASE_SLOT,
+    AdapterId,
+    Draw,
+    FinishReason,
+    Footprint,
+    Request,
+    Row,
+    RowResult,
+    SamplingParams,
+    Step,
+    StepResult,
+)
+from peft_serve.scheduling.limits import Limits
+
+VOCABULARY = 11
+
+Cell = tuple[str, AdapterId, int]
+"""What is kept at a position: kind ('prefix', 'token', 'soft', 'source'), adapter, and token or place."""
+
+
+def digest(*things: object) -> int:
+    return zlib.crc32(repr(things).encode())
+
+
+def next_token(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cell], draw: Draw) -> int:
+    """A stand-in for the pass and the sampler."""
+    seen = digest(adapter, list(history), list(source), draw.seed, draw.index, draw.prompt_history, draw.output_history)
+    token = seen % VOCABULARY
+    while token in draw.suppress:
+        token = (token + 1) % VOCABULARY
+    return token
+
+
+def score(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cell], token: int) -> float:
+    """A stand-in for a log-probability: a dyadic fraction, so that sums are exact in any order."""
+    return -(digest(adapter, list(history), list(source), token) % 4096) / 256
+
+
+def prefix_cells(adapter: AdapterId, footprint: Footprint) -> list[Cell]:
+    return [("prefix", adapter, place) for place in range(footprint.num_prefix_tokens)]
+
+
+def source_cells(adapter: AdapterId, footprint: Footprint, source: Sequence[int]) -> list[Cell]:
+    soft: list[Cell] = [("soft", adapter, place) for place in range(footprint.num_source_tokens)]
+    return soft + [("source", adapter, token) for token in source]
+
+
+class FakeModel:
+    """Runs steps over a dictionary of blocks."""
+
+    def __init__(self, *, num_slots: int, block_size: int, footprints: Mapping[AdapterId, Footprint]) -> None:
+        self._num_slots = num_slots
+        self._block_size = block_size
+        self._footprints = footprints
+        self._cells: dict[int, Cell] = {}
+        self._cross_cells: dict[int, Cell] = {}
+        self.slots: dict[int, AdapterId] = {BASE_SLOT: BASE}
+
+    def run(self, step: Step, *, is_broken: Callable[[AdapterId], bool] = lambda _: False) -> StepResult:
+        """The step's results; an adapter that `is_broken` cannot be installed."""
+        for slot in step.removes:
+            assert slot != BASE_SLOT
+            self.slots.pop(slot, None)
+        failed = []
+        for install in step.installs:
+            assert 0 < install.slot <= self._num_slots
+            assert install.slot not in self.slots, "an install into a slot that is not empty"
+            if is_broken(install.adapter):
+                failed.append((install.adapter, "broken"))
+                continue
+            self.slots[install.slot] = install.adapter
+            cells = prefix_cells(install.adapter, self._footprints[install.adapter])
+            self._write(self._cells, install.blocks, 0, cells)
+        for source, target in step.copies:
+            for offset in range(self._block_size):
+                cell = self._cells.get(source * self._block_size + offset)
+                if cell is not None:
+                    self._cells[target * self._block_size + offset] = cell
+        broken_slots = {i.slot for i in step.installs if i.slot not in self.slots}
+        rows = [row for row in step.rows if row.slot not in broken_slots]
+        self._require_disjoint_writes(rows)
+        for row in rows:
+            self._write_row(row)
+        results = tuple(
+            RowResult(request=row.request, branch=row.branch) if row.slot in broken_slots else self._read_row(row)
+            for row in step.rows
+        )
+        return StepResult(step_id=step.id, rows=results, failed_installs=tuple(failed))
+
+    def _write_row(self, row: Row) -> None:
+        adapter = self.slots[row.slot]
+        self._write(self._cells, row.blocks, row.start, [("token", adapter, token) for token in row.tokens])
+        if row.source:
+            cells = source_cells(adapter, self._footprints[adapter], row.source)
+            assert len(cells) == row.num_source
+            self._write(self._cross_cells, row.cross_blocks, 0, cells)
+
+    def _read_row(self, row: Row) -> RowResult:
+        adapter = self.slots[row.slot]
+        end = row.start + len(row.tokens)
+        history = self._read(self._cells, row.blocks, end)
+        source = self._read(self._cross_cells, row.cross_blocks, row.num_source)
+        first = end - len(row.wanted)
+        scores = tuple(
+            tuple(score(adapter, history[: first + i + 1], source, token) for token in wanted)
+            for i, wanted in enumerate(row.wanted)
+        )
+        token = None if row.draw is None else next_token(adapter, history, source, row.draw)
+        return RowResult(request=row.request, branch=row.branch, token=token, scores=scores)
+
+    def _require_disjoint_writes(self, rows: Sequence[Row]) -> None:
+        written = [self._place(r.blocks, r.start + i) for r in rows for i in range(len(r.tokens))]
+        assert len(written) == len(set(written)), "two rows write to one place"
+
+    def _place(self, blocks: Sequence[int], position: int) -> int:
+        block = blocks[position // self._block_size]
+        assert block > 0, "the padding block is in a table"
+        return block * self._block_size + position % self._block_size
+
+    def _write(self, cells: dict[int, Cell], blocks: Sequence[int], start: int, new: Sequence[Cell]) -> None:
+        for i, cell in enumerate(new):
+            cells[self._place(blocks, start + i)] = cell
+
+    def _read(self, cells: Mapping[int, Cell], blocks: Sequence[int], end: int) -> list[Cell]:
+        return [cells[self._place(blocks, position)] for position in range(end)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a request gets."""
+
+    tokens: tuple[int, ...] = ()
+    reason: FinishReason | None = None
+    logprobs: tuple[float, ...] = ()
+
+
+def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: int, cross_capacity: int) -> Answer:
+    """What the request must get, computed without any scheduler. Too long is FAILED, with what came before."""
+    adapter, params = request.adapter, request.sampling
+    is_seq2seq = limits.is_encoder_decoder
+    source = source_cells(adapter, footprint, request.prompt) if is_seq2seq else []
+    stream = list(request.decoder_prompt if is_seq2seq else request.prompt)
+    num_prefix, size = footprint.num_prefix_tokens, limits.block_size
+
+    def needed_blocks(num_tokens: int) -> int:
+        own = limits.blocks_for(num_prefix + num_tokens) - num_prefix // size
+        return limits.blocks_for(num_prefix) + own
+
+    def history() -> list[Cell]:
+        return [*prefix_cells(adapter, footprint), *(("token", adapter, token) for token in stream)]
+
+    longest = max((len(choice) - 1 for choice in request.choices), default=1)
+    start = num_prefix + len(stream)
+    branch = limits.blocks_for(start + longest) - start // size if request.choices and longest else 0
+    too_long = start + longest > limits.max_context or needed_blocks(len(stream)) + branch > capacity
+    if too_long or (is_seq2seq and limits.blocks_for(len(source)) > cross_capacity):
+        return Answer(reason=FinishReason.FAILED)
+    if request.choices:
+        return Answer(
+            reason=FinishReason.EOS,
+            logprobs=tuple(
+                sum(
+                    score(adapter, [*history(), *(("token", adapter, t) for t in choice[:i])], source, token)
+                    for i, token in enumerate(choice)
+                )
+                for choice in request.choices
+            ),
+        )
+    tokens: list[int] = []
+    while needed_blocks(len(stream)) <= capacity:
+        draw = _draw_alone(request, params, tokens, is_seq2seq=is_seq2seq)
+        token = next_token(adapter, history(), source, draw)
+        tokens.append(token)
+        stream.append(token)
+        if token in request.eos_ids and not params.ignore_eos:
+            return Answer(tokens=tuple(tokens), reason=FinishReason.EOS)
+        if len(tokens) == params.max_new_tokens or num_prefix + len(stream) == limits.max_context:
+            return Answer(tokens=tuple(tokens), reason=FinishReason.LENGTH)
+    return Answer(tokens=tuple(tokens), reason=FinishReason.FAILED)
+
+
+def _draw_alone(request: Request, params: SamplingParams, tokens: list[int], *, is_seq2seq: bool) -> Draw:
+    prompt = request.decoder_prompt if is_seq2seq else request.prompt
+    holds_back = len(tokens) < params.min_new_tokens and not params.ignore_eos
+    return Draw(
+        params=params,
+        seed=params.seed or 0,
+        index=len(tokens),
+        prompt_history=prompt if params.needs_history else (),
+        output_history=tuple(tokens) if params.needs_history else (),
+        suppress=tuple(sorted(request.eos_ids)) if holds_back else (),
+    )
