@@ -1,0 +1,157 @@
+"""From a checkpoint that passed the gate to primitives, in float32, rounded once to the base's compute type.
+
+Knows what a saved parameter, a tuned bias and a method's edit at one site amount to together; the methods
+themselves are in `methods/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peft_serve.adapters.base import Base, SiteKind
+from peft_serve.adapters.binding import BoundSite
+from peft_serve.adapters.gate import Inspected
+from peft_serve.adapters.header import StoredTensor
+from peft_serve.adapters.limits import GateLimits
+from peft_serve.adapters.primitives import Adapter, Affine, Edit, KVPrefix, LowRank, Replace, SoftPrompt, is_finite
+from peft_serve.adapters.records import WEIGHTS_FILE
+from peft_serve.adapters.registry import Sequence, SequenceMethod, Site, SiteMethod
+from peft_serve.errors import AdapterInvalid, Refusal
+
+TRANSPOSED = frozenset({SiteKind.CONV1D, SiteKind.EMBEDDING})
+
+
+def compile_adapter(inspected: Inspected, base: Base, limits: GateLimits) -> Adapter:
+    """Compile for the base that `inspect` checked it against.
+
+    Raises `AdapterInvalid` when the compiled adapter is not finite in the base's type or beyond its budget.
+    """
+    method = inspected.method
+    shared = _load(inspected.binding.shared)
+    edits: dict[str, Edit] = {}
+    for path, bound in inspected.binding.sites.items():
+        edit = _compile_site(inspected, bound, shared, base)
+        if edit is not None:
+            edits[path] = _rounded(edit, base.dtype)
+    front = None
+    if isinstance(method, SequenceMethod):
+        sequence = Sequence(config=inspected.config, tensors=shared, base=base.shape)
+        front = _rounded_front(method.compile(sequence), base.dtype)
+    adapter = Adapter(
+        id=inspected.id,
+        method=method.peft_type,
+        sites=edits,
+        prompt=front if isinstance(front, SoftPrompt) else None,
+        prefix=front if isinstance(front, KVPrefix) else None,
+    )
+    _check_budget(adapter, base, limits)
+    return adapter
+
+
+def _load(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    return {name: tensor.load() for name, tensor in stored.items()}
+
+
+def _compile_site(inspected: Inspected, bound: BoundSite, shared: Mapping[str, Tensor], base: Base) -> Edit | None:
+    edit: Edit | None = None
+    if bound.method and isinstance(inspected.method, SiteMethod):
+        tensors = _load(bound.method)
+        site = Site(spec=bound.spec, config=inspected.config, tensors=tensors, shared=shared, base=base)
+        edit = inspected.method.compile(site)
+    if bound.is_retrained:
+        return Replace(_load(bound.saved))
+    if "bias" in bound.saved:
+        edit = _with_bias(edit, bound, base)
+    if "weight" in bound.copies:
+        edit = _on_own_weight(edit, bound, base)
+    return edit
+
+
+def _with_bias(edit: Edit | None, bound: BoundSite, base: Base) -> Edit | None:
+    """A tuned bias b' instead of b: at a dense site the shift b' - b, which an affine edit takes up as it is."""
+    bias, path = bound.saved["bias"].load(), bound.spec.path
+    if isinstance(edit, Replace):
+        return Replace({**edit.state, "bias": bias})
+    if bound.spec.kind is SiteKind.NORM:
+        return Replace({"weight": base.weight(path).cpu(), "bias": bias})
+    own = _bias_of(base, path)
+    assert own is not None, "the gate binds a bias only where the base has one"
+    shift = bias - own
+    if not bool(shift.any()):
+        return edit
+    if edit is None:
+        return Affine(shift=shift)
+    return replace(edit, shift=shift if edit.shift is None else edit.shift + shift)
+
+
+def _on_own_weight(edit: Edit | None, bound: BoundSite, base: Base) -> Replace:
+    """A low-rank term that was trained on another weight W' of the same shape: W' + B A replaces the site's own."""
+    assert isinstance(edit, Affine), "the gate keeps a weight only beside a method's edit"
+    assert edit.delta is not None, "and that edit is a low-rank term"
+    delta = edit.delta.b_OR @ edit.delta.a_RI / bound.spec.embed_scale
+    weight = bound.copies["weight"].load() + (delta.T if bound.spec.kind in TRANSPOSED else delta)
+    bias = _bias_of(base, bound.spec.path)
+    state = {"weight": weight}
+    if bias is not None:
+        state["bias"] = bias if edit.shift is None else bias + edit.shift
+    return Replace(state)
+
+
+def _bias_of(base: Base, path: str) -> Tensor | None:
+    bias = base.bias(path)
+    return None if bias is None else bias.cpu()
+
+
+def _rounded(edit: Edit, dtype: torch.dtype) -> Edit:
+    if isinstance(edit, Replace):
+        return Replace({name: _own(tensor, dtype) for name, tensor in edit.state.items()})
+    delta = edit.delta
+    return Affine(
+        delta=None if delta is None else LowRank(_own(delta.a_RI, dtype), _own(delta.b_OR, dtype)),
+        in_scale=None if edit.in_scale is None else _own(edit.in_scale, dtype),
+        out_scale=None if edit.out_scale is None else _own(edit.out_scale, dtype),
+        shift=None if edit.shift is None else _own(edit.shift, dtype),
+    )
+
+
+def _rounded_front(front: SoftPrompt | KVPrefix, dtype: torch.dtype) -> SoftPrompt | KVPrefix:
+    if isinstance(front, SoftPrompt):
+        return SoftPrompt(_own(front.embeddings_PD, dtype))
+    return KVPrefix(_own(front.keys_LHPD, dtype), _own(front.values_LHPD, dtype))
+
+
+def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the compute type, contiguous, in memory that holds nothing else: a view keeps its whole file."""
+    rounded = tensor.to(dtype).contiguous()
+    is_whole = rounded.untyped_storage().nbytes() == rounded.numel() * rounded.element_size()
+    return rounded if is_whole else rounded.clone()
+
+
+def _check_budget(adapter: Adapter, base: Base, limits: GateLimits) -> None:
+    footprint = adapter.footprint(is_encoder_decoder=base.shape.is_encoder_decoder)
+    refusals = []
+    if not is_finite(adapter):
+        refusals.append(
+            Refusal(WEIGHTS_FILE, f"is not finite after compilation to {base.dtype}; retrain with smaller values")
+        )
+    if footprint.max_rank > limits.max_rank:
+        refusals.append(
+            Refusal(
+                WEIGHTS_FILE,
+                f"compiles to rank {footprint.max_rank}; this server was started with --max-rank {limits.max_rank}",
+            )
+        )
+    if footprint.num_bytes > limits.max_adapter_bytes:
+        refusals.append(
+            Refusal(
+                WEIGHTS_FILE,
+                f"takes {footprint.num_bytes} bytes when compiled; this server takes {limits.max_adapter_bytes} "
+                "(--max-adapter-bytes)",
+            )
+        )
+    if refusals:
+        raise AdapterInvalid(refusals)

@@ -1,0 +1,155 @@
+"""The gate: an upload is hostile until every byte of it is accounted for.
+
+It reads the three files of a checkpoint with our own parsers, ties every tensor to a place in the base and checks
+every value. It runs no code, no regular expression and no path of the upload, and never imports peft. What it
+lets through, `compiler.compile_adapter` turns into primitives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft_serve.adapters.agreement import Agreement
+from peft_serve.adapters.base import Base
+from peft_serve.adapters.binding import Binder, Binding
+from peft_serve.adapters.config_schema import Config
+from peft_serve.adapters.header import StoredTensor, parse_tensors
+from peft_serve.adapters.limits import GateLimits
+from peft_serve.adapters.methods import METHODS
+from peft_serve.adapters.profile import parse_profile
+from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles, Profile, Summary
+from peft_serve.adapters.registry import Method, SequenceMethod
+from peft_serve.adapters.strict_json import parse_object
+from peft_serve.adapters.verdict import Verdict, quoted
+from peft_serve.core import AdapterId
+from peft_serve.errors import AdapterInvalid
+
+KNOWN_PEFT = (0, 21)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """A checkpoint that passed the gate: the facts about it, and views on its bytes for the compiler."""
+
+    id: AdapterId
+    summary: Summary
+    profile: Profile
+    method: Method
+    config: Config
+    binding: Binding
+
+
+def inspect(
+    files: CheckpointFiles, base: Base, limits: GateLimits, *, methods: Mapping[str, Method] = METHODS
+) -> Inspected:
+    """Check a checkpoint against the base.
+
+    Raises `MalformedUpload` when a file cannot be read at all and `AdapterInvalid` with every reason found
+    (at most ten) when it can be read and is refused.
+    """
+    verdict = Verdict()
+    if files.num_bytes > limits.max_adapter_bytes:
+        reason = f"has {files.num_bytes} bytes; this server takes at most {limits.max_adapter_bytes}"
+        verdict.refuse(WEIGHTS_FILE, f"{reason} (--max-adapter-bytes)")
+        verdict.settle()
+    method, config = _read_config(files.config, methods, limits, verdict)
+    profile = _read_profile(files.profile, verdict)
+    tensors = parse_tensors(files.weights, limits, verdict)
+    verdict.settle()
+    if isinstance(method, SequenceMethod):
+        _check_length(config, limits, verdict)
+    binding = Binder(method, config, base, limits, verdict).bind(tensors)
+    Agreement(method, config, base, binding.sites, verdict).check()
+    _check_values(tensors, limits, verdict)
+    verdict.settle()
+    _compare(config, base, files, verdict)
+    return Inspected(
+        id=files.digest(),
+        summary=_summary(method, config, binding, files, verdict),
+        profile=profile,
+        method=method,
+        config=config,
+        binding=binding,
+    )
+
+
+def _read_config(
+    content: bytes, methods: Mapping[str, Method], limits: GateLimits, verdict: Verdict
+) -> tuple[Method, Config]:
+    fields: dict[str, Any] = parse_object(content, name=CONFIG_FILE, max_bytes=limits.max_config_bytes)
+    peft_type = fields.get("peft_type")
+    method = methods.get(peft_type) if isinstance(peft_type, str) else None
+    if method is None:
+        verdict.refuse(
+            f"{CONFIG_FILE}: peft_type",
+            f"is {quoted(peft_type)}; served are {', '.join(sorted(methods))}",
+        )
+        verdict.settle()
+        raise AssertionError("settle raises when something was refused")
+    return method, method.schema.check(fields, verdict)
+
+
+def _read_profile(content: bytes | None, verdict: Verdict) -> Profile:
+    if content is None:
+        return Profile()
+    try:
+        return parse_profile(content)
+    except AdapterInvalid as error:
+        verdict.adopt(error)
+        return Profile()
+
+
+def _check_length(config: Config, limits: GateLimits, verdict: Verdict) -> None:
+    length = config.integer("num_virtual_tokens")
+    if length > limits.max_virtual_tokens:
+        verdict.refuse(
+            f"{CONFIG_FILE}: num_virtual_tokens",
+            f"is {length}; this server was started with --max-virtual-tokens {limits.max_virtual_tokens}; "
+            "retrain with fewer or ask the operator",
+        )
+
+
+def _check_values(tensors: tuple[StoredTensor, ...], limits: GateLimits, verdict: Verdict) -> None:
+    for tensor in tensors:
+        if not tensor.is_within(limits.max_abs):
+            verdict.refuse(
+                tensor.name,
+                f"holds NaN, Infinity or a value beyond {limits.max_abs:g}; upload a checkpoint from before that",
+            )
+
+
+def _compare(config: Config, base: Base, files: CheckpointFiles, verdict: Verdict) -> None:
+    """What differs and may well be right: it is told and not refused."""
+    trained_on = config.text("base_model_name_or_path")
+    if trained_on and _last_part(trained_on) != _last_part(base.name):
+        verdict.warn(f"was trained on {quoted(trained_on)} and is served on {quoted(base.name)}")
+    version = config.text("peft_version")
+    if _release(version) > KNOWN_PEFT:
+        verdict.warn(f"was saved by peft {quoted(version)}, which is newer than this server knows")
+    for name in files.ignored[:10]:
+        verdict.warn(f"file {quoted(name)} is not read")
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = version.split(".")[:2]
+    return tuple(int(n) for n in numbers) if all(n.isdecimal() and len(n) < 6 for n in numbers) else ()
+
+
+def _summary(method: Method, config: Config, binding: Binding, files: CheckpointFiles, verdict: Verdict) -> Summary:
+    return Summary(
+        peft_type=method.peft_type,
+        task_type=config.text("task_type") or None,
+        base=config.text("base_model_name_or_path") or None,
+        rank=max((site.rank for site in binding.sites.values()), default=0),
+        num_bytes=files.num_bytes,
+        num_tensors=binding.num_tensors,
+        num_sites=len(binding.sites),
+        modules=tuple(sorted({path.rpartition(".")[2] for path in binding.sites})),
+        warnings=verdict.warnings,
+    )

@@ -1,0 +1,32 @@
+"""Methods that compile to vectors which scale what goes into a site, or what comes out of it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from peft_serve.adapters import config_schema as rules
+from peft_serve.adapters.base import SiteSpec
+from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.primitives import Affine
+from peft_serve.adapters.registry import Site, SiteLayout, compiles
+
+IA3: Final = ConfigSchema(
+    optional={"target_modules": rules.names_or_text, "exclude_modules": rules.names_or_text},
+    inert=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}),  # the stored shape tells
+)
+
+
+def _layout(spec: SiteSpec, config: Config) -> SiteLayout:  # noqa: ARG001 - one signature for every method
+    return SiteLayout(tensors={"ia3_l": ((spec.out_features, 1), (1, spec.in_features))})
+
+
+@compiles("IA3", schema=IA3, layout=_layout)
+def ia3(site: Site) -> Affine:
+    """y = W (l * x) + b for a feed-forward site, stored [1, i]; y = l * (W x + b) for any other, stored [o, 1].
+
+    arXiv:2205.05638, peft `IA3Layer`. The bias is scaled with the output.
+    """
+    scale = site.tensors["ia3_l"]
+    if tuple(scale.shape) == (site.spec.out_features, 1):
+        return Affine(out_scale=scale.flatten())
+    return Affine(in_scale=scale.flatten())

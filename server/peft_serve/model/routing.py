@@ -1,0 +1,147 @@
+"""Routing: whose tokens a step's tokens are.
+
+A `Stream` names a sequence of tokens that sites see; a `Lane` is the one place where the sites of a stream
+look up the current `Route`; a `Route` is a frozen division of the stream's tokens among adapters, with the
+index tensors that all sites share, computed once. No lane has a route while no token has an adapter.
+Where an adapter's rows lie in the stacks is decided by `stacks`, what a site does by `site_ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from peft_serve.core import BASE_SLOT
+from peft_serve.kernels.grouped import Piece
+from peft_serve.model.stacks import Place
+
+
+class Stream(StrEnum):
+    """Which tokens a site sees."""
+
+    TARGET = "target"  # the (decoder's) tokens
+    SOURCE = "source"  # the encoder's tokens, which cross-attention keys and values read too
+    HEAD = "head"  # the positions kept for logits
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens [first, last) of a stream belong to `slot`."""
+
+    slot: int
+    first: int
+    last: int
+
+
+class Span:
+    """The stack rows [first, last) that a set of adapters uses. The rows of `pieces` count from `first`."""
+
+    def __init__(self, num_tokens: int, runs: Sequence[tuple[Run, Place]], device: torch.device) -> None:
+        self.first = min(place.first for _, place in runs)
+        self.last = max(place.last for _, place in runs)
+        self.pieces: tuple[Piece, ...] = tuple(
+            (run.first, run.last, place.first - self.first, place.last - self.first) for run, place in runs
+        )
+        self._num_tokens = num_tokens
+        self._device = device
+        self._foreign_TR: Tensor | None = None
+
+    @property
+    def foreign(self) -> Tensor:
+        """[T, R] Where row r is not of token t's adapter."""
+        if self._foreign_TR is None:
+            foreign_TR = torch.ones(self._num_tokens, self.last - self.first, dtype=torch.bool)
+            for first, last, first_row, last_row in self.pieces:
+                foreign_TR[first:last, first_row:last_row] = False
+            self._foreign_TR = foreign_TR.to(self._device)
+        return self._foreign_TR
+
+
+Division = tuple[tuple[int, int], ...]
+"""(slot, number of tokens), slots ascending, 0 = base."""
+Places = Mapping[int, Place]
+
+
+class Route:
+    """How the tokens of a stream are divided among adapters.
+
+    `runs` holds the adapted tokens only. `places` is a copy: a route outlives no change of the stacks.
+    """
+
+    def __init__(self, division: Division, adapted: Collection[int], places: Places, device: torch.device) -> None:
+        runs, first = [], 0
+        for slot, num_tokens in division:
+            if slot in adapted and num_tokens:
+                runs.append(Run(slot, first, first + num_tokens))
+            first += num_tokens
+        self.division = division
+        self.num_tokens = first
+        self.runs = tuple(runs)
+        self.active = frozenset(run.slot for run in runs)
+        self._places = {slot: places[slot] for slot in self.active if slot in places}
+        self._device = device
+        self._slot_T: Tensor | None = None
+        self._spans: dict[frozenset[int], Span] = {}
+
+    def holds(self, places: Places) -> bool:
+        """Whether these are the places the route was made with, as far as it reads them."""
+        return all(places.get(slot) == place for slot, place in self._places.items())
+
+    def moved(self, places: Places) -> Route:
+        """The same division over other places."""
+        return Route(self.division, self.active, places, self._device)
+
+    @property
+    def slot_of_token(self) -> Tensor:
+        """[T] The slot of every token (int64); 0 where the token has no adapter."""
+        if self._slot_T is None:
+            slot_T = torch.full((self.num_tokens,), BASE_SLOT, dtype=torch.int64)
+            for run in self.runs:
+                slot_T[run.first : run.last] = run.slot
+            self._slot_T = slot_T.to(self._device)
+        return self._slot_T
+
+    def runs_of(self, slots: Collection[int]) -> tuple[Run, ...]:
+        """The runs of some of the adapters."""
+        return tuple(run for run in self.runs if run.slot in slots)
+
+    def span(self, slots: frozenset[int]) -> Span:
+        """The stack rows of some of the adapters, all of them placed. Sites with the same adapters share one."""
+        if slots not in self._spans:
+            runs = [(run, self._places[run.slot]) for run in self.runs_of(slots)]
+            self._spans[slots] = Span(self.num_tokens, runs, self._device)
+        return self._spans[slots]
+
+
+class Lane:
+    """Where the sites of one stream find the current route; None is the plain base.
+
+    A lane keeps its last route, so that a step which divides the tokens as the step before did starts with
+    all index tensors. Whoever changes adapters or places tells it so.
+    """
+
+    __slots__ = ("_kept", "route")
+
+    def __init__(self) -> None:
+        self.route: Route | None = None
+        self._kept: Route | None = None
+
+    def enter(self, division: Division, adapted: Collection[int], places: Places, device: torch.device) -> None:
+        """Make the route of this division the current one."""
+        if self._kept is None or self._kept.division != division or not self._kept.holds(places):
+            self._kept = Route(division, adapted, places, device)
+        self.route = self._kept
+
+    def move(self, places: Places) -> None:
+        """Adapters have new places; the division stays."""
+        self._kept = None
+        if self.route is not None:
+            self.route = self._kept = self.route.moved(places)
+
+    def forget(self) -> None:
+        """Adapters have changed: no route of before holds."""
+        self.route = self._kept = None

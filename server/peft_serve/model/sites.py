@@ -1,0 +1,248 @@
+"""Sites: the places of the resident model where adapters act.
+
+`AdaptedSites` finds them, binds each module's `forward` to a site's (the module tree and the parameter names
+stay as they are), keeps what the installed adapters do there, and divides each stream's tokens among them.
+It owns the layout of the hot stacks. It knows no request and no step, ignores what an adapter does at
+sequence level, and never changes a parameter of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_serve.adapters.base import SiteKind, SiteSpec
+from peft_serve.adapters.primitives import Adapter, Affine, Edit, is_finite
+from peft_serve.core import BASE_SLOT
+from peft_serve.model.routing import Division, Lane, Stream
+from peft_serve.model.sites_forward import DenseSite, NormSite
+from peft_serve.model.stacks import StackLayout
+
+Site = DenseSite | NormSite
+
+
+@dataclass(frozen=True, slots=True)
+class _Installed:
+    """What a slot holds."""
+
+    sites: tuple[Site, ...]
+    streams: frozenset[Stream]
+    max_rank: int
+
+
+class AdaptedSites:
+    """Every site of a model, and the adapters installed in them.
+
+    `stream_of` says by module path which tokens a site sees. Two paths of one module may name different
+    streams; such a module follows the one that was routed last. One thread at a time.
+    """
+
+    def __init__(self, model: nn.Module, *, stream_of: Callable[[str], Stream]) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        specs = {path: spec for path, module in modules.items() if (spec := spec_of(path, module)) is not None}
+        self.specs: Mapping[str, SiteSpec] = MappingProxyType(specs)
+        self._modules = {path: modules[path] for path in specs}
+        self._streams = {path: stream_of(path) for path in specs}
+        self._device = next(model.parameters()).device
+        self._lanes = {stream: Lane() for stream in Stream}
+        self._layout = StackLayout()
+        self._installed: dict[int, _Installed] = {}
+        self._sites = self._bind()
+        self._deltas = [s.dense.delta for s in dict.fromkeys(self._sites.values()) if isinstance(s, DenseSite)]
+        self._shared = {stream: self._sites_between(stream) for stream in Stream}
+
+    def _bind(self) -> dict[str, Site]:
+        sites: dict[str, Site] = {}
+        by_module: dict[nn.Module, Site] = {}
+        for path, spec in self.specs.items():
+            module = self._modules[path]
+            if module not in by_module:
+                kind = NormSite if spec.kind is SiteKind.NORM else DenseSite
+                by_module[module] = kind(spec, module, self._lanes[self._streams[path]])
+            sites[path] = by_module[module]
+        for module, site in by_module.items():
+            module.__dict__["forward"] = site.forward
+        return sites
+
+    def _sites_between(self, stream: Stream) -> tuple[Site, ...]:
+        """Sites that this stream shares with another one."""
+        here = {self._sites[path] for path, s in self._streams.items() if s is stream}
+        there = {self._sites[path] for path, s in self._streams.items() if s is not stream}
+        return tuple(here & there)
+
+    def close(self) -> None:
+        """Give every module its own forward back."""
+        self.clear()
+        for path, module in self._modules.items():
+            if module.__dict__.get("forward") == self._sites[path].forward:
+                del module.__dict__["forward"]
+
+    def install(self, slot: int, adapter: Adapter) -> None:
+        """Put an adapter's edits into an empty slot. ValueError leaves the slot empty and everything else as it was.
+
+        Routes end here: the next pass needs new ones.
+        """
+        edits = self._accepted(slot, adapter)
+        self._forget_routes()
+        ranks = [e.delta.rank for e in adapter.sites.values() if isinstance(e, Affine) and e.delta is not None]
+        try:
+            with torch.inference_mode():
+                for site, edit in edits.items():
+                    for term in site.terms:
+                        term.put(slot, edit)
+        except BaseException:
+            _drop(slot, tuple(edits))
+            raise
+        streams = frozenset(stream for path, stream in self._streams.items() if self._sites[path] in edits)
+        self._installed[slot] = _Installed(tuple(edits), streams, max(ranks, default=0))
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot. Routes end here."""
+        self._forget_routes()
+        self._layout.forget(slot)
+        installed = self._installed.pop(slot)
+        _drop(slot, installed.sites)
+
+    def route(self, stream: Stream, runs: Sequence[tuple[int, int]]) -> None:
+        """From now on the stream's tokens are `runs`: (slot, number of tokens), slots ascending, 0 = base.
+
+        Neighbouring runs of one slot, a run for each row for example, count as one.
+        """
+        division = self._merged(runs)
+        lane = self._lanes[stream]
+        for site in self._shared[stream]:
+            site.lane = lane
+        adapted = {s for s, n in division if n and s != BASE_SLOT and stream in self._installed[s].streams}
+        if not adapted:
+            lane.route = None
+            return
+        others = [r.active for r in (x.route for x in self._lanes.values() if x is not lane) if r is not None]
+        self._make_hot(adapted.union(*others))
+        lane.enter(division, adapted, self._layout.places, self._device)
+
+    def clear(self) -> None:
+        """No routes: the model is the plain base."""
+        for lane in self._lanes.values():
+            lane.route = None
+
+    def check(self) -> None:
+        """Our own books: the layout is sound and its adapters are installed."""
+        self._layout.check()
+        for slot, place in self._layout.places.items():
+            assert place.last - place.first == self._installed[slot].max_rank, slot
+
+    def _make_hot(self, slots: set[int]) -> None:
+        """Have the rows of these adapters in the stacks; places may move, and routes with them."""
+        widths = {s: self._installed[s].max_rank for s in slots if self._installed[s].max_rank}
+        moves = self._layout.use(widths)
+        with torch.inference_mode():
+            for delta in self._deltas:
+                if moves.resized:
+                    delta.reset()
+                for slot in moves.slots:
+                    delta.write(slot, self._layout.places[slot], self._layout.capacity)
+        if moves.moved:
+            for lane in self._lanes.values():
+                lane.move(self._layout.places)
+
+    def _forget_routes(self) -> None:
+        for lane in self._lanes.values():
+            lane.forget()
+
+    def _merged(self, runs: Sequence[tuple[int, int]]) -> Division:
+        lengths: dict[int, int] = {}
+        last = BASE_SLOT
+        for slot, num_tokens in runs:
+            if slot < last:
+                raise ValueError(f"runs of a stream have ascending slots, and {slot} came after {last}")
+            if slot != BASE_SLOT and slot not in self._installed:
+                raise ValueError(f"slot {slot} is empty; install an adapter before its tokens are routed")
+            lengths[slot] = lengths.get(slot, 0) + num_tokens
+            last = slot
+        return tuple(lengths.items())
+
+    def _accepted(self, slot: int, adapter: Adapter) -> dict[Site, Edit]:
+        if slot == BASE_SLOT or slot in self._installed:
+            raise ValueError(f"slot {slot} is taken; remove its adapter first")
+        edits: dict[Site, Edit] = {}
+        for path, edit in adapter.sites.items():
+            if path not in self.specs:
+                raise ValueError(f"the base has no site '{path}'; compile the adapter for this base")
+            _check_edit(self.specs[path], edit)
+            if self._sites[path] in edits:
+                raise ValueError(f"'{path}' is another path of a module the adapter already edits; name it once")
+            edits[self._sites[path]] = edit
+        if not is_finite(adapter):
+            raise ValueError("the adapter holds values that are not finite; its neighbours share its GEMMs")
+        return edits
+
+
+def spec_of(path: str, module: nn.Module) -> SiteSpec | None:
+    """The site a module is, if it is one.
+
+    An embedding whose forward is more than a scaled look-up (learned positions with an offset, for example)
+    is none, because the normal form does not describe it.
+    """
+    parameters = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    weight = parameters.get("weight", ())
+    scale = 1.0
+    if isinstance(module, nn.Linear) and len(weight) == 2:
+        kind, (num_out, num_in) = SiteKind.LINEAR, weight
+    elif isinstance(module, Conv1D):
+        kind, (num_in, num_out) = SiteKind.CONV1D, weight
+    elif _is_lookup(module):
+        kind, (num_in, num_out) = SiteKind.EMBEDDING, weight
+        scale = _embed_scale(module)
+    elif type(module).__name__.endswith("Norm") and len(weight) == 1 and not isinstance(module, nn.GroupNorm):
+        kind, num_in, num_out = SiteKind.NORM, weight[0], weight[0]
+    else:
+        return None
+    return SiteSpec(
+        path=path, kind=kind, out_features=num_out, in_features=num_in, parameters=parameters, embed_scale=scale
+    )
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    is_scaled = type(module).__name__.endswith("ScaledWordEmbedding")
+    return type(module) is nn.Embedding or (is_scaled and isinstance(module, nn.Embedding))
+
+
+def _embed_scale(module: nn.Module) -> float:
+    """The factor as the module applies it: a buffer is rounded to the weight's dtype first."""
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        assert isinstance(module.weight, Tensor)
+        return float(scale.to(module.weight.dtype))
+    return 1.0 if scale is None else float(scale)
+
+
+def _check_edit(spec: SiteSpec, edit: Edit) -> None:
+    if isinstance(edit, Affine):
+        if spec.kind is SiteKind.NORM:
+            raise ValueError(f"site '{spec.path}' is a norm; an adapter can only replace its parameters")
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "in_scale": (edit.in_scale, (spec.in_features,)),
+            "out_scale": (edit.out_scale, (spec.out_features,)),
+            "shift": (edit.shift, (spec.out_features,)),
+        }
+        if edit.delta is not None:
+            rank = edit.delta.rank
+            wanted["delta.a"] = (edit.delta.a_RI, (rank, spec.in_features))
+            wanted["delta.b"] = (edit.delta.b_OR, (spec.out_features, rank))
+    else:
+        wanted = {name: (tensor, spec.parameters.get(name, ())) for name, tensor in edit.state.items()}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{spec.path}.{name} has shape {list(tensor.shape)}; the site's is {list(shape)}")
+
+
+def _drop(slot: int, sites: tuple[Site, ...]) -> None:
+    with torch.inference_mode():
+        for site in sites:
+            for term in site.terms:
+                term.drop(slot)

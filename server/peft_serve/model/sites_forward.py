@@ -1,0 +1,123 @@
+"""The forward of one adapted module: the base op, and around it what the current route asks for.
+
+A site reads its lane once. Without a route, or when no active adapter touches the site, it is the module's
+own forward and nothing else. The ops of a route are gathered at the site's first call under it and kept until
+the route changes: a route is frozen, and `AdaptedSites` replaces it whenever adapters or stacks change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_serve.adapters.base import SiteKind, SiteSpec
+from peft_serve.model.routing import Lane, Route, Run
+from peft_serve.model.site_ops import InOp, OutOp, OwnNorm, OwnOp, Term, dense_terms
+
+
+@dataclass(frozen=True, slots=True)
+class _DensePlan:
+    """What a dense site does under one route."""
+
+    num_tokens: int
+    before: tuple[InOp, ...]
+    own_runs: tuple[Run, ...]
+    after: tuple[OutOp, ...]
+
+    @property
+    def is_all_own(self) -> bool:
+        return sum(run.last - run.first for run in self.own_runs) == self.num_tokens
+
+
+class DenseSite:
+    """A Linear, a Conv1D or an Embedding."""
+
+    def __init__(self, spec: SiteSpec, module: nn.Module, lane: Lane) -> None:
+        self.lane = lane
+        self.dense = dense_terms(spec, module)
+        self.terms: tuple[Term, ...] = self.dense.all()
+        self._spec = spec
+        self._base = module.forward
+        self._planned: Route | None = None
+        self._plan: _DensePlan | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        route = self.lane.route
+        if route is None:
+            return self._base(*args, **kwargs)
+        if route is not self._planned:
+            self._plan, self._planned = self._plan_of(route), route
+        if self._plan is None:
+            return self._base(*args, **kwargs)
+        (x,) = args or kwargs.values()
+        return self._adapted(x, self._plan)
+
+    def _plan_of(self, route: Route) -> _DensePlan | None:
+        before = tuple(op for op in (term.op(route) for term in self.dense.before) if op is not None)
+        after = tuple(op for op in (term.op(route) for term in self.dense.after) if op is not None)
+        own_runs = self.dense.own.runs(route)
+        if not (before or after or own_runs):
+            return None
+        return _DensePlan(route.num_tokens, before, own_runs, after)
+
+    def _adapted(self, x: Tensor, plan: _DensePlan) -> Tensor:
+        is_lookup = self._spec.kind is SiteKind.EMBEDDING
+        x_T = x.reshape(-1) if is_lookup else x.reshape(-1, x.shape[-1])
+        expect_tokens(self._spec.path, x_T.shape[0], plan.num_tokens)
+        scaled_T = x_T
+        for in_op in plan.before:
+            scaled_T = in_op(scaled_T)
+        if plan.is_all_own:
+            y_TO = torch.cat([self.dense.own.of(run.slot, x_T[run.first : run.last]) for run in plan.own_runs])
+        else:
+            y_TO = self._base(scaled_T)  # a new tensor: what follows may change it
+            for run in plan.own_runs:
+                y_TO[run.first : run.last] = self.dense.own.of(run.slot, x_T[run.first : run.last])
+        for out_op in plan.after:
+            out_op(y_TO, x_T)
+        return y_TO.view(*(x.shape if is_lookup else x.shape[:-1]), -1)
+
+
+class NormSite:
+    """A layer norm or an RMS norm."""
+
+    def __init__(self, spec: SiteSpec, module: nn.Module, lane: Lane) -> None:
+        self.lane = lane
+        self._own = OwnNorm(module)
+        self.terms: tuple[Term, ...] = (self._own,)
+        self._spec = spec
+        self._base = module.forward
+        self._planned: Route | None = None
+        self._op: OwnOp | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        route = self.lane.route
+        if route is None:
+            return self._base(*args, **kwargs)
+        if route is not self._planned:
+            self._op, self._planned = self._own.op(route), route
+        if self._op is None:
+            return self._base(*args, **kwargs)
+        (x,) = args or kwargs.values()
+        expect_tokens(self._spec.path, _num_tokens(x), route.num_tokens)
+        return self._op(x)
+
+
+def expect_tokens(path: str, num_seen: int, num_routed: int) -> None:
+    """Refuse to guess whose tokens these are."""
+    if num_seen != num_routed:
+        raise ValueError(
+            f"site '{path}' got {num_seen} tokens and its stream was routed for {num_routed}; route the stream for "
+            f"exactly the tokens of the pass, or leave this module out of the adapter"
+        )
+
+
+def _num_tokens(x: Tensor) -> int:
+    """Tokens of [T, d], [1, T, d] or [1, T, heads, d]; 0 for a layout in which heads come before tokens."""
+    if x.ndim == 2:
+        return x.shape[0]
+    is_token_major = x.shape[0] == 1 and (x.ndim == 3 or x.stride(1) >= x.stride(2))
+    return x.shape[1] if is_token_major else 0

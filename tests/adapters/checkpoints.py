@@ -1,0 +1,222 @@
+"""Checkpoints of every served method, made by peft itself on tiny random models.
+
+`make_checkpoint(method, base_kind, seed)` gives the files as uploaded and the peft model that is the oracle.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import peft
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
+
+VOCAB: Final = 64
+HIDDEN: Final = 32
+DECODERS: Final = ("llama", "llama_tied", "qwen2", "mistral", "gemma", "gpt2", "opt", "neox")
+SEQ2SEQ: Final = ("t5", "bart", "bart_scaled")
+BASE_KINDS: Final = (*DECODERS, *SEQ2SEQ)
+
+
+def _llama_like(**more: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return {**sizes, **heads, **more}
+
+
+def _bart(**more: Any) -> transformers.BartConfig:
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"vocab_size": VOCAB, "d_model": HIDDEN, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    return transformers.BartConfig(**layers, **sizes, max_position_embeddings=128, **more)
+
+
+_CONFIGS: Final[dict[str, Callable[[], Any]]] = {
+    "llama": lambda: transformers.LlamaConfig(**_llama_like()),
+    "llama_tied": lambda: transformers.LlamaConfig(**_llama_like(tie_word_embeddings=True)),
+    "qwen2": lambda: transformers.Qwen2Config(**_llama_like()),
+    "mistral": lambda: transformers.MistralConfig(**_llama_like()),
+    "gemma": lambda: transformers.Gemma3TextConfig(**_llama_like(head_dim=8)),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
+    "neox": lambda: transformers.GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
+    "t5": lambda: transformers.T5Config(
+        vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0
+    ),
+    "bart": _bart,
+    "bart_scaled": lambda: _bart(scale_embedding=True),
+}
+
+QKV: Final = {
+    "gpt2": ["c_attn", "c_proj"],
+    "neox": ["query_key_value", "dense"],
+    "t5": ["q", "v", "wo"],
+    "opt": ["q_proj", "v_proj", "fc2"],
+    "bart": ["q_proj", "v_proj", "fc2"],
+    "bart_scaled": ["q_proj", "v_proj", "fc2"],
+}
+NORMS: Final = {
+    "gpt2": ["ln_1", "ln_f"],
+    "neox": ["input_layernorm", "final_layer_norm"],
+    "t5": ["layer_norm"],
+    "opt": ["self_attn_layer_norm", "final_layer_norm"],
+    "bart": ["self_attn_layer_norm", "layernorm_embedding"],
+    "bart_scaled": ["self_attn_layer_norm", "layernorm_embedding"],
+    "gemma": ["input_layernorm", "q_norm"],
+}
+EMBED: Final = {"gpt2": "wte", "neox": "embed_in"}
+HEAD: Final = {"neox": "embed_out"}
+FEED_FORWARD: Final = {"gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "t5": "wo"}
+
+
+def targets(kind: str) -> list[str]:
+    return QKV.get(kind, ["q_proj", "v_proj", "down_proj"])
+
+
+def norms(kind: str) -> list[str]:
+    return NORMS.get(kind, ["input_layernorm", "norm"])
+
+
+def embedding(kind: str) -> str:
+    return EMBED.get(kind, "embed_tokens")
+
+
+def head(kind: str) -> str:
+    return HEAD.get(kind, "lm_head")
+
+
+def _lora(kind: str, **more: Any) -> peft.PeftConfig:
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets(kind), **more})
+
+
+def _ia3(kind: str) -> peft.PeftConfig:
+    down = FEED_FORWARD.get(kind, "fc2" if "fc2" in targets(kind) else "down_proj")
+    others = [name for name in targets(kind) if name not in down.split(".")]
+    return peft.IA3Config(target_modules=[*others, down], feedforward_modules=[down])
+
+
+_METHODS: Final[dict[str, Callable[[str], peft.PeftConfig]]] = {
+    "lora": _lora,
+    "lora_rslora": lambda kind: _lora(kind, use_rslora=True),
+    "lora_pattern": lambda kind: _lora(
+        kind, rank_pattern={targets(kind)[0]: 2}, alpha_pattern={targets(kind)[1]: 3}, use_rslora=True
+    ),
+    "lora_bias": lambda kind: _lora(kind, lora_bias=True),
+    "lora_bias_all": lambda kind: _lora(kind, bias="all"),
+    "lora_bias_only": lambda kind: _lora(kind, bias="lora_only"),
+    "lora_dora": lambda kind: _lora(kind, use_dora=True),
+    "lora_dora_bias_all": lambda kind: _lora(kind, use_dora=True, bias="all"),
+    "lora_all_linear": lambda kind: _lora(kind, target_modules="all-linear"),
+    "lora_layers": lambda kind: _lora(kind, layers_to_transform=[1]),
+    "lora_excluded": lambda kind: _lora(kind, exclude_modules=[targets(kind)[0]]),
+    "lora_embedding": lambda kind: _lora(kind, target_modules=[embedding(kind), targets(kind)[0]]),
+    "lora_embedding_dora": lambda kind: _lora(kind, target_modules=[embedding(kind), head(kind)], use_dora=True),
+    "lora_head": lambda kind: _lora(kind, target_modules=[head(kind), targets(kind)[0]]),
+    "lora_saved": lambda kind: _lora(kind, modules_to_save=[head(kind), norms(kind)[0]]),
+    "lora_saved_embedding": lambda kind: _lora(kind, modules_to_save=[embedding(kind)]),
+    "lora_saved_bias_all": lambda kind: _lora(kind, modules_to_save=[norms(kind)[-1]], bias="all"),
+    "lora_tying": lambda kind: _lora(kind, target_modules=[embedding(kind)], ensure_weight_tying=True),
+    "lora_saved_tying": lambda kind: _lora(kind, modules_to_save=[embedding(kind)], ensure_weight_tying=True),
+    "lora_shared": lambda kind: _lora(kind, target_modules=["shared", targets(kind)[0]]),
+    "ia3": _ia3,
+    "ln_tuning": lambda kind: peft.LNTuningConfig(target_modules=norms(kind)),
+    "ln_tuning_saved": lambda kind: peft.LNTuningConfig(target_modules=norms(kind), modules_to_save=[head(kind)]),
+    "prompt_tuning": lambda _: peft.PromptTuningConfig(num_virtual_tokens=5),
+    "prompt_tuning_saved": lambda kind: peft.PromptTuningConfig(num_virtual_tokens=3, modules_to_save=[head(kind)]),
+    "p_tuning": lambda _: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16),
+    "p_tuning_lstm": lambda _: peft.PromptEncoderConfig(
+        num_virtual_tokens=4, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"
+    ),
+    "prefix_tuning": lambda _: peft.PrefixTuningConfig(num_virtual_tokens=3),
+    "prefix_tuning_projection": lambda _: peft.PrefixTuningConfig(
+        num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16
+    ),
+}
+_ONLY: Final[dict[str, tuple[str, ...]]] = {
+    "lora_tying": ("llama_tied", "gemma"),
+    "lora_saved_tying": ("llama_tied", "gemma"),
+    "lora_shared": ("t5",),
+}
+
+
+def methods_for(base_kind: str) -> tuple[str, ...]:
+    """Every method id that peft can make on this base."""
+    return tuple(name for name in _METHODS if base_kind in _ONLY.get(name, (base_kind,)))
+
+
+def make_base(base_kind: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model in float32; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    config = _CONFIGS[base_kind]()
+    auto = transformers.AutoModelForSeq2SeqLM if base_kind in SEQ2SEQ else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts them at zero, where no mistake about a bias would show
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def make_checkpoint(
+    method: str, base_kind: str, seed: int = 0, *, base: PreTrainedModel | None = None
+) -> tuple[CheckpointFiles, Any]:
+    """The files of a random checkpoint of the method, and the peft model it was saved from, in eval mode."""
+    config = _METHODS[method](base_kind)
+    config.task_type = "SEQ_2_SEQ_LM" if base_kind in SEQ2SEQ else "CAUSAL_LM"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns about tied weights, saved embeddings, missing hub configs
+        model = peft.get_peft_model(make_base(base_kind) if base is None else base, config)
+        _randomise(model, seed)
+        return save(model), model.eval()
+
+
+def _randomise(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = 0.3 * noise
+        else:
+            parameter.data = parameter.data + 0.2 * noise
+
+
+def save(model: Any) -> CheckpointFiles:
+    """What `save_pretrained` writes, as bytes."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+        where = Path(folder)
+        return CheckpointFiles(config=(where / CONFIG_FILE).read_bytes(), weights=(where / WEIGHTS_FILE).read_bytes())
+
+
+@torch.no_grad()
+def oracle_logits(model: Any, ids: torch.Tensor, decoder_ids: torch.Tensor) -> torch.Tensor:
+    """peft's logits of `ids` [1, T], of `decoder_ids` on an encoder-decoder; virtual tokens left out."""
+    given = {"decoder_input_ids": decoder_ids} if model.config.is_encoder_decoder else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits
+    length = decoder_ids.shape[1] if model.config.is_encoder_decoder else ids.shape[1]
+    return logits[:, -length:]
