@@ -1,0 +1,111 @@
+"""Attention of one group of rows: softmax(scaling * q k^T [capped] + mask) v, fast and slow.
+
+`attend_fresh` and `attend_cached` are the fast ones; `attend_reference` computes the same row by row and
+token by token in float32, and is the truth the tests hold them to. Nothing here knows a model or a step.
+
+Shapes: `T` tokens of the step, `R` rows of a group, `M` tokens of a row, `C` context positions, `H` query
+heads, `K` key/value heads, `G` = H / K, `D` head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from peft_serve.model.pools import KVPool, places_of
+from peft_serve.model.ragged import Cached, Fresh, Plan, RelativeBias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a layer asks of its attention beside queries, keys and values."""
+
+    scaling: float
+    softcap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma-2)
+    window: int | None = None  # a token reads itself and the window - 1 positions before it
+    bias: RelativeBias | None = None
+
+
+def attend_fresh(group: Fresh, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, terms: Terms) -> Tensor:
+    """Rows whose keys and values are all in this step. Gives [R * M, H, D]."""
+    rows, length = group.num_rows, group.num_tokens
+    num_heads, num_kv_heads = q_THD.shape[1], k_TKD.shape[1]
+    k, v = (x[group.where].view(rows, length, num_kv_heads, -1).transpose(1, 2) for x in (k_TKD, v_TKD))
+    is_windowed = group.is_causal and terms.window is not None and terms.window < length
+    if terms.bias is None and terms.softcap is None and not is_windowed:
+        q = q_THD[group.where].view(rows, length, num_heads, -1).transpose(1, 2)
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=group.is_causal, scale=terms.scaling, enable_gqa=num_heads != num_kv_heads
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+    mask = group.mask(terms.window if is_windowed else None, terms.bias, q_THD)
+    return _attend_masked(q_THD[group.where], k, v, mask, terms, rows)
+
+
+def attend_cached(group: Cached, q_THD: Tensor, pool: KVPool, layer: int, terms: Terms) -> Tensor:
+    """Rows that read their context from blocks. Gives [R * M, H, D]."""
+    k, v = pool.gather(layer, group.blocks, group.num_rows)
+    mask = group.mask(terms.window, terms.bias, q_THD)
+    return _attend_masked(q_THD[group.where], k, v, mask, terms, group.num_rows)
+
+
+def _attend_masked(q_NHD: Tensor, k_RKCD: Tensor, v_RKCD: Tensor, mask: Tensor, terms: Terms, num_rows: int) -> Tensor:
+    """One call for all rows; the G query heads of a key/value head stand as G * M queries of that head."""
+    num_tokens, num_heads, _ = q_NHD.shape
+    length, num_kv_heads = num_tokens // num_rows, k_RKCD.shape[1]
+    group = num_heads // num_kv_heads
+    q = q_NHD.view(num_rows, length, num_kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if mask.shape[1] > 1:
+        mask = mask.view(mask.shape[0], num_kv_heads, group * length, -1)
+    elif length > 1 and group > 1:
+        mask = mask.repeat(1, 1, group, 1)
+    if terms.softcap is None:
+        out = scaled_dot_product_attention(q, k_RKCD, v_RKCD, attn_mask=mask, scale=terms.scaling)
+    else:
+        scores = q @ k_RKCD.transpose(2, 3) * terms.scaling
+        scores = torch.tanh(scores / terms.softcap) * terms.softcap + mask
+        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v_RKCD
+    by_head = out.view(num_rows, num_kv_heads, group, length, -1)
+    return by_head.permute(0, 3, 1, 2, 4).reshape(num_tokens, num_heads, -1)
+
+
+def attend_reference(
+    plan: Plan, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, pool: KVPool | None, layer: int, terms: Terms
+) -> Tensor:
+    """The slow truth, in float32, of a whole plan: every token by itself. Gives [T, H, D].
+
+    A span with `num_source` reads the first `num_source` positions of its blocks; another span with blocks
+    reads its blocks up to the token; one without blocks reads the whole row, which is in k and v.
+    """
+    out = torch.empty_like(q_THD)
+    at = 0
+    for span in plan.spans:
+        row_k, row_v = (x[at : at + span.num_tokens] for x in (k_TKD, v_TKD))
+        for i in range(span.num_tokens):
+            place, first, stop = span.start + i, 0, span.num_tokens
+            if span.blocks:
+                assert pool is not None, "rows with blocks need a pool"
+                stop = span.num_source or place + 1
+                if terms.window is not None and not span.num_source:
+                    first = max(0, stop - terms.window)
+                places = places_of(span.blocks, first, stop - first, pool.block_size)
+                row_k, row_v = (x[places] for x in pool.layer(layer))
+            relative = torch.arange(first, stop, device=q_THD.device) - place
+            bias = None if terms.bias is None else terms.bias.of(relative)
+            out[at + i] = _one_token(q_THD[at + i], row_k, row_v, bias, terms)
+        at += span.num_tokens
+    return out
+
+
+def _one_token(q_HD: Tensor, k_CKD: Tensor, v_CKD: Tensor, bias_HC: Tensor | None, terms: Terms) -> Tensor:
+    group = q_HD.shape[0] // k_CKD.shape[1]
+    k, v = (x.float().repeat_interleave(group, dim=1) for x in (k_CKD, v_CKD))
+    scores = torch.einsum("hd,chd->hc", q_HD.float(), k) * terms.scaling
+    if terms.softcap is not None:
+        scores = terms.softcap * torch.tanh(scores / terms.softcap)
+    if bias_HC is not None:
+        scores = scores + bias_HC.float()
+    return torch.einsum("hc,chd->hd", scores.softmax(-1), v).to(q_HD.dtype)

@@ -1,0 +1,241 @@
+"""How the rows of a step lie side by side, and what each of their tokens may read.
+
+The tokens of all rows stand in one flat line of `T`, without padding. A `Plan` says, for one kind of
+attention, where the step's keys and values are written and which rows attend together. Its index tensors are
+computed once a step and read by every layer. This module knows no model.
+
+Shapes: `T` tokens of the step, `R` rows of a group, `M` tokens of each of its rows, `C` context positions
+(padded to whole blocks of the group's longest row), `H` query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from peft_serve.core import PADDING_BLOCK
+from peft_serve.model.pools import places_of
+
+_MAX_PADDING_BLOCKS = 32
+"""Rows share a group while padding costs each of them less than this, or less than its own context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One row, as attention sees it."""
+
+    num_tokens: int  # tokens it brings in this step
+    start: int = 0  # context position of the first of them
+    blocks: tuple[int, ...] = ()
+    num_source: int = 0  # length of its cross-attention context
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RelativeBias:
+    """Scores that depend on the distance alone (T5): `table_HX[:, far + clamp(key - query, -far, far)]`."""
+
+    table_HX: Tensor  # X = 2 * far + 1
+    far: int  # from this distance on the bias no longer changes
+
+    def of(self, relative: Tensor) -> Tensor:
+        """The bias [H, ...] of key position - query position [...]."""
+        return self.table_HX[:, relative.clamp(-self.far, self.far) + self.far]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Rows of equally many tokens that attend in one call."""
+
+    where: slice | Tensor  # their tokens in the step's line, row after row
+    num_rows: int
+    num_tokens: int  # of each row
+    masks: dict[tuple[int | None, RelativeBias | None], Tensor] = field(default_factory=dict)
+    # memo of `mask`: the layers of a step ask for the same few
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fresh(Group):
+    """Rows whose whole context is in this step: keys and values need not be read back."""
+
+    is_causal: bool
+
+    def mask(self, window: int | None, bias: RelativeBias | None, like: Tensor) -> Tensor:
+        """What is added to the scores: [1, 1 or H, M, M] of `like`'s dtype and device."""
+        key = (window, bias)
+        if key not in self.masks:
+            place = torch.arange(self.num_tokens, device=like.device)
+            relative = place[None, :] - place[:, None]
+            self.masks[key] = _additive(relative[None], window, bias, like.dtype, is_causal=self.is_causal)
+        return self.masks[key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cached(Group):
+    """Rows that read their context from blocks."""
+
+    blocks: Tensor  # [R * blocks of a row], padded with block 0
+    last_RM: Tensor  # the last context position each token may read
+    block_size: int
+
+    def mask(self, window: int | None, bias: RelativeBias | None, like: Tensor) -> Tensor:
+        """What is added to the scores: [R, 1 or H, M, C] of `like`'s dtype."""
+        key = (window, bias)
+        if key not in self.masks:
+            num_positions = self.blocks.shape[0] // self.num_rows * self.block_size
+            place = torch.arange(num_positions, device=self.last_RM.device)
+            relative = place - self.last_RM[..., None]
+            self.masks[key] = _additive(relative, window, bias, like.dtype, is_causal=True)
+        return self.masks[key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One kind of attention in one step."""
+
+    spans: tuple[Span, ...]
+    fresh: tuple[Fresh, ...] = ()
+    cached: tuple[Cached, ...] = ()
+    writes_T: Tensor | None = None  # places of the step's keys and values; None: nothing is stored
+    clears: tuple[int, ...] = ()  # blocks that begin a new life in this step
+
+    @property
+    def is_one_group(self) -> bool:
+        """Whether all tokens, in the order of the line, are one cached group."""
+        return not self.fresh and len(self.cached) == 1 and isinstance(self.cached[0].where, slice)
+
+
+def _additive(
+    relative_RMC: Tensor, window: int | None, bias: RelativeBias | None, dtype: torch.dtype, *, is_causal: bool
+) -> Tensor:
+    """Bias where a token may read, -inf where it may not. `relative` is key position - last readable one."""
+    shape = relative_RMC.shape
+    if bias is None:
+        mask = torch.zeros((shape[0], 1, *shape[1:]), dtype=dtype, device=relative_RMC.device)
+    else:
+        mask = bias.of(relative_RMC).to(dtype).transpose(0, 1).contiguous()
+    if is_causal:
+        hidden = relative_RMC > 0
+        if window is not None:
+            hidden |= relative_RMC <= -window
+        mask.masked_fill_(hidden[:, None], float("-inf"))
+    return mask
+
+
+def plan_self(spans: Sequence[Span], *, block_size: int, device: torch.device) -> Plan:
+    """Causal attention over each row's own blocks."""
+    fresh = [(at, s) for at, s in _placed(spans) if s.start == 0 and s.num_tokens > 1]
+    cached = [(at, s, s.stop) for at, s in _placed(spans) if s.start > 0 or s.num_tokens == 1]
+    writes = [p for s in spans for p in places_of(s.blocks, s.start, s.num_tokens, block_size)]
+    return Plan(
+        spans=tuple(spans),
+        fresh=tuple(_fresh(fresh, is_causal=True, device=device)),
+        cached=tuple(_cached(cached, block_size, device, is_causal=True)),
+        writes_T=torch.tensor(writes, device=device),
+        clears=tuple(b for s in spans for b in _begun(s, block_size)),
+    )
+
+
+def plan_source(lengths: Sequence[int], *, device: torch.device) -> Plan:
+    """Attention in both directions inside each row: an encoder."""
+    spans = tuple(Span(num_tokens=n) for n in lengths)
+    return Plan(spans=spans, fresh=tuple(_fresh(list(_placed(spans)), is_causal=False, device=device)))
+
+
+def plan_cross(spans: Sequence[Span], new: Sequence[Span], *, block_size: int, device: torch.device) -> Plan:
+    """Attention of every row over its source; the keys and values of the `new` rows come with the step.
+
+    A span's blocks are those of its cross-attention context. `new` are the spans of the encoded rows, in
+    their order, with `num_tokens` their number of source tokens.
+    """
+    cached = [(at, s, s.num_source) for at, s in _placed(spans)]
+    writes = [p for s in new for p in places_of(s.blocks, 0, s.num_tokens, block_size)]
+    return Plan(
+        spans=tuple(spans),
+        cached=tuple(_cached(cached, block_size, device, is_causal=False)),
+        writes_T=torch.tensor(writes, device=device) if new else None,
+        clears=tuple(b for s in new for b in _begun(s, block_size)),
+    )
+
+
+def _placed(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Each span with the place of its first token in the line."""
+    at = 0
+    for span in spans:
+        yield at, span
+        at += span.num_tokens
+
+
+def _begun(span: Span, block_size: int) -> list[int]:
+    """The block whose first position this row writes but which it does not fill: the rest is a stranger's."""
+    last = span.stop // block_size
+    starts_here = span.start <= last * block_size < span.stop
+    return [span.blocks[last]] if starts_here else []
+
+
+def _fresh(placed: Sequence[tuple[int, Span]], *, is_causal: bool, device: torch.device) -> Iterator[Fresh]:
+    by_length: dict[int, list[int]] = {}
+    for at, span in placed:
+        by_length.setdefault(span.num_tokens, []).append(at)
+    for length, starts in by_length.items():
+        yield Fresh(where=_where(starts, length, device), num_rows=len(starts), num_tokens=length, is_causal=is_causal)
+
+
+def _cached(
+    placed: Sequence[tuple[int, Span, int]], block_size: int, device: torch.device, *, is_causal: bool
+) -> Iterator[Cached]:
+    for members in _alike(placed, block_size):
+        length = members[0][1].num_tokens
+        width = max(_ceil(context, block_size) for _, _, context in members)
+        table: list[int] = []
+        last: list[int] = []
+        for _, span, context in members:
+            used = _ceil(context, block_size)
+            table.extend(span.blocks[:used])
+            table.extend([PADDING_BLOCK] * (width - used))
+            last.extend(range(span.start, span.stop) if is_causal else [context - 1] * length)
+        yield Cached(
+            where=_where([at for at, _, _ in members], length, device),
+            num_rows=len(members),
+            num_tokens=length,
+            blocks=torch.tensor(table, device=device),
+            last_RM=torch.tensor(last, device=device).view(len(members), length),
+            block_size=block_size,
+        )
+
+
+def _alike(placed: Sequence[tuple[int, Span, int]], block_size: int) -> Iterator[list[tuple[int, Span, int]]]:
+    """Rows of equally many tokens and not too different contexts, each group in the order of the line."""
+    by_length: dict[int, list[tuple[int, Span, int]]] = {}
+    for entry in placed:
+        by_length.setdefault(entry[1].num_tokens, []).append(entry)
+    for entries in by_length.values():
+        group: list[tuple[int, Span, int]] = []
+        longest = 0
+        for entry in sorted(entries, key=lambda e: -e[2]):
+            own = _ceil(entry[2], block_size)
+            if group and longest - own > max(own, _MAX_PADDING_BLOCKS):
+                yield sorted(group, key=lambda e: e[0])
+                group = []
+            if not group:
+                longest = own
+            group.append(entry)
+        yield sorted(group, key=lambda e: e[0])
+
+
+def _where(starts: Sequence[int], length: int, device: torch.device) -> slice | Tensor:
+    """The tokens of rows of one length: a slice if they follow each other, which costs no copy."""
+    if all(b - a == length for a, b in pairwise(starts)):
+        return slice(starts[0], starts[-1] + length)
+    return torch.tensor([at + i for at in starts for i in range(length)], device=device)
+
+
+def _ceil(value: int, step: int) -> int:
+    return -(-value // step)

@@ -1,0 +1,166 @@
+"""Runs a planned step on the device.
+
+Owns the KV pools and the order of work inside a step: removes, installs, copies, encode, decode, choice of
+tokens. It plans nothing: every slot and block it touches is named by the `Step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_serve.adapters.primitives import Adapter
+from peft_serve.core import AdapterId, Install, Row, RowResult, Step, StepResult
+from peft_serve.errors import ServeError
+from peft_serve.model.base import ResidentBase
+from peft_serve.model.passes import Passes
+from peft_serve.model.pools import KVPool, KVShape
+from peft_serve.model.prefixes import VirtualTokens
+from peft_serve.model.sampler import Chosen, Sampler, score
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Which rows of the logits belong to a row of the step."""
+
+    row: int
+    first: int
+    count: int
+
+    @property
+    def last(self) -> int:
+        return self.first + self.count - 1
+
+
+class StepRunner:
+    """Runs steps on a resident base; one at a time, from one thread."""
+
+    def __init__(
+        self,
+        base: ResidentBase,
+        *,
+        num_blocks: int,
+        num_cross_blocks: int,
+        block_size: int,
+        adapters: Callable[[AdapterId], Adapter],
+    ) -> None:
+        """`num_blocks` and `num_cross_blocks` count the padding block; the latter is 0 without an encoder.
+
+        `adapters` gives the compiled adapter of an `Install` and may raise.
+        """
+        cross = base.runs.cross_cache
+        self._base = base
+        self._adapters = adapters
+        self._pool = _pool(base, base.runs.cache, num_blocks, block_size)
+        self._cross_pool = None if cross is None else _pool(base, cross, num_cross_blocks, block_size)
+        self._passes = Passes(base, pool=self._pool, cross_pool=self._cross_pool)
+        self._virtual = VirtualTokens(base, self._passes, self._pool)
+        self._sampler = Sampler()
+        self._occupied: set[int] = set()
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepResult:
+        """Run one step. An adapter that cannot be installed fails alone: its rows are not run."""
+        for slot in step.removes:
+            self._remove(slot)
+        failed: dict[int, tuple[AdapterId, str]] = {}
+        for install in step.installs:
+            reason = self._install(install)
+            if reason is not None:
+                failed[install.slot] = (install.adapter, reason)
+        self._pool.copy(step.copies)
+        runnable = [row for row in step.rows if row.slot not in failed]
+        ran = iter(self._run_rows(runnable))
+        return StepResult(
+            step_id=step.id,
+            rows=tuple(
+                RowResult(request=row.request, branch=row.branch) if row.slot in failed else next(ran)
+                for row in step.rows
+            ),
+            failed_installs=tuple(failed.values()),
+        )
+
+    def check(self) -> None:
+        """What must hold between steps."""
+        self._pool.check()
+        if self._cross_pool is not None:
+            self._cross_pool.check()
+
+    def _remove(self, slot: int) -> None:
+        """Empty a slot. One that a failed install left empty may be named: its plan did not know yet."""
+        if slot in self._occupied:
+            self._occupied.remove(slot)
+            self._base.adapted.remove(slot)
+            self._virtual.remove(slot)
+
+    def _install(self, install: Install) -> str | None:
+        """Put an adapter into its slot; the reason if that fails, and then the slot is empty."""
+        try:
+            adapter = self._adapters(install.adapter)
+            self._base.adapted.install(install.slot, adapter)
+            self._occupied.add(install.slot)
+            self._virtual.place(install, adapter)
+        except (ServeError, ValueError, LookupError, RuntimeError) as error:
+            self._remove(install.slot)
+            return str(error)
+        return None
+
+    def _run_rows(self, rows: Sequence[Row]) -> list[RowResult]:
+        if not rows:
+            return []
+        keep = {i: max(len(row.wanted), row.draw is not None) for i, row in enumerate(rows)}
+        source = self._passes.encode(rows, self._virtual.of)
+        logits = self._passes.decode(rows, source, keep)
+        kept: list[_Kept] = []
+        for i, count in keep.items():
+            if count:
+                kept.append(_Kept(i, kept[-1].last + 1 if kept else 0, count))
+        if logits is None:
+            return [RowResult(request=row.request, branch=row.branch) for row in rows]
+        chosen = self._choose(rows, kept, logits)
+        scores = self._score(rows, kept, logits)
+        return [_result(row, chosen.get(i), scores.get(i, ())) for i, row in enumerate(rows)]
+
+    def _choose(self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor) -> dict[int, Chosen]:
+        drawing = [(k, draw) for k in kept if (draw := rows[k.row].draw) is not None]
+        if not drawing:
+            return {}
+        places = [k.last for k, _ in drawing]
+        chosen = self._sampler.choose(_rows_of(logits_NV, places), [draw for _, draw in drawing])
+        return {k.row: one for (k, _), one in zip(drawing, chosen, strict=True)}
+
+    def _score(
+        self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor
+    ) -> dict[int, tuple[tuple[float, ...], ...]]:
+        wanting = [(k, rows[k.row].wanted) for k in kept if rows[k.row].wanted]
+        if not wanting:
+            return {}
+        places = [k.last - len(wanted) + 1 + j for k, wanted in wanting for j in range(len(wanted))]
+        each = iter(score(_rows_of(logits_NV, places), [ids for _, w in wanting for ids in w]))
+        return {k.row: tuple(next(each) for _ in wanted) for k, wanted in wanting}
+
+
+def _result(row: Row, chosen: Chosen | None, scores: tuple[tuple[float, ...], ...]) -> RowResult:
+    if chosen is None:
+        return RowResult(request=row.request, branch=row.branch, scores=scores)
+    return RowResult(
+        request=row.request,
+        branch=row.branch,
+        token=chosen.token,
+        logprob=chosen.logprob,
+        top=chosen.top,
+        scores=scores,
+    )
+
+
+def _rows_of(logits_NV: Tensor, places: Sequence[int]) -> Tensor:
+    if len(places) == len(logits_NV):
+        return logits_NV
+    return logits_NV[torch.tensor(places, device=logits_NV.device)]
+
+
+def _pool(base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int) -> KVPool:
+    return KVPool(shape, num_blocks=num_blocks, block_size=block_size, dtype=base.dtype, device=base.device)
