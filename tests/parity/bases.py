@@ -9,23 +9,33 @@ from tests.adapters.checkpoints import VOCAB, make_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peft_serve.text import TextCodec
+
 
 def words(ids: list[int]) -> str:
     """The text of these ids."""
-    return " ".join(f"t{i}" for i in ids)
+    return " ".join(f"t{i:02}" for i in ids)
 
 
-def save_tiny_base(base_kind: str, folder: Path) -> Any:
-    """Write the base to `folder` as a served model; gives the model itself, the oracle's base."""
+def word_codec(*, is_encoder_decoder: bool) -> TextCodec:
+    """Encodes such texts and decodes to them."""
+    return TextCodec(_tokenizer(), is_encoder_decoder=is_encoder_decoder)
+
+
+def _tokenizer() -> Any:
+    tokenizer = Tokenizer(models.WordLevel({f"t{i:02}": i for i in range(VOCAB)}, unk_token="t02"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="t00", eos_token="t01", unk_token="t02", bos_token="t03"
+    )
+
+
+def save_tiny_base(base_kind: str, folder: Path) -> None:
+    """Write the base of this kind to `folder`, as a model that can be served."""
     model = make_base(base_kind)
     model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 0
     if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
         model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="t0", eos_token="t1", unk_token="t2", bos_token="t3"
-    ).save_pretrained(folder)
-    return model
+    _tokenizer().save_pretrained(folder)

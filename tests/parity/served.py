@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,17 +16,23 @@ from peft_serve.api.app import create_app
 from peft_serve.config import Settings
 from peft_serve.engine.assembly import build
 from peft_serve.engine.parts import ServerParts
+from peft_serve.text import TextCodec
 
 
 class ServedModel:
     """`with ServedModel(folder, store) as served:` then `served.client`."""
 
-    def __init__(self, model: Path | str, store: Path, **settings: Any) -> None:
+    def __init__(self, model: Path | str, store: Path, *, codec: TextCodec | None = None, **settings: Any) -> None:
+        """`codec` stands in for the base's own: transformers picks the tokenizer class of some families itself."""
+        self._codec = codec
         self.settings = Settings(model=str(model), store=store, dtype="float32", **settings)
         self.parts: ServerParts | None = None
 
     def __enter__(self) -> ServedModel:
-        self.parts = build(self.settings, say=lambda line: None)
+        self.parts, self.engine = build(self.settings, say=lambda line: None)
+        if self._codec is not None:
+            self.parts = replace(self.parts, codec=self._codec)
+        self.engine.start()
         self._server = uvicorn.Server(
             uvicorn.Config(create_app(self.parts), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
         )
@@ -48,3 +55,4 @@ class ServedModel:
         self._server.should_exit = True
         self._thread.join(timeout=60)
         assert not self._thread.is_alive(), "the server did not stop"
+        self.engine.stop()

@@ -4,7 +4,8 @@ A dense site of the frozen base (Linear, Conv1D, Embedding) is served in one nor
 
     y = s_out * (W (s_in * x) + b) + B A x + c
 
-in which every term is optional (absent = identity or zero) and all scaling is folded into B at compile time.
+in which every term is optional (absent = identity or zero) and all scaling is folded into B at compile time, the
+output scale of a scaled embedding (Gemma's) included.
 Everything else replaces a site's own parameters, or happens at sequence level. The executor sees these terms
 and never a method.
 

@@ -156,12 +156,11 @@ class Shift(VectorTerm):
 
 
 class LowRankDelta:
-    """y -> y + B A x, from the site's hot stack. A scaled embedding's scale is folded into B."""
+    """y -> y + B A x, from the site's hot stack. A scaled embedding's scale is in B since it was compiled."""
 
     def __init__(self, spec: SiteSpec, like: Tensor) -> None:
         self._like = like
         self._is_lookup = spec.kind is SiteKind.EMBEDDING
-        self._scale = spec.embed_scale
         self._width = spec.out_features + (1 if self._is_lookup else spec.in_features)
         self._factors: dict[int, LowRank] = {}
         self._stack = SiteStack(spec.in_features, spec.out_features)
@@ -169,7 +168,7 @@ class LowRankDelta:
     def put(self, slot: int, edit: Edit) -> None:
         if isinstance(edit, Affine) and edit.delta is not None:
             a_RI, b_OR = (t.to(self._like) for t in (edit.delta.a_RI, edit.delta.b_OR))
-            self._factors[slot] = LowRank(a_RI, b_OR if self._scale == 1.0 else b_OR * self._scale)
+            self._factors[slot] = LowRank(a_RI, b_OR)
 
     def drop(self, slot: int) -> None:
         self._factors.pop(slot, None)
@@ -265,9 +264,11 @@ class OwnNorm:
         return lambda x: self._run(x, {name: rows_SD[slot_T] for name, rows_SD in tables.items()})
 
     def _run(self, x: Tensor, own_TD: dict[str, Tensor]) -> Tensor:
-        """x is [1, T, d] or [T, d], or [1, T, heads, d] where heads are normalised one by one."""
-        between = [1] * max(x.ndim - 3, 0)
-        return self._apply(x, {name: t.view(t.shape[0], *between, t.shape[1]) for name, t in own_TD.items()})
+        """x is [T, d], [1, T, d], or, where heads are normalised one by one, [1, T, heads, d] or [1, heads, T, d]."""
+        shape = [1] * x.ndim
+        axis = token_axis(x)
+        shape[axis], shape[-1] = x.shape[axis], x.shape[-1]
+        return self._apply(x, {name: t.view(shape) for name, t in own_TD.items()})
 
     def _apply(self, x: Tensor, own: dict[str, Tensor]) -> Tensor:
         parameters = {**self._module._parameters, **own}
@@ -283,6 +284,17 @@ class OwnNorm:
             self._twin._parameters.update(self._module._parameters)
         assert isinstance(y, Tensor)
         return y
+
+
+def token_axis(x: Tensor) -> int:
+    """Which axis of a norm's input counts tokens; see `OwnNorm`.
+
+    Models split a projection into heads by a view and may then swap heads and tokens, which swaps the strides
+    too: memory stays in the order of tokens.
+    """
+    if x.ndim < 4:
+        return x.ndim - 2
+    return 1 if x.stride(1) >= x.stride(2) else 2
 
 
 def _plain_norm(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.model.routing import Lane, Route, Run
-from peft_serve.model.site_ops import InOp, OutOp, OwnNorm, OwnOp, Term, dense_terms
+from peft_serve.model.site_ops import InOp, OutOp, OwnNorm, OwnOp, Term, dense_terms, token_axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class NormSite:
         if self._op is None:
             return self._base(*args, **kwargs)
         (x,) = args or kwargs.values()
-        expect_tokens(self._spec.path, _num_tokens(x), route.num_tokens)
+        expect_tokens(self._spec.path, x.shape[token_axis(x)], route.num_tokens)
         return self._op(x)
 
 
@@ -113,11 +113,3 @@ def expect_tokens(path: str, num_seen: int, num_routed: int) -> None:
             f"site '{path}' got {num_seen} tokens and its stream was routed for {num_routed}; route the stream for "
             f"exactly the tokens of the pass, or leave this module out of the adapter"
         )
-
-
-def _num_tokens(x: Tensor) -> int:
-    """Tokens of [T, d], [1, T, d] or [1, T, heads, d]; 0 for a layout in which heads come before tokens."""
-    if x.ndim == 2:
-        return x.shape[0]
-    is_token_major = x.shape[0] == 1 and (x.ndim == 3 or x.stride(1) >= x.stride(2))
-    return x.shape[1] if is_token_major else 0

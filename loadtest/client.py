@@ -1,0 +1,208 @@
+"""The client: plays a trace against a server over HTTP and notes when every token came.
+
+*Open loop* sends each request at its time whatever the server does; *closed loop* keeps a fixed number in
+flight. Two routes: ``native`` sends text to ``/generate_stream`` and reads the prompt's token count from the
+``x-prompt-tokens`` header; ``completions`` sends token ids to ``/v1/completions``, exact on any base.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import aiohttp
+
+from loadtest.outcome import UNFINISHED, Outcome
+from loadtest.sse import EventSplitter
+from loadtest.trace import TraceRequest
+
+Route = Literal["native", "completions"]
+DONE = b"[DONE]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """How to reach the server. `encode` (text to token ids) is needed by the ``completions`` route only."""
+
+    url: str
+    route: Route = "native"
+    api_key: str | None = None
+    encode: Callable[[str], list[int]] | None = None
+    timeout_s: float = 600.0
+    drain_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse the completions route without a tokenizer."""
+        if self.route == "completions" and self.encode is None:
+            raise ValueError("the completions route sends token ids: it needs the base's tokenizer (encode)")
+
+    def body(self, request: TraceRequest) -> tuple[str, dict[str, Any]]:
+        """The path and JSON body that ask for exactly `max_new_tokens` greedy tokens."""
+        if self.route == "native":
+            parameters = {"max_new_tokens": request.max_new_tokens, "ignore_eos": True}
+            return "/generate_stream", {"inputs": request.text, "parameters": parameters}
+        assert self.encode is not None
+        return "/v1/completions", {
+            "model": "base",
+            "prompt": self.encode(request.text),
+            "max_tokens": request.max_new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+
+
+@dataclass(slots=True)
+class _Recording:
+    """One request while it runs; becomes an `Outcome` however it ends."""
+
+    request: TraceRequest
+    due_s: float
+    sent_s: float
+    token_times_s: list[float] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    status: int = 0
+    pieces: list[bytes] = field(default_factory=list)
+
+    def end(self, end_s: float, error: str | None, text: str = "") -> Outcome:
+        return Outcome(
+            index=self.request.index,
+            adapter=self.request.adapter,
+            due_s=self.due_s,
+            sent_s=self.sent_s,
+            end_s=end_s,
+            token_times_s=tuple(self.token_times_s),
+            prompt_tokens=self.prompt_tokens,
+            max_new_tokens=self.request.max_new_tokens,
+            status=self.status,
+            error=error,
+            text=text,
+        )
+
+
+class LoadClient:
+    """Plays requests; use as ``async with LoadClient(options) as client``."""
+
+    def __init__(self, options: ClientOptions, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`clock` gives seconds."""
+        self._options = options
+        self._clock = clock
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Open the connections' pool, without a limit: the load is decided by the trace alone."""
+        key = self._options.api_key
+        self._session = aiohttp.ClientSession(
+            base_url=self._options.url,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self._options.timeout_s),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close every connection."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def open_loop(
+        self, requests: Sequence[TraceRequest], *, on_done: Callable[[], None] = lambda: None
+    ) -> list[Outcome]:
+        """Send each request at its arrival time, then wait `drain_s` at most; what is still unanswered is
+        dropped and counts as the error ``unfinished``. Outcomes come in the order of `requests`."""
+        start = self._clock()
+        tasks = []
+        for request in requests:
+            await asyncio.sleep(max(0.0, start + request.arrival_s - self._clock()))
+            tasks.append(asyncio.create_task(self._play(request, start, request.arrival_s, on_done)))
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self._options.drain_s)
+            for task in late:
+                task.cancel()
+        return list(await asyncio.gather(*tasks))
+
+    async def closed_loop(
+        self,
+        requests: Sequence[TraceRequest],
+        *,
+        concurrency: int,
+        duration_s: float | None = None,
+        on_done: Callable[[], None] = lambda: None,
+    ) -> list[Outcome]:
+        """Keep `concurrency` requests in flight until all are answered or `duration_s` is over; those in
+        flight then are dropped as ``unfinished``. Outcomes come in the order in which requests were begun."""
+        start = self._clock()
+        waiting: Iterator[TraceRequest] = iter(requests)
+        begun: list[Outcome] = []
+
+        async def worker() -> None:
+            for request in waiting:
+                outcome = await self._play(request, start, self._clock() - start, on_done)
+                begun.append(outcome)
+                over = duration_s is not None and self._clock() - start >= duration_s
+                if over or outcome.error == UNFINISHED:
+                    return
+
+        tasks = [asyncio.create_task(worker()) for _ in range(concurrency)]
+        _, late = await asyncio.wait(tasks, timeout=duration_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks)
+        return sorted(begun, key=lambda outcome: outcome.index)
+
+    async def _play(self, request: TraceRequest, start: float, due_s: float, on_done: Callable[[], None]) -> Outcome:
+        recording = _Recording(request, due_s, self._clock() - start)
+        text, error = "", None
+        try:
+            text, error = await self._stream(recording, start)
+        except asyncio.CancelledError:
+            error = UNFINISHED
+        except TimeoutError:
+            error = "timeout"
+        except (aiohttp.ClientError, OSError, ValueError) as problem:
+            error = type(problem).__name__
+        on_done()
+        return recording.end(self._clock() - start, error, text)
+
+    async def _stream(self, recording: _Recording, start: float) -> tuple[str, str | None]:
+        assert self._session is not None, "use the client in `async with`"
+        request = recording.request
+        path, body = self._options.body(request)
+        query = {"adapter": request.adapter} if request.adapter else {}
+        async with self._session.post(path, params=query, json=body) as response:
+            recording.status = response.status
+            if response.status != 200:
+                return "", f"status {response.status}"
+            counted = response.headers.get("x-prompt-tokens")
+            recording.prompt_tokens = int(counted) if counted else None
+            splitter = EventSplitter()
+            async for chunk in response.content.iter_any():
+                payloads = [payload for payload in splitter.feed(chunk) if payload != DONE]
+                recording.token_times_s.extend([self._clock() - start] * len(payloads))
+                recording.pieces.extend(payloads)
+        return self._conclude(recording)
+
+    def _conclude(self, recording: _Recording) -> tuple[str, str | None]:
+        """The answer's text and what was wrong with it, read from the stream's last event."""
+        wanted = recording.request.max_new_tokens
+        if not recording.pieces:
+            return "", "empty stream"
+        last = json.loads(recording.pieces[-1])
+        if "error" in last:
+            recording.token_times_s.pop()
+            return "", f"stream error: {last.get('error_type') or 'unknown'}"
+        if self._options.route == "native":
+            text = last.get("generated_text") or ""
+        else:
+            choices = [json.loads(piece)["choices"] for piece in recording.pieces]
+            texts = [choice[0]["text"] for choice in choices if choice]
+            text = "".join(texts)
+            if len(texts) == wanted + 1 and not texts[-1]:  # a closing event of its own is not a token
+                recording.token_times_s.pop()
+        num_tokens = len(recording.token_times_s)
+        return text, None if num_tokens == wanted else f"{num_tokens} tokens of {wanted}"

@@ -1,0 +1,109 @@
+"""A report: the table, plot, files and log entry that a workload ends with."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.machine import Provenance
+from loadtest.plots import Plot, draw
+
+Cell = str | int | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a workload found. `notes` are the sentences that follow from the table (ratios against targets);
+    `plot` is drawn beside it; `provenance` is filled in when the report is filed."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+    plot: Plot | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance | None = None
+
+    def file(self, folder: Path, provenance: Provenance) -> "Report":
+        """Write ``result.json``, ``entry.md`` and ``plot.png`` into `folder`; answers with the dated report."""
+        dated = replace(self, provenance=provenance)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(json.dumps(asdict(dated), indent=2, default=str))
+        (folder / "entry.md").write_text(log_entry(dated))
+        if self.plot is not None:
+            draw(self.plot, folder / "plot.png")
+        return dated
+
+    def show(self, console: Console) -> None:
+        """Print the table and the notes."""
+        table = Table(title=self.title)
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in self.rows:
+            table.add_row(*map(written, row))
+        console.print(table)
+        for note in self.notes:
+            console.print(f"- {note}", highlight=False)
+
+
+def written(cell: Cell) -> str:
+    """A cell as people read it: four significant digits, a dash for nothing."""
+    if isinstance(cell, float):
+        return "-" if isnan(cell) else f"{cell:.4g}"
+    return str(cell)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """The same table for LOG.md."""
+    lines = [columns, ["---"] * len(columns), *[[written(cell) for cell in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def log_entry(report: Report) -> str:
+    """An entry for LOG.md, ready to paste but for the verdict."""
+    origin = report.provenance
+    assert origin is not None, "file the report first"
+    lines = [
+        f"## {origin.date}: {report.name}",
+        "",
+        f"- machine: {origin.machine}",
+        f"- software: {origin.software}",
+        f"- commit: {origin.commit}",
+        f"- command: `{origin.command}`",
+        "",
+        f"{report.title}",
+        "",
+        markdown_table(report.columns, report.rows),
+        "",
+        *(f"- {note}" for note in report.notes),
+        "- verdict: (one sentence: what this shows, and what is done about it)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def load_report(folder: Path) -> Report:
+    """Read back what `Report.file` wrote; the plot stays a picture."""
+    fields = json.loads((folder / "result.json").read_text())
+    return Report(
+        name=fields["name"],
+        title=fields["title"],
+        columns=tuple(fields["columns"]),
+        rows=tuple(tuple(row) for row in fields["rows"]),
+        notes=tuple(fields["notes"]),
+        settings=fields["settings"],
+        provenance=Provenance(**fields["provenance"]),
+    )
+
+
+def against(label: str, value: float, target: float) -> str:
+    """A note that holds a figure against the target it should reach or exceed."""
+    if isnan(value):
+        return f"{label}: not measured (target {target:g})"
+    return f"{label} = {value:.3f}, target {target:g}: {'met' if value >= target else 'missed'}"
