@@ -37,9 +37,7 @@ def test_every_metric_is_documented(repository: Path) -> None:
 
 def test_every_error_code_is_documented(repository: Path) -> None:
     text = _read(repository, "http-api.md")
-    classes = [
-        c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.ServeError)
-    ]
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.ServeError)]
     for error in classes:
         assert f"`{error.code}`" in text, error.__name__
         assert str(error.status) in text, error.__name__

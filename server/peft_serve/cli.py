@@ -22,8 +22,12 @@ import peft_serve
 from peft_serve.api.app import create_app
 from peft_serve.config import Settings
 from peft_serve.engine.assembly import build, shipped_adapters
+from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import ServerParts
+from peft_serve.engine.watch import BaseWatch
 from peft_serve.errors import ServeError
+
+_WATCH_S = 300.0  # between two readings of the base's weights, which cost a read of all of them
 
 app = typer.Typer(
     name="peft-serve",
@@ -52,14 +56,14 @@ def _serve(model: str, **options: Any) -> None:
         raise typer.Exit(2) from None
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        parts = _start(settings, console)
+        parts, engine = _start(settings, console)
     except (ServeError, ValueError, OSError) as error:
         console.print(f"[red]peft-serve does not start:[/red] {error}")
         raise typer.Exit(1) from None
-    run_server(parts, console)
+    run_server(parts, engine, console)
 
 
-def _start(settings: Settings, console: Console) -> ServerParts:
+def _start(settings: Settings, console: Console) -> tuple[ServerParts, Engine]:
     with console.status("starting") as status:
 
         def say(line: str) -> None:
@@ -69,10 +73,10 @@ def _start(settings: Settings, console: Console) -> ServerParts:
         return build(settings, say)
 
 
-def run_server(parts: ServerParts, console: Console) -> None:
+def run_server(parts: ServerParts, engine: Engine, console: Console) -> None:
     """Serve until told to stop; running requests get `drain_s` to end."""
     settings = parts.settings
-    server = _AnnouncingServer(
+    server = _Server(
         uvicorn.Config(
             create_app(parts),
             host=settings.host,
@@ -82,24 +86,38 @@ def run_server(parts: ServerParts, console: Console) -> None:
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
             server_header=False,
         ),
-        lambda port: console.print(_ready_text(parts, port), highlight=False, soft_wrap=True),
+        on_listening=lambda port: console.print(_ready_text(parts, port), highlight=False, soft_wrap=True),
+        on_stopping=engine.close_admission,
     )
-    server.run()
+    watch = BaseWatch(parts.check_base, engine.close_admission, parts.metrics, interval_s=_WATCH_S)
+    engine.start()
+    watch.start()
+    try:
+        server.run()
+    finally:
+        watch.stop()
+        engine.stop()
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Says where it listens once it does: the port may have been 0."""
+class _Server(uvicorn.Server):
+    """Says where it listens once it does (the port may have been 0), and when it begins to stop."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[int], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, on_listening: Callable[[int], None], on_stopping: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._announce = announce
+        self._on_listening = on_listening
+        self._on_stopping = on_stopping
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets=sockets)
-        for server in self.servers:
-            for bound in server.sockets:
-                self._announce(int(bound.getsockname()[1]))
-                return
+        for bound in (socket for server in self.servers for socket in server.sockets):
+            self._on_listening(int(bound.getsockname()[1]))
+            return
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        self._on_stopping()
+        await super().shutdown(sockets=sockets)
 
 
 def _ready_text(parts: ServerParts, port: int) -> str:

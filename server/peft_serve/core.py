@@ -98,6 +98,8 @@ class Request:
     decoder_prompt: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_ids: frozenset[int] = frozenset()
+    forced_first: int | None = None  # the base insists that an answer begins with this id (BART), and
+    forced_last: int | None = None  # that the last token of a full-length answer is this one
     choices: tuple[tuple[int, ...], ...] = ()  # token ids of each choice; not empty = score, do not generate
     arrival_s: float = 0.0
 
@@ -122,6 +124,7 @@ class Draw:
     prompt_history: tuple[int, ...] = ()  # filled only when `params.needs_history`
     output_history: tuple[int, ...] = ()
     suppress: tuple[int, ...] = ()  # ids that must not be chosen (end of sequence before min_new_tokens)
+    forced: int | None = None  # the token, whatever the logits say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

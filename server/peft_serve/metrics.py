@@ -76,9 +76,7 @@ class Metrics:
         self._step_tokens = Histogram(
             "vllm:iteration_tokens_total", "Tokens computed in a step.", buckets=_TOKENS, registry=r
         )
-        self._success = Counter(
-            "vllm:request_success", "Requests that ended.", ["finished_reason"], registry=r
-        )
+        self._success = Counter("vllm:request_success", "Requests that ended.", ["finished_reason"], registry=r)
         self._cache_config = Gauge(
             "vllm:cache_config_info", "Size of the KV cache.", ["block_size", "num_gpu_blocks"], registry=r
         )
@@ -100,9 +98,7 @@ class Metrics:
             "peft_serve_step_padding_ratio", "Padded share of the last step's tokens (ragged: 0).", registry=r
         )
         self._padding.set(0.0)
-        self._fingerprint = Gauge(
-            "peft_serve_base_fingerprint_ok", "1 while the base is unchanged.", registry=r
-        )
+        self._fingerprint = Gauge("peft_serve_base_fingerprint_ok", "1 while the base is unchanged.", registry=r)
         self._fingerprint.set(1)
 
     def _make_adapter_metrics(self) -> None:
@@ -122,9 +118,7 @@ class Metrics:
         self._adapter_bytes = Gauge("peft_serve_adapter_bytes", "Bytes of adapters.", ["tier"], registry=r)
         self._hits = Counter("peft_serve_adapter_cache_hits", "Found in the tier.", ["tier"], registry=r)
         self._misses = Counter("peft_serve_adapter_cache_misses", "Not in the tier.", ["tier"], registry=r)
-        self._evictions = Counter(
-            "peft_serve_adapter_evictions", "Taken out to make room.", ["tier"], registry=r
-        )
+        self._evictions = Counter("peft_serve_adapter_evictions", "Taken out to make room.", ["tier"], registry=r)
         self._load_s = Histogram(
             "peft_serve_adapter_load_seconds", "Load into the tier.", ["tier"], buckets=_LATENCY_S, registry=r
         )

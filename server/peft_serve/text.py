@@ -74,9 +74,7 @@ class TextCodec:
             same = whole[: len(before)] == before
             ids = whole[len(before) :] if same else self.encode(choice, add_special_tokens=False)
         if not ids:
-            raise BadRequest(
-                f"choices: {choice!r} has no tokens; give a word the tokenizer knows", param="choices"
-            )
+            raise BadRequest(f"choices: {choice!r} has no tokens; give a word the tokenizer knows", param="choices")
         return ids
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -86,10 +84,8 @@ class TextCodec:
                 rendered = self._tokenizer.apply_chat_template(
                     [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
                 )
-            except Exception as error:  # noqa: BLE001  # jinja raises whatever the template's author chose
-                raise BadRequest(
-                    f"messages: the chat template refuses them: {error}", param="messages"
-                ) from error
+            except Exception as error:  # jinja raises whatever the template's author chose
+                raise BadRequest(f"messages: the chat template refuses them: {error}", param="messages") from error
             return str(rendered)
         if len(messages) == 1:
             return str(messages[0].get("content") or "")

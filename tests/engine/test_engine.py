@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.scheduling.fake_model import FakeModel, alone
 
 from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.primitives import Adapter, KVPrefix
@@ -37,6 +36,7 @@ from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
+from tests.scheduling.fake_model import FakeModel, alone
 
 LIMITS = Limits(
     max_rows=8,

@@ -99,7 +99,8 @@ def test_a_generation_starts_and_ends_as_the_configuration_says() -> None:
     model.generation_config.forced_bos_token_id = 11
     base = ResidentBase(model, name="bart")
     assert base.eos_ids == {2, 9}
-    assert base.decoder_start_ids == (2, 11)
+    assert base.decoder_start_ids == (2,)
+    assert base.forced_first == 11
     model.generation_config.eos_token_id = 3
     assert base.eos_ids == {3}
     causal = ResidentBase(tiny("llama"), name="llama")

@@ -274,3 +274,12 @@ def test_half_precision_logits_are_computed_in_float() -> None:
     chosen = Sampler().choose(x, [draw(params), draw(SamplingParams(logprobs=True))])
     again = Sampler().choose(x.float(), [draw(params), draw(SamplingParams(logprobs=True))])
     assert chosen == again
+
+
+def test_a_forced_token_wins_over_everything() -> None:
+    logits_NV = torch.tensor([[0.0, 5.0, 1.0], [9.0, 0.0, 0.0]])
+    draws = [
+        Draw(params=SamplingParams(), seed=0, index=0, forced=2, suppress=(2,)),
+        Draw(params=SamplingParams(), seed=0, index=0),
+    ]
+    assert [chosen.token for chosen in Sampler().choose(logits_NV, draws)] == [2, 0]

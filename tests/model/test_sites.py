@@ -200,7 +200,7 @@ def _formula(spec: SiteSpec, edit: Affine) -> Callable[[nn.Module, tuple[Tensor]
             y = y * edit.out_scale
         if edit.delta is not None:
             u = edit.delta.a_RI.T[x] if is_lookup else x @ edit.delta.a_RI.T
-            y = y + u @ edit.delta.b_OR.T * (spec.embed_scale if is_lookup else 1.0)
+            y = y + u @ edit.delta.b_OR.T
         return y if edit.shift is None else y + edit.shift
 
     return hook

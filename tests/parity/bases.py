@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.adapters.checkpoints import VOCAB, make_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from peft_serve.text import TextCodec
+from tests.adapters.checkpoints import VOCAB, make_base
 
 
 def words(ids: list[int]) -> str:

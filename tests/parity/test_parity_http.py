@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
+
+from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
 from tests.adapters.checkpoints import BASE_KINDS, SEQ2SEQ, make_base, make_checkpoint, methods_for
 from tests.parity.bases import save_tiny_base, word_codec, words
 from tests.parity.served import ServedModel
-
-from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
 
 NUM_NEW = 12
 PROMPTS = ([9, 30, 12, 41, 5], [17] * 3 + [8, 22, 60, 33, 10, 11, 12, 13, 14, 15], [63], [40, 41, 42, 43, 44, 45, 46])

@@ -58,7 +58,9 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
         torch.set_num_threads(settings.num_threads)
     base = load_base(settings.model, dtype=settings.dtype, device=settings.device, on_progress=say)
     card = _card(settings, base)
-    say(f"base {card.name}: {card.class_name}, {card.num_parameters / 1e6:.1f} M parameters, {card.dtype}, {card.device}")
+    say(
+        f"base {card.name}: {card.class_name}, {card.num_parameters / 1e6:.1f} M parameters, {card.dtype}, {card.device}"
+    )
     codec = TextCodec.load(locate(settings.model), is_encoder_decoder=card.is_encoder_decoder)
     fingerprint = base.fingerprint()
     metrics = Metrics()
@@ -117,9 +119,12 @@ def _card(settings: Settings, base: ResidentBase) -> BaseCard:
         device=str(base.device),
         num_parameters=sum(p.numel() for p in base.model.parameters()),
         is_encoder_decoder=base.shape.is_encoder_decoder,
+        vocab_size=base.shape.vocab_size,
         max_context=_max_context(settings, base),
         eos_ids=base.eos_ids,
         decoder_start=base.decoder_start_ids,
+        forced_first=base.forced_first,
+        forced_last=base.forced_last,
     )
 
 
@@ -136,9 +141,7 @@ def _make_catalog(
     for problem in folders.problems:
         say(f"adapters: {problem}")
     say(f"adapters: {len({*store.names(), *folders.names()})} found")
-    return Catalog(
-        store, folders, check, checked_for=checked_for, base_name=card.name, now=lambda: datetime.now(UTC)
-    )
+    return Catalog(store, folders, check, checked_for=checked_for, base_name=card.name, now=lambda: datetime.now(UTC))
 
 
 def _make_engine(

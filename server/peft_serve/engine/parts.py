@@ -25,9 +25,12 @@ class BaseCard:
     device: str
     num_parameters: int
     is_encoder_decoder: bool
+    vocab_size: int  # rows of the embedding; a larger id cannot be computed
     max_context: int  # positions, prompt and new tokens together
     eos_ids: frozenset[int]
     decoder_start: tuple[int, ...]  # what the decoder of an encoder-decoder begins with
+    forced_first: int | None = None  # an answer has to begin with this id
+    forced_last: int | None = None  # an answer of full length has to end with this id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

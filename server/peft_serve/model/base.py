@@ -82,7 +82,7 @@ class ResidentBase:
 
     @property
     def decoder_start_ids(self) -> tuple[int, ...]:
-        """What an encoder-decoder's decoder starts with: the start token, then a forced first token."""
+        """What an encoder-decoder's decoder starts with."""
         if not self.shape.is_encoder_decoder:
             return ()
         start = self._generation("decoder_start_token_id")
@@ -92,8 +92,22 @@ class ResidentBase:
                 f"{self.name} names no decoder_start_token_id, so its decoder cannot start; "
                 "add one to its generation_config.json"
             )
-        forced = self._generation("forced_bos_token_id")
-        return (int(start),) if forced is None else (int(start), int(forced))
+        return (int(start),)
+
+    @property
+    def forced_first(self) -> int | None:
+        """The id an answer has to begin with (BART's `forced_bos_token_id`)."""
+        return self._forced("forced_bos_token_id")
+
+    @property
+    def forced_last(self) -> int | None:
+        """The id that ends an answer of full length (BART's `forced_eos_token_id`)."""
+        return self._forced("forced_eos_token_id")
+
+    def _forced(self, key: str) -> int | None:
+        given = self._generation(key)
+        given = given[0] if isinstance(given, list | tuple) else given
+        return None if given is None else int(given)
 
     def _generation(self, key: str) -> Any:
         given = getattr(self.model.generation_config, key, None)

@@ -52,6 +52,9 @@ class Sampler:
             drawn = _sample(scores_NV[sampled].float(), [draws[row] for row in sampled])
             for row, token in zip(sampled, drawn, strict=True):
                 tokens[row] = token
+        for row, draw in enumerate(draws):
+            if draw.forced is not None:
+                tokens[row] = draw.forced
         return _reported(logits_NV, draws, tokens)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_serve.core import BASE, AdapterId, Draw, Install, Row, Step
+from peft_serve.core import BASE, AdapterId, Draw, Install, Request, Row, Step
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.tracked import Branch, Tracked
 
@@ -151,4 +151,13 @@ def _draw(tracked: Tracked) -> Draw:
         prompt_history=tuple(tracked.tokens[:num_prompt]) if params.needs_history else (),
         output_history=tuple(tracked.tokens[num_prompt:]) if params.needs_history else (),
         suppress=tuple(sorted(request.eos_ids)) if holds_back_eos else (),
+        forced=_forced(request, index),
     )
+
+
+def _forced(request: Request, index: int) -> int | None:
+    """The id the base insists on at this place of the answer; a last one that ends it yields to `ignore_eos`."""
+    if index == 0 and request.forced_first is not None:
+        return request.forced_first
+    is_last = index == request.sampling.max_new_tokens - 1
+    return request.forced_last if is_last and not request.sampling.ignore_eos else None

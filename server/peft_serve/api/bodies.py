@@ -1,0 +1,225 @@
+"""The bodies of inference routes: their fields, types and ranges.
+
+Values are strict: `"5"` is no number and `true` is no count. Ranges that depend on the server's settings
+(the longest answer, the number of stop strings) are checked where the settings are known, in `admission`.
+These models are the schemas of the OpenAPI page.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
+
+MAX_COUNT: Final = 2**31 - 1
+MAX_SEED: Final = 2**63 - 1
+MIN_TEMPERATURE: Final = 1e-3
+
+
+class _FirstError(FailFast):
+    """pydantic's own is not hashable in every version, as a member of a union must be."""
+
+    __hash__ = object.__hash__
+
+
+FAIL_FAST: Final = _FirstError()
+"""A list of a million wrong items is one error."""
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[str], FAIL_FAST, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_COUNT)]], FAIL_FAST, Field(min_length=1)]
+Stops = Annotated[list[Text], FAIL_FAST]
+Choices = list[str] | dict[str, str]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+
+
+def checked_temperature(value: float | None) -> float | None:
+    """0 means greedy; between 0 and the smallest temperature the division would overflow."""
+    if value is not None and 0.0 < value < MIN_TEMPERATURE:
+        raise ValueError(f"Input should be 0 or at least {MIN_TEMPERATURE}")
+    return value
+
+
+def checked_template(value: str | None) -> str | None:
+    """A template has one place for the text, and no other formatting."""
+    if value is not None and value.count("{text}") != 1:
+        raise ValueError("Input should hold {text} exactly once")
+    return value
+
+
+def checked_words(value: Any) -> Any:
+    """One error for choices of the wrong type, however many there are."""
+    if value is None:
+        return None
+    if not isinstance(value, list | dict):
+        raise ValueError("Input should be a list of strings, or an object from labels to words")
+    words = value if isinstance(value, list) else [*value.keys(), *value.values()]
+    if not words or not all(isinstance(word, str) and word for word in words):
+        raise ValueError("Input should hold strings that are not empty, at least one")
+    return value
+
+
+def checked_choices(value: list[str] | dict[str, str] | None) -> list[str] | dict[str, str] | None:
+    """Labels tell the choices apart."""
+    if isinstance(value, list) and len(set(value)) < len(value):
+        raise ValueError("Input should not hold a choice twice")
+    return value
+
+
+class Body(BaseModel):
+    """What every body has in common: strict types, finite numbers, no other fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Parameters(Body):
+    """How to answer. Whatever is absent (or null) is the adapter's own default, else the server's."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="default 20")
+    min_new_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    do_sample: bool | None = Field(
+        default=None, description="default false, or true if temperature, top_k, top_p, min_p or typical_p is given"
+    )
+    temperature: float | None = Field(default=None, ge=0.0, le=100.0, description="0 = greedy")
+    top_k: int | None = Field(default=None, ge=0, le=MAX_COUNT, description="0 = off")
+    top_p: Share | None = None
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    typical_p: Share | None = None
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100.0)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    stop: Stops | None = Field(default=None, description="the answer ends after the first of these strings")
+    ignore_eos: bool | None = None
+    best_of: int | None = Field(
+        default=None, ge=1, le=MAX_COUNT, description="sample so many, answer with the likeliest"
+    )
+    n: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="the same as best_of")
+    return_full_text: bool | None = None
+    truncate: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="keep the prompt's last tokens only")
+    details: bool | None = None
+    top_n_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    template: str | None = Field(default=None, description="holds {text} once; null switches the adapter's off")
+    choices: Choices | None = Field(
+        default=None, description="answer with one of these; null switches the adapter's off"
+    )
+    adapter_id: str | None = None
+
+    _temperature = field_validator("temperature")(checked_temperature)
+    _template = field_validator("template")(checked_template)
+    _words = field_validator("choices", mode="before")(checked_words)
+    _choices = field_validator("choices")(checked_choices)
+
+
+class GenerateBody(Body):
+    """`POST /generate`, `/generate_stream` and `/`. `parameters` are `Parameters`."""
+
+    inputs: str | Texts
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    stream: bool = False
+    adapter: str | Annotated[list[str | None], FAIL_FAST] | None = Field(
+        default=None, description="an adapter, or one for each input (null or base: the base)"
+    )
+    adapter_id: str | None = None
+    model: str | None = None
+
+
+class TokenizeBody(Body):
+    """`POST /tokenize`."""
+
+    inputs: str
+    add_special_tokens: bool = True
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's stream options."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
+
+
+class OpenAIBody(Body):
+    """What completions and chats have in common. The second group are this server's own additions."""
+
+    model: str = "base"
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    n: int = Field(default=1, ge=1, le=MAX_COUNT)
+    temperature: float | None = Field(default=None, ge=0.0, le=2.0, description="default 1; 0 = greedy")
+    top_p: Share | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    stop: Text | Stops | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    adapter_id: str | None = None
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT, description="0 or -1 = off")
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    typical_p: Share | None = None
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100.0)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    template: str | None = None
+    choices: Choices | None = None
+
+    _temperature = field_validator("temperature")(checked_temperature)
+    _template = field_validator("template")(checked_template)
+    _words = field_validator("choices", mode="before")(checked_words)
+    _choices = field_validator("choices")(checked_choices)
+
+
+class CompletionBody(OpenAIBody):
+    """`POST /v1/completions`."""
+
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], FAIL_FAST, Field(min_length=1)]
+    best_of: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    add_special_tokens: bool = True
+
+
+class ContentPart(BaseModel):
+    """A piece of a message. Only text is understood."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    type: str
+    text: str | None = None
+
+    @field_validator("type")
+    @classmethod
+    def _is_text(cls, value: str) -> str:
+        if value != "text":
+            raise ValueError("only parts of type text are served")
+        return value
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    role: Text
+    content: str | Annotated[list[ContentPart], FAIL_FAST] | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The message's words."""
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content)
+        return self.content or ""
+
+
+class ChatBody(OpenAIBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], FAIL_FAST, Field(min_length=1)]
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_COUNT)

@@ -1,0 +1,125 @@
+"""Fields that clients send and that are no field of ours: which are harmless, and which are refused and why.
+
+A refused field is let pass when its value asks for nothing (`num_beams: 1`). A field in neither table is
+unknown, and refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Something this server does not do, said with the way out, and the values that do not ask for it."""
+
+    reason: str
+    inert: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldRules:
+    """How the fields of one body are sorted. A field of the body's model is in neither table."""
+
+    refused: Mapping[str, Refused] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    nullable: frozenset[str] = frozenset()  # null says something here: it switches the adapter's own value off
+
+
+_NULLABLE: Final = frozenset({"template", "choices"})
+_BEAMS: Final = Refused("beam search is not served; leave it out, or send 1", (1, False))
+_GRAMMAR: Final = Refused(
+    "constrained decoding is not served; use `choices` to pick one of several answers", ({"type": "text"}, {}, [])
+)
+_TOOLS: Final = Refused("tool calls are not served; leave them out", ([], "none", "auto", False))
+_AUDIO: Final = Refused("only text is served; leave it out", (["text"],))
+
+PARAMETERS: Final = FieldRules(
+    refused={
+        "num_beams": _BEAMS,
+        "num_beam_groups": _BEAMS,
+        "early_stopping": _BEAMS,
+        "length_penalty": Refused("beam search is not served; leave it out, or send 1.0", (1, 1.0)),
+        "diversity_penalty": Refused("beam search is not served; leave it out, or send 0.0", (0, 0.0)),
+        "no_repeat_ngram_size": Refused("not served; use repetition_penalty", (0,)),
+        "penalty_alpha": Refused("contrastive search is not served; leave it out"),
+        "decoder_input_details": Refused("log-probabilities of the prompt are not served; send false", (False,)),
+        "watermark": Refused("watermarks are not served; send false", (False,)),
+        "grammar": _GRAMMAR,
+        "response_format": _GRAMMAR,
+        "schema": _GRAMMAR,
+        "logit_bias": Refused("not served; leave it out", ({}, [])),
+        "bad_words_ids": Refused("not served; leave it out", ([],)),
+        "max_time": Refused("not served; bound the answer with max_new_tokens"),
+        "return_k_alternatives": Refused("not served; use top_n_tokens", (0,)),
+        "merged_adapters": Refused("this server does not combine adapters; name one in adapter_id"),
+        "adapter_source": Refused("adapters are uploaded, by PUT /adapters/{name}; send local", ("local", "")),
+        "apply_chat_template": Refused("use POST /v1/chat/completions", (False,)),
+    },
+    ignored=frozenset({"api_token", "use_cache", "cache_salt", "return_tensors", "clean_up_tokenization_spaces"}),
+    nullable=_NULLABLE,
+)
+
+GENERATE: Final = FieldRules(
+    refused={"adapter_source": PARAMETERS.refused["adapter_source"]},
+    ignored=frozenset({"options", "user", "metadata", "priority", "api_token"}),
+)
+
+TOKENIZE: Final = FieldRules(ignored=frozenset({"parameters", "options", "adapter_id", "model"}))
+
+_OPENAI_IGNORED: Final = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity", "priority",
+        "request_id", "cache_salt", "skip_special_tokens", "spaces_between_special_tokens",
+        "add_generation_prompt", "tool_prompt", "guideline",
+    }
+)  # fmt: skip
+
+_OPENAI_REFUSED: Final = {
+    "logit_bias": PARAMETERS.refused["logit_bias"],
+    "response_format": _GRAMMAR,
+    "guided_json": _GRAMMAR,
+    "guided_regex": _GRAMMAR,
+    "guided_grammar": _GRAMMAR,
+    "guided_choice": Refused("use `choices`", ([],)),
+    "structured_outputs": _GRAMMAR,
+    "num_beams": _BEAMS,
+    "use_beam_search": _BEAMS,
+    "length_penalty": PARAMETERS.refused["length_penalty"],
+    "bad_words": Refused("not served; leave it out", ([],)),
+    "prompt_logprobs": Refused("log-probabilities of the prompt are not served; leave it out", (0,)),
+}
+
+COMPLETIONS: Final = FieldRules(
+    refused={
+        **_OPENAI_REFUSED,
+        "echo": Refused("the prompt is not sent back; send false", (False,)),
+        "suffix": Refused("text is not filled in; leave it out", ("",)),
+        "prompt_embeds": _AUDIO,
+    },
+    ignored=_OPENAI_IGNORED,
+    nullable=_NULLABLE,
+)
+
+CHAT: Final = FieldRules(
+    refused={
+        **_OPENAI_REFUSED,
+        "tools": _TOOLS,
+        "tool_choice": _TOOLS,
+        "functions": _TOOLS,
+        "function_call": _TOOLS,
+        "modalities": _AUDIO,
+        "audio": _AUDIO,
+        "prediction": Refused("predicted outputs are not served; leave it out"),
+        "moderation": Refused("not served; leave it out"),
+        "web_search_options": Refused("not served; leave it out"),
+        "echo": Refused("the messages are not sent back; send false", (False,)),
+        "chat_template": Refused("the base's own chat template is used; leave it out"),
+        "best_of": Refused("not served for chats; use n", (1,)),
+    },
+    ignored=_OPENAI_IGNORED,
+    nullable=_NULLABLE,
+)

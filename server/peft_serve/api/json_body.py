@@ -1,0 +1,119 @@
+"""JSON from a caller: read strictly, with errors that are bounded and named by field.
+
+Owns parsing and the sorting of fields into known, inert and refused. Which fields a route has is `bodies`'
+and `fields`' business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from peft_serve.adapters.names import shown
+from peft_serve.api.fields import FieldRules
+from peft_serve.api.problems import MAX_ERRORS, FieldsInvalid
+from peft_serve.errors import InvalidParameter, Refusal
+
+B = TypeVar("B", bound=BaseModel)
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The request's body as a JSON object; raises InvalidParameter."""
+    content = b"".join([chunk async for chunk in request.stream()])
+    return parse_object(content)
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """`content` as a JSON object of finite numbers and well-formed text; raises InvalidParameter."""
+    try:
+        value = json.loads(content.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        if b"\\u" in content:
+            # Half of a surrogate pair can be written in JSON, and cannot be encoded again.
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, _NotFiniteError) else "not valid JSON in UTF-8"
+        raise InvalidParameter(f"body: {reason}", param="body") from error
+    if not isinstance(value, dict):
+        raise InvalidParameter("body: a JSON object is needed", param="body")
+    return value
+
+
+class _NotFiniteError(ValueError):
+    """A number that JSON cannot say; its message is fit to be shown."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _NotFiniteError(f"{name} is not a JSON number; send a finite one")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _NotFiniteError("a number is too large; send a finite one")
+    return value
+
+
+def validated(model: type[B], fields: Mapping[str, Any], rules: FieldRules, *, path: str = "") -> B:
+    """`fields` as a `model`; raises FieldsInvalid.
+
+    Explicit nulls are absent (unless the rules keep them), inert values are dropped, and what this server does
+    not do is refused by name, so that nothing asked for is passed over in silence.
+    """
+    kept: dict[str, Any] = {}
+    errors: list[Refusal] = []
+    known = model.model_fields
+    num_errors = 0
+    for name, value in fields.items():
+        if value is None and name not in rules.nullable:
+            continue
+        reason = _refusal(name, value, rules, is_known=name in known)
+        if reason is not None:
+            num_errors += 1
+            if len(errors) < MAX_ERRORS:
+                errors.append(Refusal(path + printable(name), reason))
+        elif name in known:
+            kept[name] = value
+    if errors:
+        raise FieldsInvalid(errors, num_errors=num_errors)
+    try:
+        return model.model_validate(kept)
+    except ValidationError as error:
+        raise _fields_invalid(error, path) from error
+
+
+def printable(name: str) -> str:
+    """A caller's own field name, fit for a message: as it is if it is plain, else quoted."""
+    return name if name.isascii() and name.isidentifier() and len(name) <= 64 else shown(name)
+
+
+def _refusal(name: str, value: Any, rules: FieldRules, *, is_known: bool) -> str | None:
+    if name in rules.refused:
+        refused = rules.refused[name]
+        if any(type(value) is type(inert) and value == inert for inert in refused.inert):
+            return None
+        return refused.reason
+    if is_known or name in rules.ignored:
+        return None
+    return "this route has no such field; /docs lists the ones it has"
+
+
+def _fields_invalid(error: ValidationError, path: str) -> FieldsInvalid:
+    found: dict[str, str] = {}
+    # A field that may be one of several types fails once for each; the first word is enough.
+    for each in islice(error.errors(include_url=False, include_context=False, include_input=False), 100):
+        place = path + ".".join(_place(each["loc"]))
+        found.setdefault(place or "body", each["msg"].removeprefix("Value error, "))
+    return FieldsInvalid([Refusal(place, reason) for place, reason in found.items()])
+
+
+def _place(loc: tuple[int | str, ...]) -> list[str]:
+    """The steps of a location that are the caller's own: not the names of the types that were tried."""
+    steps = [step for step in loc if isinstance(step, int) or step.isidentifier()]
+    types = {"str", "int", "bool", "float", "dict", "list"}
+    return [str(step) for i, step in enumerate(steps) if i == 0 or step not in types]

@@ -1,0 +1,246 @@
+"""`POST /generate`, `/generate_stream` and `/`: the native routes, which TGI's and LoRAX' clients call as well.
+
+Knows their bodies, answers and events; what runs is `admission`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from peft_serve.api import fields
+from peft_serve.api.bodies import GenerateBody, Parameters
+from peft_serve.api.generation import Generation
+from peft_serve.api.json_body import read_object, validated
+from peft_serve.api.json_response import json_response
+from peft_serve.api.naming import Mention, agreed_name, mentions_of, model_mention
+from peft_serve.api.openapi import error_responses, json_body
+from peft_serve.api.plan import Answer, Ask, Call, Plan, Token
+from peft_serve.api.problems import Family, body_of, problem_of
+from peft_serve.api.replies import CLIENT_CLOSED, merged, stream_headers, streamed, whole, whole_headers
+from peft_serve.api.service import Service
+from peft_serve.api.sse import event
+from peft_serve.core import FinishReason
+from peft_serve.errors import InvalidParameter, ServeError
+
+FINISH_REASONS: Final = {
+    FinishReason.EOS: "eos_token",
+    FinishReason.STOP: "stop_sequence",
+    FinishReason.LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """A read body: the call, and how its answer is to look."""
+
+    call: Call
+    is_list: bool
+    stream: bool
+    details: bool
+
+
+class NativeRoutes:
+    """See the module's docstring."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._settings = service.parts.settings
+
+    def router(self) -> APIRouter:
+        router = APIRouter(tags=["generate"])
+        routes = (
+            ("/generate", self.generate, "Generate from one input or a list of them"),
+            ("/generate_stream", self.generate_stream, "Generate as a stream of tokens"),
+            ("/", self.compat_generate, "As /generate, for clients that know no path; answers with a list"),
+        )
+        for path, endpoint, summary in routes:
+            router.add_api_route(
+                path,
+                endpoint,
+                methods=["POST"],
+                summary=summary,
+                openapi_extra=json_body("GenerateBody", _EXAMPLE, has_adapter=True),
+                responses=error_responses(400, 404, 413, 415, 422, 429, 500, 503),
+            )
+        return router
+
+    async def generate(self, request: Request) -> Response:
+        wish = await self._read(request)
+        return await (self._stream(wish, request) if wish.stream else self._whole(wish, request))
+
+    async def generate_stream(self, request: Request) -> Response:
+        return await self._stream(await self._read(request, stream=True), request)
+
+    async def compat_generate(self, request: Request) -> Response:
+        wish = await self._read(request)
+        if wish.stream:
+            return await self._stream(wish, request)
+        return await self._whole(wish, request, always_list=True)
+
+    async def _read(self, request: Request, *, stream: bool = False) -> _Wish:
+        body = validated(GenerateBody, await read_object(request), fields.GENERATE)
+        parameters = validated(Parameters, body.parameters, fields.PARAMETERS, path="parameters.")
+        best_of = _best_of(parameters)
+        inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        stream = stream or body.stream
+        if stream and len(inputs) > 1:
+            raise InvalidParameter("inputs: a stream answers one input; send a string", param="inputs")
+        if stream and best_of > 1:
+            raise InvalidParameter("best_of: a stream is one answer; send 1", param="best_of")
+        names = self._adapters(request, body, parameters, len(inputs))
+        wants_logprobs = stream or best_of > 1 or bool(parameters.details) or bool(parameters.top_n_tokens)
+        call = Call(
+            asks=tuple(Ask(text=text, adapter=name) for text, name in zip(inputs, names, strict=True)),
+            explicit=parameters.model_dump(exclude_unset=True),
+            num_answers=best_of,
+            num_logprobs=(parameters.top_n_tokens or 0) if wants_logprobs else None,
+        )
+        return _Wish(
+            call=call,
+            is_list=not isinstance(body.inputs, str),
+            stream=stream,
+            details=bool(parameters.details),
+        )
+
+    def _adapters(self, request: Request, body: GenerateBody, parameters: Parameters, num_inputs: int) -> list[str]:
+        """The adapter of each input."""
+        base = self._service.parts.base.name
+        shared = (
+            *mentions_of(request),
+            Mention("parameters.adapter_id", parameters.adapter_id or ""),
+            Mention("adapter_id", body.adapter_id or ""),
+        )
+        model = model_mention(body.model, base)
+        own = body.adapter if isinstance(body.adapter, list) else [body.adapter]
+        if isinstance(body.adapter, list) and len(own) != num_inputs:
+            raise InvalidParameter(
+                f"adapter: {len(own)} names for {num_inputs} inputs; give one for each", param="adapter"
+            )
+        if isinstance(body.adapter, list):
+            # In a list a null is a choice: this input is for the base.
+            return [agreed_name((*shared, Mention("adapter", name or "base"), *model), base) for name in own]
+        return [agreed_name((*shared, Mention("adapter", own[0] or ""), *model), base)] * num_inputs
+
+    async def _whole(self, wish: _Wish, request: Request, *, always_list: bool = False) -> Response:
+        generations = await self._service.open().admit(wish.call)
+        answers = await whole(generations, request)
+        if answers is None:
+            return Response(status_code=CLIENT_CLOSED)
+        n = wish.call.num_answers
+        content = [
+            _answer(generations[i : i + n], answers[i : i + n], details=wish.details) for i in range(0, len(answers), n)
+        ]
+        headers = whole_headers(generations, answers)
+        return json_response(content if wish.is_list or always_list else content[0], headers=headers)
+
+    async def _stream(self, wish: _Wish, request: Request) -> Response:
+        generations = await self._service.open().admit(wish.call)
+        return await streamed(
+            _events(generations),
+            generations,
+            request,
+            on_error=_error_event,
+            keep_alive_s=self._settings.keep_alive_s,
+            headers=lambda: stream_headers(generations),
+        )
+
+
+def _best_of(parameters: Parameters) -> int:
+    if parameters.n and parameters.best_of and parameters.n != parameters.best_of:
+        raise InvalidParameter("n: means the same as best_of here, and they differ; send one", param="n")
+    return parameters.best_of or parameters.n or 1
+
+
+def _answer(generations: Sequence[Generation], answers: Sequence[Answer], *, details: bool) -> dict[str, Any]:
+    """The likeliest of the answers to one input; the others are told in its details."""
+    order = sorted(range(len(answers)), key=lambda i: -answers[i].mean_logprob)
+    best = order[0]
+    plan = generations[best].plan
+    content = {"generated_text": _text(plan, answers[best]), "adapter": plan.served.describe()}
+    if details:
+        others = [_sequence(generations[i].plan, answers[i]) for i in order[1:]]
+        content["details"] = _details(plan, answers[best]) | {"best_of_sequences": others or None}
+    return content
+
+
+def _text(plan: Plan, answer: Answer) -> str:
+    return plan.prompt_text + answer.text if plan.full_text else answer.text
+
+
+def _sequence(plan: Plan, answer: Answer) -> dict[str, Any]:
+    """One of several answers, as TGI tells it."""
+    has_top = plan.request.sampling.num_top_logprobs > 0
+    return {
+        "generated_text": _text(plan, answer),
+        "finish_reason": FINISH_REASONS[answer.reason],
+        "generated_tokens": len(answer.tokens),
+        "seed": plan.request.sampling.seed,
+        "prefill": [],
+        "tokens": [_token(token) for token in answer.tokens],
+        "top_tokens": [_top(token) for token in answer.tokens] if has_top else [],
+    }
+
+
+def _details(plan: Plan, answer: Answer) -> dict[str, Any]:
+    content = _sequence(plan, answer)
+    del content["generated_text"]
+    content |= {
+        "prompt_tokens": answer.num_prompt_tokens,
+        "input_length": answer.num_prompt_tokens,
+        "skipped_tokens": 0,
+    }
+    if answer.scores:
+        content["choices"] = [{"label": s.label, "score": s.score, "logprob": s.logprob} for s in answer.scores]
+    return content
+
+
+def _token(token: Token) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "special": token.special,
+        "skipped": False,
+    }
+
+
+def _top(token: Token) -> list[dict[str, Any]]:
+    return [{"id": a.id, "text": a.text, "logprob": a.logprob, "special": False} for a in token.top]
+
+
+async def _events(generations: Sequence[Generation]) -> AsyncIterator[bytes]:
+    """One event for each token; the last has the whole text and the details."""
+    plan = generations[0].plan
+    index = 0
+    async for _, piece in merged(generations):
+        index += 1
+        token = piece.token or Token(id=0, text=piece.text, logprob=None, special=not piece.text)
+        content: dict[str, Any] = {
+            "index": index,
+            "token": _token(token),
+            "top_tokens": _top(token),
+            "generated_text": None,
+            "details": None,
+        }
+        if piece.answer is not None:
+            content["generated_text"] = _text(plan, piece.answer)
+            content["details"] = _details(plan, piece.answer)
+            content["adapter"] = plan.served.describe()
+        yield event(content, space=False)
+
+
+def _error_event(error: ServeError) -> bytes:
+    return event(body_of(problem_of(error, Family.TGI), Family.TGI), space=False)
+
+
+_EXAMPLE: Final = {
+    "inputs": "Where is my order? It was due on Monday.",
+    "adapter": "twitter-complaints",
+    "parameters": {"max_new_tokens": 20, "details": True},
+}

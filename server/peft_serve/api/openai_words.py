@@ -1,0 +1,101 @@
+"""Answers, chunks and model cards in OpenAI's words. Pure functions; knows no request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from peft_serve.api.plan import Answer, Token
+from peft_serve.core import FinishReason
+
+FINISH_REASONS: Final = {
+    FinishReason.EOS: "stop",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+}
+
+
+def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+    }
+
+
+def model_card(name: str, *, created: int, max_model_len: int, parent: str | None = None) -> dict[str, Any]:
+    """A model of the list; an adapter names the base as its parent."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "peft-serve",
+        "root": name,
+        "parent": parent,
+        "max_model_len": max_model_len,
+        "permission": [],
+    }
+
+
+def completion_logprobs(tokens: Sequence[Token], *, offset: int = 0) -> dict[str, list[Any]]:
+    """Four parallel lists; special tokens are no text and are left out. `offset` is where the text begins."""
+    shown = [token for token in tokens if not token.special]
+    offsets = []
+    for token in shown:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "text_offset": offsets,
+        "token_logprobs": [token.logprob for token in shown],
+        "tokens": [token.text for token in shown],
+        "top_logprobs": [{a.text: a.logprob for a in token.top} for token in shown],
+    }
+
+
+def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    """One entry for each token that is text."""
+    content = [
+        _entry(token.text, token.logprob)
+        | {"top_logprobs": [_entry(alternative.text, alternative.logprob) for alternative in token.top]}
+        for token in tokens
+        if not token.special
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _entry(text: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+
+
+def completion_choice(
+    index: int, text: str, tokens: Sequence[Token] | None, reason: FinishReason | None, *, offset: int = 0
+) -> dict[str, Any]:
+    """A choice of a text completion, whole or a chunk; `tokens` is None when no log-probabilities are asked for."""
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None if tokens is None else completion_logprobs(tokens, offset=offset),
+        "finish_reason": None if reason is None else FINISH_REASONS[reason],
+    }
+
+
+def chat_choice(index: int, answer: Answer, *, has_logprobs: bool) -> dict[str, Any]:
+    """A choice of a whole chat completion."""
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": answer.text, "refusal": None},
+        "logprobs": chat_logprobs(answer.tokens) if has_logprobs else None,
+        "finish_reason": FINISH_REASONS[answer.reason],
+    }
+
+
+def chat_delta(
+    index: int, delta: dict[str, str], tokens: Sequence[Token] | None = None, reason: FinishReason | None = None
+) -> dict[str, Any]:
+    """A choice of a chunk of a chat completion."""
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": None if tokens is None else chat_logprobs(tokens),
+        "finish_reason": None if reason is None else FINISH_REASONS[reason],
+    }

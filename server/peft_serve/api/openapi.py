@@ -1,0 +1,144 @@
+"""What the OpenAPI page says about bodies and errors that the routes read and write themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from peft_serve.api.bodies import ChatBody, CompletionBody, GenerateBody, Parameters, TokenizeBody
+
+_MODELS: Final[tuple[type[BaseModel], ...]] = (GenerateBody, Parameters, CompletionBody, ChatBody, TokenizeBody)
+_REFERENCE: Final = "#/components/schemas/"
+
+_MEANINGS: Final[Mapping[int, str]] = {
+    400: "The request contradicts itself, or cannot be read",
+    403: "This cannot be changed through this server",
+    404: "No such adapter",
+    412: "The name moved meanwhile, or exists already",
+    413: "The body is too large",
+    415: "The body is encoded, or of a type that is not read",
+    422: "A field, or an uploaded adapter, is refused; the message says which and why",
+    429: "Too many requests wait; Retry-After says when to come back",
+    500: "An error on the server's side",
+    503: "Starting, draining, or this adapter cannot be used",
+    507: "The disk is full",
+}
+
+ADAPTER_QUERY: Final = {
+    "name": "adapter",
+    "in": "query",
+    "required": False,
+    "description": "name, name@version or name@sha256:..; the header X-Adapter says the same",
+    "schema": {"type": "string"},
+}
+
+
+_ARCHIVE: Final = {"schema": {"type": "string", "format": "binary"}}
+_FORM: Final = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "description": "needed by POST /adapters"},
+        "archive": {"type": "string", "format": "binary"},
+        "adapter_config.json": {"type": "string", "format": "binary"},
+        "adapter_model.safetensors": {"type": "string", "format": "binary"},
+        "peft_serve.json": {"type": "string", "format": "binary"},
+    },
+}
+UPLOAD_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "description": "A PEFT checkpoint folder as .zip, .tar or .tar.gz, or its files as a form",
+        "content": {
+            "application/zip": _ARCHIVE,
+            "application/x-tar": _ARCHIVE,
+            "application/gzip": _ARCHIVE,
+            "multipart/form-data": {"schema": _FORM},
+        },
+    },
+    "parameters": [
+        {"name": "dry_run", "in": "query", "schema": {"enum": ["0", "1"]}, "description": "1: check only"},
+        {
+            "name": "If-Match",
+            "in": "header",
+            "schema": {"type": "string"},
+            "description": "publish over this ETag only",
+        },
+        {"name": "If-None-Match", "in": "header", "schema": {"enum": ["*"]}, "description": "create only"},
+        {"name": "Content-Digest", "in": "header", "schema": {"type": "string"}, "description": "sha-256=:<base64>:"},
+    ],
+}
+
+
+def json_body(model: str, example: Mapping[str, Any], *, has_adapter: bool = False) -> dict[str, Any]:
+    """A route's `openapi_extra`: its body is `model`."""
+    content = {"schema": {"$ref": _REFERENCE + model}, "example": dict(example)}
+    extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": content}}}
+    if has_adapter:
+        extra["parameters"] = [ADAPTER_QUERY]
+    return extra
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a native route."""
+    problem = {"application/problem+json": {"schema": {"$ref": _REFERENCE + "Problem"}}}
+    return {status: {"description": _MEANINGS[status], "content": problem} for status in statuses}
+
+
+def openai_error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route under /v1."""
+    error = {"application/json": {"schema": {"$ref": _REFERENCE + "OpenAIError"}}}
+    return {status: {"description": _MEANINGS[status], "content": error} for status in statuses}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of `app`."""
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
+    for model in _MODELS:
+        schema = model.model_json_schema(ref_template=_REFERENCE + "{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+    # A body reads its parameters itself, to say what is wrong with them by name.
+    schemas["GenerateBody"]["properties"]["parameters"] = {"$ref": _REFERENCE + "Parameters"}
+    schemas["Problem"] = _PROBLEM
+    schemas["OpenAIError"] = _OPENAI_ERROR
+    return document
+
+
+_STRING: Final = {"type": "string"}
+_PROBLEM: Final = {
+    "type": "object",
+    "description": "RFC 9457. Routes that TGI's clients call carry `error` and `error_type` beside it.",
+    "required": ["type", "title", "status", "detail", "code"],
+    "properties": {
+        "type": _STRING,
+        "title": _STRING,
+        "status": {"type": "integer"},
+        "detail": _STRING,
+        "code": _STRING,
+        "request_id": _STRING,
+        "param": _STRING,
+        "errors": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"path": _STRING, "reason": _STRING}},
+        },
+        "error": _STRING,
+        "error_type": {"enum": ["validation", "overloaded", "generation", "incomplete_generation"]},
+    },
+}
+_NULLABLE: Final = {"type": ["string", "null"]}
+_OPENAI_ERROR: Final = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {"message": _STRING, "type": _STRING, "param": _NULLABLE, "code": _NULLABLE},
+        }
+    },
+}

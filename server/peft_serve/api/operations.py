@@ -1,0 +1,109 @@
+"""`/health`, `/livez`, `/readyz`, `/metrics` and the model list: what machines ask about the server itself.
+
+None of them waits for anything but the metrics page, and that only for a render.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import Final
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from peft_serve.api import openai_words as words
+from peft_serve.api.json_response import json_response
+from peft_serve.api.naming import MODEL_ALIASES
+from peft_serve.api.openapi import error_responses, openai_error_responses
+from peft_serve.api.service import Service
+from peft_serve.engine.snapshot import EngineSnapshot, EngineState
+from peft_serve.errors import Unavailable
+from peft_serve.metrics import CONTENT_TYPE, StateFigures
+
+MAX_STALL_S: Final = 60.0
+RETRY_AFTER_S: Final = 1.0
+
+
+class OperationRoutes:
+    """See the module's docstring."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._parts = service.parts
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        add = router.add_api_route
+        ops: list[str | Enum] = ["operations"]
+        unavailable = error_responses(503)
+        add("/livez", self.livez, methods=["GET"], tags=ops, summary="The process answers")
+        add("/health", self.health, methods=["GET"], tags=ops, summary="The engine lives", responses=unavailable)
+        add("/readyz", self.readyz, methods=["GET"], tags=ops, summary="Requests are admitted", responses=unavailable)
+        add("/metrics", self.metrics, methods=["GET"], tags=ops, summary="Prometheus' text format, version 0.0.4")
+        add("/v1/models", self.models, methods=["GET"], tags=["openai"], summary="The base and every adapter")
+        add(
+            "/v1/models/{model:path}",
+            self.model,
+            methods=["GET"],
+            tags=["openai"],
+            summary="The base or one adapter",
+            responses=openai_error_responses(404),
+        )
+        return router
+
+    async def livez(self) -> Response:
+        return json_response({"status": "ok"})
+
+    async def health(self) -> Response:
+        snapshot = self._parts.engine.snapshot()
+        if snapshot.state in (EngineState.DEAD, EngineState.STOPPED):
+            raise Unavailable(f"the engine is {snapshot.state.value}; the server must be restarted")
+        if snapshot.stalled_s > MAX_STALL_S:
+            raise Unavailable(f"the engine has been in one step for {snapshot.stalled_s:.0f} s")
+        return json_response({"status": "ok", "state": snapshot.state.value})
+
+    async def readyz(self) -> Response:
+        state = self._parts.engine.snapshot().state
+        if state is not EngineState.RUNNING:
+            raise Unavailable(f"the server is {state.value}", retry_after_s=RETRY_AFTER_S)
+        return json_response({"status": "ok", "state": state.value})
+
+    async def metrics(self) -> Response:
+        self._parts.metrics.set_state(self._figures(self._parts.engine.snapshot()))
+        page = await asyncio.to_thread(self._parts.metrics.render)
+        # starlette would add a charset of its own, and scrapers compare the type as a whole.
+        return Response(page, headers={"content-type": CONTENT_TYPE})
+
+    def _figures(self, snapshot: EngineSnapshot) -> StateFigures:
+        name = self._service.name_of
+        return StateFigures(
+            num_running=snapshot.num_running,
+            num_waiting=snapshot.num_waiting,
+            resident_adapters=tuple(dict.fromkeys(name(r.adapter) for r in snapshot.resident)),
+            waiting_adapters=tuple(dict.fromkeys(name(adapter) for adapter in snapshot.waiting_adapters)),
+            host_adapters=tuple(dict.fromkeys(name(adapter) for adapter in snapshot.host_adapters)),
+            device_bytes=snapshot.device_bytes,
+            host_bytes=snapshot.host_bytes,
+            kv_usage=snapshot.kv_usage,
+            max_resident=snapshot.num_slots,
+            num_blocks=snapshot.num_blocks,
+            block_size=snapshot.block_size,
+        )
+
+    async def models(self) -> Response:
+        base = self._parts.base
+        entries = await asyncio.to_thread(self._parts.catalog.list)
+        cards = [self._card(entry.name, parent=base.name) for entry in entries if not entry.problem]
+        return json_response({"object": "list", "data": [self._card(base.name), *cards]})
+
+    async def model(self, model: str) -> Response:
+        base = self._parts.base
+        if model == base.name or model in MODEL_ALIASES:
+            return json_response(self._card(base.name))
+        await asyncio.to_thread(self._parts.catalog.get, model)
+        return json_response(self._card(model, parent=base.name))
+
+    def _card(self, name: str, parent: str | None = None) -> dict[str, object]:
+        created, longest = int(self._service.started_s), self._parts.base.max_context
+        return words.model_card(name, created=created, max_model_len=longest, parent=parent)

@@ -1,0 +1,140 @@
+"""What a caller asks and what is done for it: facts that pass between the routes, admission and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from peft_serve.adapters.records import Resolved
+from peft_serve.api.naming import BASE_NAME
+from peft_serve.core import FinishReason, Request
+
+LOWEST_LOGPROB: Final = -9999.0
+"""What is shown for minus infinity, which JSON cannot say (OpenAI's figure)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One input: text, token ids or the messages of a chat, and the adapter it is for."""
+
+    adapter: str = BASE_NAME
+    text: str | None = None
+    ids: tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Style:
+    """How a family of routes differs where requests are made."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # parameters, below those of the adapter
+    max_new_tokens: int | None = 20  # when nobody says; None: as many as there is room for
+    keep_stop: bool = True  # whether the answer ends with the stop string or before it
+    names: Mapping[str, str] = field(default_factory=dict)  # what the family calls a parameter
+    add_special_tokens: bool = True
+
+    def name(self, parameter: str) -> str:
+        return self.names.get(parameter, parameter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One HTTP call: its inputs and what was said explicitly, in the words of `bodies.Parameters`."""
+
+    asks: tuple[Ask, ...]
+    explicit: Mapping[str, Any]
+    style: Style = field(default_factory=Style)
+    num_answers: int = 1  # independent answers to each input
+    num_logprobs: int | None = None  # None: no log-probabilities; 0: of the chosen tokens; n: and n alternatives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """Who answers: a version of an adapter, or the base."""
+
+    name: str
+    resolved: Resolved | None = None
+
+    @property
+    def method(self) -> str:
+        return "base" if self.resolved is None else self.resolved.peft_type
+
+    def describe(self) -> dict[str, Any]:
+        """The `adapter` member of a native answer."""
+        if self.resolved is None:
+            return {"name": BASE_NAME, "version": None, "digest": None, "peft_type": None}
+        r = self.resolved
+        return {"name": r.name, "version": r.number, "digest": r.id, "peft_type": r.peft_type}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One request for the engine, and what its answer needs to know."""
+
+    request: Request
+    served: Served
+    prompt_text: str
+    labels: tuple[str, ...] = ()  # of the request's choices
+    stops: tuple[str, ...] = ()
+    keep_stop: bool = True
+    full_text: bool = False  # the answer begins with the prompt
+    release: Callable[[], None] = lambda: None  # gives the adapter back; called once
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have been chosen."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of an answer. `text` is what it adds to the answer; a special token adds nothing."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+    top: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One choice: the sum of its tokens' log-probabilities, and its share among the choices."""
+
+    label: str
+    score: float
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A whole answer. Times in seconds."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    reason: FinishReason
+    scores: tuple[Score, ...] = ()
+    num_prompt_tokens: int
+    queue_s: float
+    ttft_s: float | None
+    total_s: float
+
+    @property
+    def mean_logprob(self) -> float:
+        """By which the best of several answers is chosen."""
+        known = [t.logprob for t in self.tokens if t.logprob is not None]
+        return sum(known) / len(known) if known else LOWEST_LOGPROB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What a step adds: a token, the text that can be shown now, and at the end the whole answer."""
+
+    token: Token | None
+    text: str
+    answer: Answer | None = None

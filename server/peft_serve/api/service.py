@@ -1,0 +1,57 @@
+"""What every inference route works with: the parts of the server, and the way into the engine.
+
+Owns the engine's client, which belongs to one event loop and is made on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from typing import Final
+
+from peft_serve import __version__
+from peft_serve.api.admission import Admission
+from peft_serve.core import AdapterId
+from peft_serve.engine.client import EngineClient
+from peft_serve.engine.parts import ServerParts
+
+MAX_NAMES: Final = 4096
+"""Names remembered for metrics; the one that was asked for longest ago is forgotten first."""
+
+
+class Service:
+    """One for each application. `now` gives unix seconds, `draw_bits(n)` n random bits."""
+
+    def __init__(self, parts: ServerParts, *, now: Callable[[], float], draw_bits: Callable[[int], int]) -> None:
+        self.parts = parts
+        self.now = now
+        self.started_s = now()
+        self._draw_bits = draw_bits
+        self._admission: Admission | None = None
+        self._names: dict[AdapterId, str] = {}
+        card = parts.base
+        seen = f"{__version__} {card.name} {card.class_name} {card.dtype} {card.num_parameters}"
+        self.system_fingerprint = "fp_" + hashlib.sha256(seen.encode()).hexdigest()[:10]
+
+    def open(self) -> Admission:
+        """The way in; called on the event loop's thread, first when the application starts."""
+        if self._admission is None:
+            client = EngineClient(self.parts.engine, asyncio.get_running_loop())
+            self._admission = Admission(self.parts, client, self._draw_bits, learn=self.learn)
+        return self._admission
+
+    def new_id(self, prefix: str = "") -> str:
+        """An id that is not given twice."""
+        return f"{prefix}{self._draw_bits(128):032x}"
+
+    def learn(self, adapter: AdapterId, name: str) -> None:
+        """Remember by which name an adapter was last asked for."""
+        self._names.pop(adapter, None)
+        self._names[adapter] = name
+        if len(self._names) > MAX_NAMES:
+            del self._names[next(iter(self._names))]
+
+    def name_of(self, adapter: AdapterId) -> str:
+        """The name an adapter was last asked for by; without one, the beginning of its digest."""
+        return self._names.get(adapter, adapter[:19])

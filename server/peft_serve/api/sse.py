@@ -1,0 +1,105 @@
+"""Server-sent events: a response that writes events, keeps a quiet connection alive and notices who left.
+
+Owns the connection of one stream. What the events say is its caller's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, Final, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+
+
+def event(content: Mapping[str, Any], *, space: bool = True) -> bytes:
+    """One event; TGI's clients were written against `data:` without a space."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"data:{' ' if space else ''}{text}\n\n".encode()
+
+
+class EventStreamResponse(Response):
+    """Writes `events` as they come. `on_close` is called once, however the stream ends."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        on_close: Callable[[], None],
+        keep_alive_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status_code=200, media_type="text/event-stream", headers=headers)
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+        self._events = events
+        self._on_close = on_close
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        try:
+            await until_gone(self._write(send), receive)
+        finally:
+            self._on_close()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in kept_alive(self._events, self._keep_alive_s):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def kept_alive(events: AsyncIterator[bytes], keep_alive_s: float) -> AsyncIterator[bytes]:
+    """`events`, with a comment wherever none came for `keep_alive_s`."""
+    pending: asyncio.Future[bytes | None] | None = None
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(next_or_none(events))
+            done, _ = await asyncio.wait({pending}, timeout=keep_alive_s)
+            if not done:
+                yield KEEP_ALIVE
+                continue
+            chunk, pending = pending.result(), None
+            if chunk is None:
+                return
+            yield chunk
+    finally:
+        if pending is not None:
+            pending.cancel()
+
+
+async def next_or_none(events: AsyncIterator[bytes]) -> bytes | None:
+    # A StopAsyncIteration cannot leave a task.
+    return await anext(events, None)
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the client has closed the connection. The request's body must have been read."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+async def until_gone(work: Awaitable[T], receive: Receive) -> T | None:
+    """The result of `work`, or None (and `work` cancelled) if the client goes away before."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, watch):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each

@@ -1,0 +1,96 @@
+"""`POST /tokenize` and `GET /info`: what TGI's clients ask a server about itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from peft_serve import __version__
+from peft_serve.api import fields
+from peft_serve.api.bodies import TokenizeBody
+from peft_serve.api.json_body import read_object, validated
+from peft_serve.api.json_response import json_response
+from peft_serve.api.openapi import error_responses, json_body
+from peft_serve.api.service import Service
+from peft_serve.text import TextCodec
+
+
+class TGIRoutes:
+    """See the module's docstring."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def router(self) -> APIRouter:
+        router = APIRouter(tags=["generate"])
+        router.add_api_route(
+            "/tokenize",
+            self.tokenize,
+            methods=["POST"],
+            summary="The tokens of a text, with their places in the decoded text",
+            openapi_extra=json_body("TokenizeBody", _EXAMPLE),
+            responses=error_responses(413, 415, 422),
+        )
+        router.add_api_route(
+            "/info", self.info, methods=["GET"], summary="The base model and the limits of this server"
+        )
+        return router
+
+    async def tokenize(self, request: Request) -> Response:
+        body = validated(TokenizeBody, await read_object(request), fields.TOKENIZE)
+        return json_response(await asyncio.to_thread(tokens_of, self._service.parts.codec, body))
+
+    async def info(self) -> Response:
+        parts = self._service.parts
+        settings, base = parts.settings, parts.base
+        return json_response(
+            {
+                "model_id": base.name,
+                "model_sha": None,
+                "model_dtype": base.dtype,
+                "model_device_type": base.device,
+                "model_pipeline_tag": "text2text-generation" if base.is_encoder_decoder else "text-generation",
+                "max_concurrent_requests": settings.max_rows + settings.max_queue,
+                "max_best_of": settings.max_inputs,
+                "max_stop_sequences": settings.max_stop_sequences,
+                "max_input_tokens": base.max_context - (0 if base.is_encoder_decoder else 1),
+                "max_total_tokens": base.max_context,
+                "max_new_tokens": settings.max_new_tokens,
+                "max_client_batch_size": settings.max_inputs,
+                "max_top_n_tokens": settings.max_top_logprobs,
+                "max_choices": settings.max_choices,
+                "max_rank": settings.max_rank,
+                "validation_workers": 1,
+                "router": "peft-serve",
+                "version": __version__,
+                "sha": None,
+                "docker_label": None,
+                "base": {
+                    "family": base.family,
+                    "class": base.class_name,
+                    "num_parameters": base.num_parameters,
+                    "is_encoder_decoder": base.is_encoder_decoder,
+                },
+            }
+        )
+
+
+def tokens_of(codec: TextCodec, body: TokenizeBody) -> list[dict[str, Any]]:
+    """Each token with its place in the text that the tokens decode to; a special token is no text."""
+    ids = codec.encode(body.inputs, add_special_tokens=body.add_special_tokens)
+    decoder = codec.detokenizer(())
+    tokens, at = [], 0
+    for i, id_ in enumerate(ids):
+        piece = decoder.push(id_)
+        if i + 1 == len(ids):
+            piece += decoder.flush()
+        start, at = at, at + len(piece)
+        tokens.append({"id": id_, "text": codec.token_text(id_), "start": start, "stop": at})
+    return tokens
+
+
+_EXAMPLE: Final = {"inputs": "Where is my order?"}

@@ -1,0 +1,132 @@
+"""Reading an upload off a request: an archive or a form, its digest checked, nothing kept.
+
+Owns the temporary file of one upload. What is inside an archive is `adapters.archive`'s business, and whether
+the adapter is good is the gate's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from typing import BinaryIO, Final, cast
+
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from peft_serve.adapters.archive import files_from_parts, read_upload
+from peft_serve.adapters.members import WANTED, UploadLimits
+from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.config import MIB
+from peft_serve.errors import BadRequest, Forbidden, MalformedUpload
+
+MAX_PARTS: Final = 16
+FLUSH_BYTES: Final = 1 * MIB
+ARCHIVE_PART: Final = "archive"
+NAME_PART: Final = "name"
+
+_HASHES: Final = {"sha-256": "sha256", "sha-512": "sha512"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """A checkpoint as it came, and the name that came with it (in forms only)."""
+
+    files: CheckpointFiles
+    name: str | None = None
+
+
+async def receive_upload(request: Request, limits: UploadLimits) -> Upload:
+    """The checkpoint in the request's body; raises what a bad upload is refused with."""
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared == "application/json":
+        raise Forbidden("source: this server fetches no adapters; send the files themselves")
+    if declared == "multipart/form-data":
+        return await _from_form(request, limits)
+    with tempfile.TemporaryFile() as spool:
+        content = cast(BinaryIO, spool)
+        await _spool(request, content)
+        files = await asyncio.to_thread(read_upload, content, request.headers.get("content-type"), limits=limits)
+        return Upload(files=files)
+
+
+async def _spool(request: Request, file: BinaryIO) -> None:
+    """Write the body to `file`, a chunk at a time beside the event loop, and check its digest."""
+    wanted = _content_digest(request)
+    found = hashlib.new(wanted[0]) if wanted is not None else None
+    waiting = bytearray()
+    async for chunk in request.stream():
+        waiting += chunk
+        if found is not None:
+            found.update(chunk)
+        if len(waiting) >= FLUSH_BYTES:
+            await asyncio.to_thread(file.write, bytes(waiting))
+            waiting.clear()
+    await asyncio.to_thread(file.write, bytes(waiting))
+    if found is not None and wanted is not None and found.digest() != wanted[1]:
+        raise MalformedUpload("content-digest: the body is not the one that was announced; send it again")
+
+
+def _content_digest(request: Request) -> tuple[str, bytes] | None:
+    """The hash and its value by RFC 9530: `sha-256=:<base64>:`."""
+    given = request.headers.get("content-digest")
+    if given is None:
+        return None
+    for item in given.split(","):
+        algorithm, _, value = item.strip().partition("=")
+        if algorithm.strip().lower() in _HASHES and len(value) > 2 and value[0] == value[-1] == ":":
+            try:
+                digest = base64.b64decode(value[1:-1], validate=True)
+            except (binascii.Error, ValueError):
+                break
+            return _HASHES[algorithm.strip().lower()], digest
+    raise BadRequest("content-digest: should read sha-256=:<base64>: (or sha-512)", param="content-digest")
+
+
+async def _from_form(request: Request, limits: UploadLimits) -> Upload:
+    if request.headers.get("content-digest") is not None:
+        raise BadRequest("content-digest: is checked for archives only; leave it out", param="content-digest")
+    try:
+        form = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=limits.max_json_bytes)
+    except (HTTPException, FormParserError, ValueError, KeyError) as error:
+        raise MalformedUpload("the form cannot be read: not a complete multipart/form-data body") from error
+    try:
+        return await asyncio.to_thread(_read_form, form, limits)
+    finally:
+        await form.close()
+
+
+def _read_form(form: FormData, limits: UploadLimits) -> Upload:
+    name: str | None = None
+    parts: dict[str, bytes] = {}
+    archive: UploadFile | None = None
+    for key, value in form.multi_items():
+        if key == NAME_PART and isinstance(value, str):
+            name = value
+        elif key == ARCHIVE_PART and isinstance(value, UploadFile):
+            if archive is not None:
+                raise MalformedUpload("the form holds two archives; send one checkpoint")
+            archive = value
+        else:
+            file = _part_name(key, value)
+            if file in parts:
+                raise MalformedUpload(f"the form holds {file} twice; send one checkpoint")
+            if file in WANTED:
+                parts[file] = value.encode() if isinstance(value, str) else value.file.read()
+    if archive is not None and parts:
+        raise MalformedUpload("the form holds an archive and single files; send one of them")
+    if archive is not None:
+        return Upload(files=read_upload(archive.file, None, limits=limits), name=name)
+    return Upload(files=files_from_parts(parts, limits=limits), name=name)
+
+
+def _part_name(key: str, value: UploadFile | str) -> str:
+    """The file a part is: by the field's name, else by the file's own."""
+    if key in WANTED or isinstance(value, str):
+        return key
+    return (value.filename or "").rsplit("/", 1)[-1]

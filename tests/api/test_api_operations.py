@@ -1,0 +1,83 @@
+"""Health, metrics, documentation."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import httpx
+
+from peft_serve.engine.snapshot import EngineState
+from tests.api.api_fakes import World
+
+
+async def test_health_follows_the_engine(client: httpx.AsyncClient, world: World) -> None:
+    expected = {
+        EngineState.STARTING: (200, 503),
+        EngineState.RUNNING: (200, 200),
+        EngineState.DRAINING: (200, 503),
+        EngineState.STOPPED: (503, 503),
+        EngineState.DEAD: (503, 503),
+    }
+    for state, (health, ready) in expected.items():
+        world.engine.state = state
+        assert (await client.get("/health")).status_code == health
+        answer = await client.get("/readyz")
+        assert answer.status_code == ready
+        assert ("retry-after" in answer.headers) == (ready == 503)
+        assert (await client.get("/livez")).status_code == 200
+    world.engine.state = EngineState.RUNNING
+    world.engine.stalled_s = 61
+    assert (await client.get("/health")).status_code == 503
+    assert (await client.get("/livez")).status_code == 200
+
+
+async def test_metrics_name_adapters_as_callers_do(client: httpx.AsyncClient, world: World) -> None:
+    await client.post("/adapters/plain/load")
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = re.findall(r"^vllm:lora_requests_info\{(.*)\} 1\.0$", answer.text, re.MULTILINE)
+    assert samples == ['max_lora="8",running_lora_adapters="plain",waiting_lora_adapters=""']
+    assert 'peft_serve_adapter_resident{adapter="plain",tier="device"} 1.0' in answer.text
+
+
+async def test_the_openapi_page_describes_every_route(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    paths = document["paths"]
+    for path in ("/", "/generate", "/generate_stream", "/tokenize", "/info", "/v1/completions", "/v1/chat/completions"):
+        assert path in paths
+    for path in ("/adapters", "/adapters/{name}", "/adapters/validate", "/health", "/livez", "/readyz", "/metrics"):
+        assert path in paths
+    schemas = document["components"]["schemas"]
+    references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert references <= set(schemas), references - set(schemas)
+    assert schemas["Parameters"]["properties"]["top_p"]
+    operations = [op["operationId"] for path in paths.values() for op in path.values()]
+    assert len(set(operations)) == len(operations)
+
+
+async def test_examples_of_the_page_are_answered(client: httpx.AsyncClient, world: World) -> None:
+    world.publish("twitter-complaints", _files())
+    document = (await client.get("/openapi.json")).json()
+    tried = 0
+    for path, methods in document["paths"].items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        if "application/json" in content:
+            answer = await client.post(path, json=content["application/json"]["example"])
+            assert answer.status_code == 200, (path, answer.text)
+            tried += 1
+    assert tried == 6
+
+
+async def test_the_page_needs_nothing_from_elsewhere(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "openapi.json" in answer.text
+    assert "http://" not in answer.text
+    assert "https://" not in answer.text
+
+
+def _files() -> dict[str, bytes]:
+    from tests.api.api_fakes import checkpoint
+
+    return checkpoint("twitter")
