@@ -27,7 +27,7 @@ from peft_serve.core import (
     StepResult,
     TokenEvent,
 )
-from peft_serve.engine.client import EngineClient
+from peft_serve.engine.client import EngineClient, EventStream
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.snapshot import EngineState
 from peft_serve.errors import AdapterUnavailable, Internal, QueueFull, ServeError, Unavailable
@@ -217,10 +217,9 @@ async def test_a_full_queue_refuses_at_once() -> None:
     try:
         client = EngineClient(house.engine, asyncio.get_running_loop())
         house.engine.start()
-        streams = []
+        streams: list[EventStream] = []
         with pytest.raises(QueueFull, match="--max-queue") as refused:
-            for i in range(40):
-                streams.append(client.submit(request(i)))
+            streams.extend(client.submit(request(i)) for i in range(40))
         assert refused.value.retry_after_s
         assert len(streams) >= 3
         release.set()

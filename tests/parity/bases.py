@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_serve.text import TextCodec
 from tests.adapters.checkpoints import VOCAB, make_base
@@ -30,9 +31,18 @@ def _tokenizer() -> Any:
     )
 
 
+def lively_base(base_kind: str) -> PreTrainedModel:
+    """The base of this kind with larger weights, so that what an adapter does shows in the tokens."""
+    model, generator = make_base(base_kind), torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
+
+
 def save_tiny_base(base_kind: str, folder: Path) -> None:
-    """Write the base of this kind to `folder`, as a model that can be served."""
-    model = make_base(base_kind)
+    """Write `lively_base` to `folder`, as a model that can be served."""
+    model = lively_base(base_kind)
     model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 0
     if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:

@@ -29,7 +29,7 @@ class ServedModel:
         self.parts: ServerParts | None = None
 
     def __enter__(self) -> ServedModel:
-        self.parts, self.engine = build(self.settings, say=lambda line: None)
+        self.parts, self.engine = build(self.settings, say=lambda _line: None)
         if self._codec is not None:
             self.parts = replace(self.parts, codec=self._codec)
         self.engine.start()

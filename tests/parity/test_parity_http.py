@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
-from tests.adapters.checkpoints import BASE_KINDS, SEQ2SEQ, make_base, make_checkpoint, methods_for
-from tests.parity.bases import save_tiny_base, word_codec, words
+from tests.adapters.checkpoints import BASE_KINDS, SEQ2SEQ, make_checkpoint, methods_for
+from tests.parity.bases import lively_base, save_tiny_base, word_codec, words
 from tests.parity.served import ServedModel
 
 NUM_NEW = 12
@@ -83,14 +83,14 @@ def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) ->
     save_tiny_base(base_kind, tmp_path / "base")
     names = {method: method.replace("_", "-") for method in methods_for(base_kind)}
     expected: dict[tuple[str, int], list[int]] = {}
-    plain = make_base(base_kind)
+    plain = lively_base(base_kind)
     for i, prompt in enumerate(PROMPTS):
         expected["base", i] = oracle_tokens(plain, prompt)
     settings = {"max_rows": 40, "max_step_tokens": 96, "max_step_adapters": 16, "max_resident_adapters": 40}
     codec = word_codec(is_encoder_decoder=base_kind in SEQ2SEQ)
     with ServedModel(tmp_path / "base", tmp_path / "store", codec=codec, **settings) as served:
         for at, (method, name) in enumerate(names.items()):
-            files, model = make_checkpoint(method, base_kind, seed=100 + at)
+            files, model = make_checkpoint(method, base_kind, seed=100 + at, base=lively_base(base_kind))
             for i, prompt in enumerate(PROMPTS):
                 expected[name, i] = oracle_tokens(model, prompt)
             content, kind = (as_zip(files), "zip") if at % 2 else (as_tar(files), "gzip")

@@ -72,7 +72,7 @@ def check_known(ids: Sequence[int], vocab_size: int) -> None:
     largest = max(ids)
     if largest >= vocab_size:
         raise InvalidParameter(
-            f"prompt: token id {largest} is not in the vocabulary of {vocab_size} entries; POST /tokenize says which are",
+            f"prompt: token id {largest} is not in the vocabulary of {vocab_size} entries; see POST /tokenize",
             param="prompt",
         )
 

@@ -58,9 +58,8 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
         torch.set_num_threads(settings.num_threads)
     base = load_base(settings.model, dtype=settings.dtype, device=settings.device, on_progress=say)
     card = _card(settings, base)
-    say(
-        f"base {card.name}: {card.class_name}, {card.num_parameters / 1e6:.1f} M parameters, {card.dtype}, {card.device}"
-    )
+    size = f"{card.num_parameters / 1e6:.1f} M parameters"
+    say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
     codec = TextCodec.load(locate(settings.model), is_encoder_decoder=card.is_encoder_decoder)
     fingerprint = base.fingerprint()
     metrics = Metrics()

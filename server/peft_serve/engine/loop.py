@@ -112,7 +112,7 @@ class Engine:
         self._ready: dict[AdapterId, Adapter] = {}  # leased host copies that wait for their install
         self._runner = make_runner(self._ready.__getitem__)
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._deliver: Callable[[Sequence[Event]], None] = lambda events: None
+        self._deliver: Callable[[Sequence[Event]], None] = lambda _events: None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._lock = threading.Lock()
         self._num_arriving = 0  # submitted, not yet seen by the scheduler
@@ -195,7 +195,7 @@ class Engine:
             while self._read_inbox():
                 self._advance()
             self._state = EngineState.STOPPED
-        except Exception:
+        except Exception:  # noqa: BLE001
             # Whatever this is, no request may hang on it: they all end, and health tells the supervisor.
             _log.exception("the engine has died")
             self._state = EngineState.DEAD
@@ -308,7 +308,7 @@ class Engine:
     def _run(self, step: Step) -> list[Event]:
         try:
             result = self._runner.run(step)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # The step's rows fail, nobody else's do, and the engine goes on.
             _log.exception("step %d failed with %d rows", step.id, len(step.rows))
             failure = Internal(f"the forward pass failed ({type(error).__name__}); the request was not completed")
