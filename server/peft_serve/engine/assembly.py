@@ -43,6 +43,12 @@ from peft_serve.text import TextCodec
 Inspect = Callable[[CheckpointFiles], Inspected]
 
 _CROSS_SHARE = 0.5  # of the KV bytes of an encoder-decoder: the source is kept as long as the answer grows
+_BESIDE = 1
+"""torch threads of every thread but the engine's. An OpenMP runtime stops spinning between parallel regions as soon as
+a second team of threads exists, and then each small product of a step pays a wake-up: measured 150 us against 8 us
+(docs/decisions/0003-one-team-of-threads.md). The number is a setting of the calling thread, so it is set where the
+work is done."""
+
 _AFFINITY_AGE_S = 2.0
 
 
@@ -54,8 +60,8 @@ class _KVSizes:
 
 def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
     """Load the base and make everything around it; the engine is made but not started."""
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    num_threads = settings.num_threads or torch.get_num_threads()
+    torch.set_num_threads(_BESIDE)
     base = load_base(settings.model, dtype=settings.dtype, device=settings.device, on_progress=say)
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
@@ -67,12 +73,13 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
 
     def check(files: CheckpointFiles) -> Inspected:
         """The whole of validation: the gate, then a compile whose result is thrown away."""
+        torch.set_num_threads(_BESIDE)
         inspected = inspect(files, base, limits)
         compile_adapter(inspected, base, limits)
         return inspected
 
     catalog = _make_catalog(settings, card, check, f"{peft_serve.__version__} {fingerprint} {limits}", say)
-    engine = _make_engine(settings, base, catalog, limits, metrics)
+    engine = _make_engine(settings, base, catalog, limits, metrics, num_threads)
     parts = ServerParts(
         settings=settings,
         base=card,
@@ -144,9 +151,15 @@ def _make_catalog(
 
 
 def _make_engine(
-    settings: Settings, base: ResidentBase, catalog: Catalog, limits: GateLimits, metrics: Metrics
+    settings: Settings,
+    base: ResidentBase,
+    catalog: Catalog,
+    limits: GateLimits,
+    metrics: Metrics,
+    num_threads: int,
 ) -> Engine:
     def load(adapter: AdapterId) -> Adapter:
+        torch.set_num_threads(_BESIDE)
         return compile_adapter(inspect(catalog.files(adapter), base, limits), base, limits)
 
     sizes = _kv_sizes(settings, base)
@@ -192,6 +205,7 @@ def _make_engine(
         max_queue=settings.max_queue,
         is_encoder_decoder=is_encoder_decoder,
         block_size=block_size,
+        on_thread_start=lambda: torch.set_num_threads(num_threads),
     )
 
 

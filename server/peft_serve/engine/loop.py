@@ -100,6 +100,7 @@ class Engine:
         max_queue: int,
         is_encoder_decoder: bool,
         block_size: int,
+        on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._host_cache = host_cache
@@ -109,6 +110,7 @@ class Engine:
         self._max_queue = max_queue
         self._is_encoder_decoder = is_encoder_decoder
         self._block_size = block_size
+        self._on_thread_start = on_thread_start
         self._ready: dict[AdapterId, Adapter] = {}  # leased host copies that wait for their install
         self._runner = make_runner(self._ready.__getitem__)
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -192,6 +194,7 @@ class Engine:
 
     def _main(self) -> None:
         try:
+            self._on_thread_start()
             while self._read_inbox():
                 self._advance()
             self._state = EngineState.STOPPED
