@@ -28,6 +28,9 @@ class Settings(BaseSettings):
         default="auto", description="compute dtype; auto = float32 on CPU, bfloat16 on CUDA"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the base lives")
+    prepack: Literal["auto", "on", "off"] = Field(
+        default="auto", description="a second copy of float32 weights in the CPU's own layout: faster, twice the memory"
+    )
     num_threads: int | None = Field(default=None, ge=1, description="torch threads for the forward pass")
 
     # adapters

@@ -33,6 +33,7 @@ from peft_serve.engine.parts import BaseCard, ServerParts
 from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.loader import DEMO_NAMES, load_base, locate
+from peft_serve.model.packing import can_pack, has_room
 from peft_serve.model.runner import StepRunner
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
@@ -63,6 +64,9 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     num_threads = settings.num_threads or torch.get_num_threads()
     torch.set_num_threads(_BESIDE)
     base = load_base(settings.model, dtype=settings.dtype, device=settings.device, on_progress=say)
+    if _wants_packing(settings, base):
+        base.adapted.pack()
+        say("weights packed for this CPU")
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
     say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
@@ -110,6 +114,13 @@ def shipped_adapters(model: str) -> Path | None:
     package = Path(peft_serve.__file__).parent
     candidates = (package / "demo" / "adapters" / model, package.parent.parent / "adapters" / model)
     return next((path for path in candidates if path.is_dir()), None)
+
+
+def _wants_packing(settings: Settings, base: ResidentBase) -> bool:
+    if settings.prepack == "off" or not can_pack(base.device, base.dtype):
+        return False
+    num_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    return settings.prepack == "on" or has_room(num_bytes)
 
 
 def _max_context(settings: Settings, base: ResidentBase) -> int:

@@ -75,6 +75,12 @@ class AdaptedSites:
         there = {self._sites[path] for path, s in self._streams.items() if s is not stream}
         return tuple(here & there)
 
+    def pack(self) -> None:
+        """Run every Linear and Conv1D from a packed copy of its weight; see `packing`."""
+        for site in {id(site): site for site in self._sites.values()}.values():
+            if isinstance(site, DenseSite) and site.can_pack:
+                site.pack()
+
     def close(self) -> None:
         """Give every module its own forward back."""
         self.clear()

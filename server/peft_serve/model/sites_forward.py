@@ -7,6 +7,7 @@ the route changes: a route is frozen, and `AdaptedSites` replaces it whenever ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
+from peft_serve.model.packing import packed_linear
 from peft_serve.model.routing import Lane, Route, Run
 from peft_serve.model.site_ops import InOp, OutOp, OwnNorm, OwnOp, Term, dense_terms, token_axis
 
@@ -40,9 +42,22 @@ class DenseSite:
         self.dense = dense_terms(spec, module)
         self.terms: tuple[Term, ...] = self.dense.all()
         self._spec = spec
-        self._base = module.forward
+        self._module = module
+        self._base: Callable[..., Any] = module.forward
         self._planned: Route | None = None
         self._plan: _DensePlan | None = None
+
+    @property
+    def can_pack(self) -> bool:
+        return self._spec.kind in (SiteKind.LINEAR, SiteKind.CONV1D)
+
+    def pack(self) -> None:
+        """Run the base op of a Linear or Conv1D from a packed copy of its weight."""
+        weight, bias = self._module.weight, self._module.bias
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        is_transposed = self._spec.kind is SiteKind.CONV1D
+        self._base = packed_linear(weight.t() if is_transposed else weight, bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = self.lane.route

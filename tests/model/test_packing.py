@@ -1,0 +1,63 @@
+"""Packed weights give the model's own logits, and adapters act on top of them as before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from peft_serve.adapters.base import SiteKind
+from peft_serve.adapters.primitives import Adapter, Affine, LowRank
+from peft_serve.core import AdapterId
+from peft_serve.model.packing import can_pack, has_room, packed_linear
+from peft_serve.model.routing import Stream
+from peft_serve.model.sites import AdaptedSites
+from tests.adapters.checkpoints import make_base
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this torch has no oneDNN")
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 70])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_packed_layer_is_the_layer(num_rows: int, has_bias: bool) -> None:
+    torch.manual_seed(num_rows)
+    layer = nn.Linear(33, 47, bias=has_bias)
+    x = torch.randn(1, num_rows, 33)
+    with torch.inference_mode():
+        y = packed_linear(layer.weight, layer.bias)(x)
+        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+        y += 1  # a new tensor, which terms may change in place
+    assert y.shape == (1, num_rows, 47)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_packed_model_with_an_adapter_equals_a_plain_one(kind: str) -> None:
+    ids = torch.tensor([[5, 9, 30, 2, 7]])
+    logits = []
+    for is_packed in (False, True):
+        model = make_base(kind)
+        sites = AdaptedSites(model, stream_of=lambda path: Stream.HEAD if path == "lm_head" else Stream.TARGET)
+        if is_packed:
+            sites.pack()
+        torch.manual_seed(0)
+        dense = {p: s for p, s in sites.specs.items() if s.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and "lm" not in p}
+        edits = {
+            p: Affine(delta=LowRank(torch.randn(4, s.in_features), 0.1 * torch.randn(s.out_features, 4)))
+            for p, s in dense.items()
+        }
+        sites.install(1, Adapter(id=AdapterId("sha256:1"), method="LORA", sites=edits))
+        with torch.inference_mode():
+            plain = model(input_ids=ids, use_cache=False).logits
+            sites.route(Stream.TARGET, [(0, 2), (1, 3)])
+            logits.append(torch.cat([plain, model(input_ids=ids, use_cache=False).logits]))
+    scale = float(logits[0].abs().max())
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5 * scale)
+    assert not torch.allclose(logits[0][0], logits[0][1], atol=1e-3 * scale)
+
+
+def test_packing_is_for_float32_on_a_cpu_with_room() -> None:
+    assert not can_pack(CPU, torch.bfloat16)
+    assert not can_pack(torch.device("meta"), torch.float32)
+    assert has_room(1)
+    assert not has_room(1 << 60)
