@@ -155,23 +155,3 @@ def test_only_the_first_argument_changes() -> None:
     got = grouped.add_low_rank_(y, x, stack.a, stack.b, stack.foreign)
     assert got is y
     assert all(torch.equal(t, k) for t, k in zip((x, stack.a, stack.b), kept, strict=True))
-
-
-def division(num_tokens: int, num_adapters: int, rank: int) -> list[Piece]:
-    each = num_tokens // num_adapters
-    return [(each * k, each * k + each, rank * k, rank * k + rank) for k in range(num_adapters)]
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "pieces", "width", "runs"),
-    [
-        (1, division(1, 1, 8), 1792, False),  # one token: the same work, fewer views
-        (8, division(8, 8, 8), 1792, False),  # narrow: dispatches outweigh foreign rows
-        (32, division(32, 32, 8), 5760, True),
-        (1024, division(1024, 4, 16), 1792, True),  # prefill
-        (32, [(0, 32, 0, 64), (32, 32, 2000, 2016)], 1792, True),  # far apart in the stack
-    ],
-)
-def test_the_cheaper_way(num_tokens: int, pieces: list[Piece], width: int, runs: bool) -> None:
-    extent = max(p[3] for p in pieces)
-    assert grouped.prefers_runs(num_tokens, extent, pieces, width) is runs

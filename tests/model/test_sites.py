@@ -24,7 +24,7 @@ from transformers import (
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Adapter, Affine, Edit, LowRank, Replace
 from peft_serve.core import AdapterId
-from peft_serve.kernels.grouped import prefers_runs
+from peft_serve.kernels.grouped import cost_masked, cost_runs
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
 
@@ -302,7 +302,7 @@ def test_long_rows_go_adapter_by_adapter() -> None:
     for slot, it in worn.items():
         sites.install(slot, it)
     pieces = [(120 * k, 120 * k + 120, 32 * k, 32 * k + 32) for k in range(3)]
-    assert prefers_runs(480, 96, pieces, width=32 + 32), "the rows below are long enough"
+    assert cost_runs(pieces, 64) < cost_masked(480, 96, 64), "the rows below are long enough"
     assert_rows_alone(model, plain, sites, worn, rows_for([0, 1, 2, 3], seed=5, lengths=(120,)))
 
 

@@ -216,8 +216,18 @@ def _make_engine(
         max_queue=settings.max_queue,
         is_encoder_decoder=is_encoder_decoder,
         block_size=block_size,
-        on_thread_start=lambda: torch.set_num_threads(num_threads),
+        on_thread_start=lambda: _claim_threads(num_threads),
     )
+
+
+def _claim_threads(num_threads: int) -> None:
+    """Make the calling thread the one that computes on so many cores.
+
+    A thread takes the number that was set last, by whichever thread, when it first computes; asking for it makes it
+    take the number now.
+    """
+    torch.set_num_threads(num_threads)
+    torch.get_num_threads()
 
 
 def _kv_sizes(settings: Settings, base: ResidentBase) -> _KVSizes:

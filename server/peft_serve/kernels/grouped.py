@@ -27,26 +27,24 @@ Piece = tuple[int, int, int, int]
 Part = tuple[int, int, Tensor, Tensor]
 """The same with the rows themselves: tokens [first, last), A [r, I], B [r, O]."""
 
-_STREAMED_TOKENS = 4
-_RUN_COST = 270_000
+STREAMED_TOKENS = 4
+"""A product with fewer tokens costs what reading its rows costs, which is as much as so many tokens do."""
+
+_PAIR_COST = 270_000
+"""What the calls of one pair of products cost, about 8 us, in multiply-adds of one CPU thread."""
 
 
-def prefers_runs(num_tokens: int, num_rows: int, pieces: Sequence[Piece], width: int) -> bool:
-    """Whether one pair of GEMMs for each adapter is cheaper than one masked pair over `num_rows` stack rows.
+def cost_masked(num_tokens: int, num_rows: int, features: int) -> int:
+    """Multiply-adds of one masked pair of products over `num_rows` stack rows; `features` is in + out of the site."""
+    return num_rows * max(num_tokens, STREAMED_TOKENS) * features + _PAIR_COST
 
-    `width` is in + out features of the site. A pair of GEMMs costs tokens x rows x width multiply-adds; with
-    fewer than about 4 tokens it costs what reading its rows costs, which is as much as 4 tokens do. Every
-    adapter of the loop also pays its dispatches, about 8 us, in which a CPU thread does 270,000 multiply-adds.
-    (Measured in CPU time on one thread, fp32, widths 1792 and 5760, 1 to 512 tokens, 1 to 32 adapters of rank
-    8 and 32: the choice is the faster one, or within 35 us of it. At 32 tokens of 32 adapters of rank 8 the
-    loop takes 0.29 ms and 0.52 ms, the masked pair 0.44 ms and 1.5 ms.)
-    """
-    dense = num_rows * max(num_tokens, _STREAMED_TOKENS) * width + _RUN_COST
-    looped = sum(
-        (last_row - first_row) * max(last - first, _STREAMED_TOKENS) * width + _RUN_COST
+
+def cost_runs(pieces: Sequence[Piece], features: int) -> int:
+    """The same of one pair of products for each adapter."""
+    return sum(
+        (last_row - first_row) * max(last - first, STREAMED_TOKENS) * features + _PAIR_COST
         for first, last, first_row, last_row in pieces
     )
-    return looped < dense
 
 
 def shrink(x_TI: Tensor, a_RI: Tensor) -> Tensor:

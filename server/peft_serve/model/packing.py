@@ -33,7 +33,7 @@ def packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor]
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build of torch packs weights of this kind, and to some use."""
-    if device.type != "cpu" or dtype != torch.float32 :
+    if device.type != "cpu" or dtype != torch.float32:
         return False
     has_ops = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_ops and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from peft_serve.core import BASE_SLOT
+from peft_serve.kernels import grouped
+from peft_serve.kernels.grids import Grid, grids_of
 from peft_serve.kernels.grouped import Piece
 from peft_serve.model.stacks import Place
 
@@ -37,6 +40,14 @@ class Run:
     last: int
 
 
+class Way(StrEnum):
+    """How the low-rank terms of a step's adapters are computed."""
+
+    MASKED = "masked"  # two products over all of them, foreign entries blanked
+    RUNS = "runs"  # two products for each
+    GRIDS = "grids"  # two batched products for each width
+
+
 class Span:
     """The stack rows [first, last) that a set of adapters uses. The rows of `pieces` count from `first`."""
 
@@ -49,6 +60,24 @@ class Span:
         self._num_tokens = num_tokens
         self._device = device
         self._foreign_TR: Tensor | None = None
+        self._ways: dict[int, Way] = {}
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...] | None:
+        """The adapters as batched products, where their places allow it."""
+        return grids_of(self.pieces, self._device)
+
+    def way(self, features: int) -> Way:
+        """The cheapest way for a site with so many in + out features (docs/decisions/0001)."""
+        if features not in self._ways:
+            costs = {
+                Way.MASKED: grouped.cost_masked(self._num_tokens, self.last - self.first, features),
+                Way.RUNS: grouped.cost_runs(self.pieces, features),
+            }
+            if self.grids is not None:
+                costs[Way.GRIDS] = sum(grid.cost(features) for grid in self.grids)
+            self._ways[features] = min(costs, key=lambda way: costs[way])
+        return self._ways[features]
 
     @property
     def foreign(self) -> Tensor:

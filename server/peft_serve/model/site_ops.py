@@ -25,7 +25,8 @@ from torch.nn.functional import embedding, layer_norm, linear, rms_norm
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit, LowRank, Replace
 from peft_serve.kernels import grouped
-from peft_serve.model.routing import Route, Run
+from peft_serve.kernels.grids import add_low_rank_grids_
+from peft_serve.model.routing import Route, Run, Way
 from peft_serve.model.stacks import Place, SiteStack
 
 BaseOp = Callable[..., Tensor]
@@ -191,7 +192,11 @@ class LowRankDelta:
             return None
         span = route.span(slots)
         a_RI, b_RO = self._stack.rows(span.first, span.last)
-        if grouped.prefers_runs(route.num_tokens, span.last - span.first, span.pieces, self._width):
+        way = span.way(self._width)
+        if way is Way.GRIDS and span.grids is not None and not self._is_lookup:
+            grid_parts = tuple((grid, grid.rows(a_RI), grid.rows(b_RO)) for grid in span.grids)
+            return lambda y_TO, x: add_low_rank_grids_(y_TO, x, grid_parts)
+        if way is not Way.MASKED:
             parts = grouped.parts_of(a_RI, b_RO, span.pieces)
             runs = grouped.add_low_rank_lookup_runs_ if self._is_lookup else grouped.add_low_rank_runs_
             return lambda y_TO, x: runs(y_TO, x, parts)

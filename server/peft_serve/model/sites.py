@@ -21,7 +21,7 @@ from peft_serve.adapters.primitives import Adapter, Affine, Edit, is_finite
 from peft_serve.core import BASE_SLOT
 from peft_serve.model.routing import Division, Lane, Stream
 from peft_serve.model.sites_forward import DenseSite, NormSite
-from peft_serve.model.stacks import StackLayout
+from peft_serve.model.stacks import StackLayout, width_of
 
 Site = DenseSite | NormSite
 
@@ -140,11 +140,11 @@ class AdaptedSites:
         """Our own books: the layout is sound and its adapters are installed."""
         self._layout.check()
         for slot, place in self._layout.places.items():
-            assert place.last - place.first == self._installed[slot].max_rank, slot
+            assert place.last - place.first == width_of(self._installed[slot].max_rank), slot
 
     def _make_hot(self, slots: set[int]) -> None:
         """Have the rows of these adapters in the stacks; places may move, and routes with them."""
-        widths = {s: self._installed[s].max_rank for s in slots if self._installed[s].max_rank}
+        widths = {s: width_of(self._installed[s].max_rank) for s in slots if self._installed[s].max_rank}
         moves = self._layout.use(widths)
         with torch.inference_mode():
             for delta in self._deltas:

@@ -17,6 +17,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 _GRAIN = 32
+_MIN_WIDTH = 8
+
+
+def width_of(rank: int) -> int:
+    """Rows that an adapter of this rank is given: the next power of two, so that few widths occur."""
+    return max(_MIN_WIDTH, 1 << (rank - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +87,12 @@ class StackLayout:
         return True
 
     def _gap(self, width: int) -> int | None:
+        """The first room that begins at a multiple of the width: adapters of one width lie on a grid."""
         at = 0
         for place in sorted(self.places.values(), key=lambda p: p.first):
             if place.first - at >= width:
                 return at
-            at = place.last
+            at = max(at, -(-place.last // width) * width)
         return at if self.capacity - at >= width else None
 
     def _is_wasteful(self, widths: Mapping[int, int]) -> bool:
@@ -104,7 +111,8 @@ class StackLayout:
             self.capacity = roomy
         self.places = {}
         at = 0
-        for slot in sorted(widths):
+        # Powers of two in falling order begin at multiples of themselves.
+        for slot in sorted(widths, key=lambda s: (-widths[s], s)):
             self.places[slot] = Place(at, at + widths[slot])
             at += widths[slot]
         self._num_wasteful = 0
