@@ -58,11 +58,11 @@ def test_scattered_adapters_are_brought_together_after_a_while() -> None:
 
 def test_memory_is_given_back_after_a_crowd() -> None:
     layout = StackLayout(patience=2)
-    layout.use({1: 8, **dict.fromkeys(range(2, 17), 64), 17: 8})
+    layout.use({1: 8, **dict.fromkeys(range(2, 17), 64), 17: 128})
     assert layout.capacity > 1000
     for _ in range(4):
-        layout.use({1: 8, 17: 8})
-    assert layout.capacity == 32
+        layout.use({1: 8, 17: 128})
+    assert layout.capacity == 192
 
 
 @given(st.lists(st.one_of(st.sets(st.integers(1, 19), min_size=1, max_size=8), st.integers(1, 19)), max_size=60))
