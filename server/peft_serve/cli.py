@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, Optional
@@ -37,6 +38,21 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(peft_serve.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Options of the command itself."""
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -56,11 +72,26 @@ def _serve(model: str, **options: Any) -> None:
         raise typer.Exit(2) from None
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        _check_port(settings)
         parts, engine = _start(settings, console)
     except (ServeError, ValueError, OSError) as error:
         console.print(f"[red]peft-serve does not start:[/red] {error}")
         raise typer.Exit(1) from None
     run_server(parts, engine, console)
+
+
+def _check_port(settings: Settings) -> None:
+    """Find out about a port in use before a base is loaded for it."""
+    if settings.port == 0:
+        return
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            place = f"--host {settings.host} --port {settings.port}"
+            raise ValueError(f"{place}: cannot listen there ({error.strerror}); name another port") from error
 
 
 def _start(settings: Settings, console: Console) -> tuple[ServerParts, Engine]:
@@ -111,7 +142,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets=sockets)
-        for bound in (socket for server in self.servers for socket in server.sockets):
+        for bound in (each for server in self.servers for each in server.sockets):
             self._on_listening(int(bound.getsockname()[1]))
             return
 

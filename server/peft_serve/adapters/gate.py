@@ -55,7 +55,7 @@ def inspect(
         verdict.refuse(WEIGHTS_FILE, f"{reason} (--max-adapter-bytes)")
         verdict.settle()
     method, config = _read_config(files.config, methods, limits, verdict)
-    profile = _read_profile(files.profile, verdict)
+    profile = _read_profile(files.profile, limits, verdict)
     tensors = parse_tensors(files.weights, limits, verdict)
     verdict.settle()
     if isinstance(method, SequenceMethod):
@@ -91,11 +91,11 @@ def _read_config(
     return method, method.schema.check(fields, verdict)
 
 
-def _read_profile(content: bytes | None, verdict: Verdict) -> Profile:
+def _read_profile(content: bytes | None, limits: GateLimits, verdict: Verdict) -> Profile:
     if content is None:
         return Profile()
     try:
-        return parse_profile(content)
+        return parse_profile(content, max_new_tokens=limits.max_new_tokens)
     except AdapterInvalid as error:
         verdict.adopt(error)
         return Profile()
@@ -152,4 +152,5 @@ def _summary(method: Method, config: Config, binding: Binding, files: Checkpoint
         num_sites=len(binding.sites),
         modules=tuple(sorted({path.rpartition(".")[2] for path in binding.sites})),
         warnings=verdict.warnings,
+        num_virtual_tokens=config.integer("num_virtual_tokens", 0),
     )

@@ -30,6 +30,11 @@ def _between(low: float, high: float, *, above: bool = False) -> Rule:
     return rule
 
 
+def _temperature(value: object) -> str | None:
+    fine = type(value) in (int, float) and (value == 0 or 0.001 <= value <= 100)  # type: ignore[operator]
+    return None if fine else "0 (greedy), or a number from 0.001 to 100"
+
+
 def _stops(value: object) -> str | None:
     fine = isinstance(value, list) and len(value) <= MAX_STOPS and all(isinstance(s, str) and s for s in value)
     return None if fine else f"a list of at most {MAX_STOPS} non-empty strings"
@@ -39,12 +44,12 @@ PARAMETERS: Final[Mapping[str, Rule]] = {
     "max_new_tokens": integer(1, 1 << 20),
     "min_new_tokens": integer(0, 1 << 20),
     "do_sample": flag,
-    "temperature": _between(0, 100),
+    "temperature": _temperature,
     "top_k": integer(0, 1 << 20),
     "top_p": _between(0, 1, above=True),
     "min_p": _between(0, 1),
     "typical_p": _between(0, 1, above=True),
-    "repetition_penalty": _between(0, 100, above=True),
+    "repetition_penalty": _between(0.01, 100),
     "frequency_penalty": _between(-2, 2),
     "presence_penalty": _between(-2, 2),
     "seed": integer(0, (1 << 63) - 1),
@@ -54,15 +59,18 @@ PARAMETERS: Final[Mapping[str, Rule]] = {
 }
 
 
-def parse_profile(content: bytes) -> Profile:
-    """Raises `MalformedUpload` when it cannot be read and `AdapterInvalid` when a field breaks its rule."""
+def parse_profile(content: bytes, *, max_new_tokens: int = 1 << 20) -> Profile:
+    """What the file says; `max_new_tokens` is the most that its parameters may ask for.
+
+    Raises `MalformedUpload` when it cannot be read and `AdapterInvalid` when a field breaks its rule.
+    """
     fields = parse_object(content, name=PROFILE_FILE, max_bytes=MAX_BYTES, max_depth=4)
     verdict = Verdict()
     for name in fields.keys() - {"template", "choices", "parameters", "labels"}:
         _refuse(verdict, name, "is not a field of a profile; they are template, choices, parameters and labels")
     _check_template(fields.get("template"), verdict)
     _check_choices(fields.get("choices"), verdict)
-    _check_parameters(fields.get("parameters"), verdict)
+    _check_parameters(fields.get("parameters"), verdict, max_new_tokens)
     _check_labels(fields.get("labels"), verdict)
     verdict.settle()
     labels = fields.get("labels")
@@ -98,12 +106,15 @@ def _check_choices(choices: object, verdict: Verdict) -> None:
             _refuse(verdict, "choices", f"label {quoted(label)} and its words must be non-empty strings")
 
 
-def _check_parameters(parameters: Any, verdict: Verdict) -> None:
+def _check_parameters(parameters: Any, verdict: Verdict, max_new_tokens: int) -> None:
     if parameters is None:
         return
     if not isinstance(parameters, dict):
         _refuse(verdict, "parameters", "must be an object of request parameters")
         return
+    asked = parameters.get("max_new_tokens")
+    if type(asked) is int and asked > max_new_tokens:
+        _refuse(verdict, "parameters.max_new_tokens", f"is {asked}; this server gives at most {max_new_tokens}")
     for name, value in parameters.items():
         rule = PARAMETERS.get(name)
         if rule is None:

@@ -73,7 +73,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     codec = TextCodec.load(locate(settings.model), is_encoder_decoder=card.is_encoder_decoder)
     fingerprint = base.fingerprint()
     metrics = Metrics()
-    limits = gate_limits(settings)
+    limits = gate_limits(settings, card.max_context)
 
     def check(files: CheckpointFiles) -> Inspected:
         """The whole of validation: the gate, then a compile whose result is thrown away."""
@@ -98,9 +98,10 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     return parts, engine
 
 
-def gate_limits(settings: Settings) -> GateLimits:
+def gate_limits(settings: Settings, max_context: int) -> GateLimits:
     """The part of the settings that decides which adapters are let in."""
     return GateLimits(
+        max_new_tokens=min(settings.max_new_tokens, max_context),
         max_rank=settings.max_rank,
         max_adapter_bytes=min(settings.max_adapter_bytes, settings.device_adapter_bytes),
         max_virtual_tokens=settings.max_virtual_tokens,
@@ -124,7 +125,13 @@ def _wants_packing(settings: Settings, base: ResidentBase) -> bool:
 
 
 def _max_context(settings: Settings, base: ResidentBase) -> int:
-    return settings.max_model_len or base.shape.max_positions
+    own = base.shape.max_positions
+    asked = settings.max_model_len or own
+    if asked > own and base.runs.has_position_limit:
+        raise ValueError(
+            f"--max-model-len {asked}: {base.name} has positions for {own}; leave the option out or give at most {own}"
+        )
+    return asked
 
 
 def _card(settings: Settings, base: ResidentBase) -> BaseCard:
@@ -149,6 +156,9 @@ def _make_catalog(
     settings: Settings, card: BaseCard, check: Inspect, checked_for: str, say: Callable[[str], None]
 ) -> Catalog:
     """Names are listed and no file is read, however many there are."""
+    for folder in settings.adapters:
+        if not folder.is_dir():
+            raise ValueError(f"--adapters {folder}: there is no such folder; check the path")
     shipped = shipped_adapters(settings.model)
     paths = [*settings.adapters, *([] if shipped is None else [shipped])]
     root = settings.store or Path.home() / ".local" / "share" / "peft-serve" / card.name.replace("/", "--")
@@ -157,7 +167,7 @@ def _make_catalog(
     folders = CheckpointFolders(paths, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes)
     for problem in folders.problems:
         say(f"adapters: {problem}")
-    say(f"adapters: {len({*store.names(), *folders.names()})} found")
+    say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are kept in {root}")
     return Catalog(store, folders, check, checked_for=checked_for, base_name=card.name, now=lambda: datetime.now(UTC))
 
 

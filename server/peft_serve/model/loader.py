@@ -109,14 +109,14 @@ def locate(source: str) -> str:
     if not folder.is_dir():
         raise NotServable(
             f"{source} is not part of this installation (a wheel carries demo-llama alone); "
-            "run from a checkout of the repository, or name a folder or a hub id with --model"
+            "run from a checkout of the repository, or serve a folder or a hub id"
         )
     return str(folder)
 
 
 def _read_config(source: str, location: str) -> PreTrainedConfig:
     if (Path(location) / "adapter_config.json").is_file():
-        raise NotServable(f"{source} is an adapter, not a base; give its base with --model and upload it")
+        raise NotServable(f"{source} is an adapter, not a base; serve its base and upload it")
     try:
         given: Mapping[str, Any] = PreTrainedConfig.get_config_dict(location)[0]
     except (OSError, ValueError) as error:
