@@ -13,7 +13,7 @@ ServeError
 |-- UnsupportedMediaType  415
 |-- InvalidParameter      422  a field outside its range (400 on /v1)
 |-- PromptTooLong         422  prompt + new tokens beyond the context (400 on /v1)
-|-- AdapterInvalid        422  a readable upload that is refused, one reason a place
+|-- AdapterInvalid        422  a readable adapter that is refused, one reason a place (400 on /v1)
 |-- QueueFull             429  with Retry-After
 |-- Internal              500
 |-- Unavailable           503  starting, draining or dead, with Retry-After
@@ -103,10 +103,13 @@ class Refusal:
 class AdapterInvalid(ServeError):
     status, code = 422, "adapter_invalid"
 
-    def __init__(self, errors: Sequence[Refusal]) -> None:
+    def __init__(self, errors: Sequence[Refusal], *, what: str = "") -> None:
+        """`what` says which adapter it is, where the request does not."""
         first = errors[0]
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        super().__init__(f"{first.path}: {first.reason}{more}")
+        super().__init__(
+            f"{what}: {first.path}: {first.reason}{more}" if what else f"{first.path}: {first.reason}{more}"
+        )
         self.errors = tuple(errors)
 
 

@@ -53,7 +53,9 @@ async def test_an_upload_is_created_once_and_then_unchanged(client: httpx.AsyncC
     assert 'peft_serve_adapter_uploads_total{outcome="unchanged"} 1.0' in page
 
 
-@pytest.mark.parametrize("kind", ["zip", "nested", "tar", "tar.gz", "form", "form archive", "form by file name"])
+@pytest.mark.parametrize(
+    "kind", ["zip", "nested", "tar", "tar.gz", "form", "form archive", "form tar.gz", "form by file name"]
+)
 async def test_every_shape_of_an_upload(client: httpx.AsyncClient, kind: str) -> None:
     files = checkpoint("shape")
     digest = (await client.post("/adapters/validate", content=zipped(files), headers=ZIP)).json()["digest"]
@@ -64,6 +66,7 @@ async def test_every_shape_of_an_upload(client: httpx.AsyncClient, kind: str) ->
         "tar.gz": {"content": tarred(files, "w:gz"), "headers": {"content-type": "application/gzip"}},
         "form": {"files": {name: (name, content) for name, content in files.items()}},
         "form archive": {"files": {"archive": ("a.zip", zipped(files))}},
+        "form tar.gz": {"files": {"archive": ("a.tar.gz", tarred(files, "w:gz"))}},
         "form by file name": {"files": [("files", (f"dir/{name}", content)) for name, content in files.items()]},
     }[kind]
     answer = await client.put("/adapters/shape", **request)
@@ -164,6 +167,9 @@ async def test_listing_shows_where_each_adapter_is(client: httpx.AsyncClient, wo
     plain = await client.get("/adapters/plain")
     assert (plain.json()["residency"], plain.json()["pinned"]) == ("device", True)
     assert plain.headers["etag"]
+    kept = await client.post("/adapters/plain/unload")
+    assert (kept.status_code, kept.json()["code"]) == (412, "precondition_failed")
+    assert kept.json()["detail"] == "adapter 'plain' is pinned; POST /adapters/plain/unpin first"
     await client.post("/adapters/plain/unpin")
     assert (await client.get("/adapters/plain")).json()["pinned"] is False
     assert (await client.post("/adapters/soft/load")).json()["residency"] == "device"
@@ -177,6 +183,9 @@ async def test_unknown_names_are_404_everywhere(client: httpx.AsyncClient) -> No
     assert (await client.get("/adapters/nobody/versions")).status_code == 404
     assert (await client.delete("/adapters/nobody")).status_code == 404
     assert (await client.delete("/adapters/nobody", headers={"If-Match": "*"})).status_code == 404
+    for method, path in (("GET", ""), ("GET", "/versions"), ("DELETE", ""), ("POST", "/load"), ("POST", "/rollback")):
+        answer = await client.request(method, f"/adapters/plain@1{path}")
+        assert (answer.status_code, answer.json()["detail"]) == (404, "name the adapter without a version here")
     for act in ("pin", "unpin", "load", "unload", "rollback"):
         for name in ("nobody", "plain@1" if act != "rollback" else "nobody@1"):
             answer = await client.post(f"/adapters/{name}/{act}")
@@ -248,7 +257,19 @@ async def test_folders_are_served_read_only(tiny_tokenizer: Any, tmp_path: Path)
         bad = (await client.get("/adapters/bad")).json()
         assert (bad["state"], bad["version"]) == ("refused", None)
         assert "no such module" in bad["problem"]
-        assert (await client.post("/generate?adapter=bad", json={"inputs": "x"})).status_code == 503
+        refused = await client.post("/generate?adapter=bad", json={"inputs": "x"})
+        assert (refused.status_code, refused.json()["code"]) == (422, "adapter_invalid")
+        assert refused.json()["error_type"] == "validation"
+        assert refused.json()["detail"].startswith("adapter 'bad' does not fit the base model served here: q_proj")
+        assert refused.json()["errors"][0] == {"path": "q_proj.lora_A", "reason": "no such module"}
+        assert "retry-after" not in refused.headers
+        openai = await client.post("/v1/completions", json={"model": "bad", "prompt": "x"})
+        assert (openai.status_code, openai.json()["error"]["code"]) == (400, "adapter_invalid")
+        (tmp_path / "shipped" / "bad" / "adapter_model.safetensors").unlink()
+        broken = await client.post("/generate?adapter=bad", json={"inputs": "x"})
+        assert (broken.status_code, broken.json()["code"]) == (503, "adapter_unavailable")
+        assert broken.json()["error_type"] == "generation"
+        assert "retry-after" not in broken.headers
         assert (await client.post("/generate?adapter=good", json={"inputs": "x"})).headers["x-adapter-version"] == "0"
         assert (await client.delete("/adapters/good")).status_code == 403
         models = (await client.get("/v1/models")).json()["data"]

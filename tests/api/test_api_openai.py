@@ -257,3 +257,38 @@ async def test_an_id_beyond_the_vocabulary_never_reaches_a_step(client: httpx.As
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
     assert (await client.post("/v1/completions", json={"prompt": [0, 1, 2, 3, 4, 260]})).status_code == 200
     assert len(world.engine.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "the list is empty"),
+        ([[]], "a list of token ids is empty"),
+        ([-1], "a token id is a number from 0"),
+        ([[5, 2**31]], "a token id is a number from 0"),
+        ([True], "token ids, or a list of lists"),
+        ([[True]], "token ids, or a list of lists"),
+        (["x", 5], "token ids, or a list of lists"),
+        (5, "token ids, or a list of lists"),
+        ("", "the prompt has no tokens"),
+    ],
+)
+async def test_what_is_wrong_with_a_prompt_is_said_in_one_sentence(
+    client: httpx.AsyncClient, prompt: Any, said: str
+) -> None:
+    answer = await client.post("/v1/completions", json={"prompt": prompt})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "prompt")
+    assert error["message"].startswith("prompt: ")
+    assert said in error["message"]
+
+
+async def test_too_long_names_the_fields_of_its_route(client: httpx.AsyncClient) -> None:
+    chat = {"messages": [{"role": "user", "content": "x" * 600}]}
+    for path, body, param in (
+        ("/v1/completions", {"prompt": "x" * 600}, "prompt"),
+        ("/v1/chat/completions", chat, "messages"),
+    ):
+        error = (await client.post(path, json=body)).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert "truncate_prompt_tokens" in error["message"]

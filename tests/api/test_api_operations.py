@@ -26,6 +26,9 @@ async def test_health_follows_the_engine(client: httpx.AsyncClient, world: World
         assert answer.status_code == ready
         assert ("retry-after" in answer.headers) == (ready == 503)
         assert (await client.get("/livez")).status_code == 200
+        for path in ("/health", "/readyz", "/livez"):
+            by_head = await client.head(path)
+            assert by_head.status_code == (await client.get(path)).status_code
     world.engine.state = EngineState.RUNNING
     world.engine.stalled_s = 61
     assert (await client.get("/health")).status_code == 503

@@ -149,3 +149,61 @@ def test_many_at_once_are_answered_as_alone(url: str, world: World) -> None:
                 assert text == alone[i % 21]
 
     asyncio.run(ask_all())
+
+
+def answer_of(url: str, head: str, body: bytes) -> bytes:
+    """Send a whole request before a byte of the answer is read, as simple clients do."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+        connection.sendall(head.encode() + body)
+        answer = connection.recv(65536)
+        while b"request_id" not in answer and (more := connection.recv(65536)):
+            answer += more
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("path", "header", "status"),
+    [
+        ("/adapters/.bad-name", "x: y", 422),
+        ("/adapters/x", "content-digest: nonsense", 400),
+        ("/adapters/x", "content-type: application/json", 403),
+        ("/adapters/x", "content-encoding: gzip", 415),
+        ("/generate", "x: y", 413),
+    ],
+)
+def test_an_early_refusal_reaches_a_client_that_is_still_sending(url: str, path: str, header: str, status: int) -> None:
+    body = bytes(24 << 20)  # more than sockets hold
+    method = "PUT" if path.startswith("/adapters") else "POST"
+    head = (
+        f"{method} {path} HTTP/1.1\r\nhost: x\r\n{header}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    assert answer_of(url, head, body).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_a_client_that_waits_to_be_told_is_not_waited_for(url: str) -> None:
+    head = "PUT /adapters/.bad HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 99\r\n\r\n"
+    began = time.monotonic()
+    assert answer_of(url, head, b"").startswith(b"HTTP/1.1 422 ")
+    assert time.monotonic() - began < 3
+
+
+async def test_a_body_that_never_ends_is_drained_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    from peft_serve.api import middleware
+
+    monkeypatch.setattr(middleware, "DRAIN_S", 0.1)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "PUT", "path": "/adapters/.bad", "raw_path": b"", "query_string": b""}
+    scope |= {"headers": [(b"content-length", b"100")], "http_version": "1.1", "scheme": "http", "root_path": ""}
+    await asyncio.wait_for(create_app(world.parts)(scope, receive, send), 5)
+    assert [message.get("more_body") for message in sent] == [None, True, None]
+    assert sent[0]["status"] == 422

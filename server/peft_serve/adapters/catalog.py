@@ -74,7 +74,7 @@ class Catalog:
         """What `name`, `name@3` or `name@sha256:...` stands for now. May read the disk when it is cold.
 
         With `hold` the version is retained before this returns, so that no delete comes between; the caller
-        owes one `release`. Raises UnknownAdapter and AdapterUnavailable.
+        owes one `release`. Raises UnknownAdapter, AdapterInvalid and AdapterUnavailable.
         """
         wanted = parse_ref(ref)
         while True:
@@ -200,7 +200,7 @@ class Catalog:
             self._holds.release(found.id)
 
     def rollback(self, name: str, number: int) -> Version:
-        """Make an earlier version what `name` stands for; raises UnknownAdapter and AdapterUnavailable."""
+        """Make an earlier version what `name` stands for; raises as `resolve` does."""
         with self._writing:
             record = self._names.record(name) if is_name(name) else NameRecord(name=name)
             version = record.numbered(number)

@@ -13,7 +13,7 @@ from peft_serve.adapters.once_each import OnceEach
 from peft_serve.adapters.records import CheckpointFiles, Profile, Summary
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.core import AdapterId
-from peft_serve.errors import AdapterInvalid, AdapterUnavailable, MalformedUpload
+from peft_serve.errors import AdapterInvalid, AdapterUnavailable, MalformedUpload, Refusal
 
 _MAX_REASONS = 3
 
@@ -42,11 +42,14 @@ class Finding:
     id: AdapterId
     manifest: Manifest | None = None
     refusal: str = ""
+    reasons: tuple[Refusal, ...] = ()  # of a checkpoint that is whole and does not fit; none if it is broken
 
     def accepted(self, what: str) -> Manifest:
-        """The manifest; raises AdapterUnavailable, in which `what` names the adapter."""
+        """The manifest; raises AdapterInvalid, or AdapterUnavailable if it is broken. `what` names the adapter."""
+        if self.reasons:
+            raise AdapterInvalid(self.reasons, what=f"{what} does not fit the base model served here")
         if self.manifest is None:
-            raise AdapterUnavailable(f"{what} does not fit the base model served here: {self.refusal}")
+            raise AdapterUnavailable(f"{what} cannot be read: {self.refusal}")
         return self.manifest
 
 
@@ -61,7 +64,7 @@ def examine(files: CheckpointFiles, inspect: Inspect, checked_for: str) -> Findi
         found = inspect(files)
     except AdapterInvalid as error:
         reasons = [f"{refusal.path}: {refusal.reason}" for refusal in error.errors[:_MAX_REASONS]]
-        return Finding(id=files.digest(), refusal="; ".join(reasons))
+        return Finding(id=files.digest(), refusal="; ".join(reasons), reasons=error.errors)
     except MalformedUpload as error:
         return Finding(id=files.digest(), refusal=error.message)
     manifest = Manifest(checked_for=checked_for, summary=found.summary, profile=found.profile)

@@ -53,7 +53,8 @@ def read_tar(source: BinaryIO, size: int, limits: UploadLimits) -> Iterator[Memb
         return
     max_bytes = min(limits.max_bytes + limits.ratio_slack_bytes, limits.max_unpacked(size))
     why = f"more than this server accepts, or more than {limits.max_ratio} times its size"
-    with gzip.GzipFile(fileobj=source) as unpacked:
+    # Without a mode it would take that of the source, which may be open for writing as well.
+    with gzip.GzipFile(fileobj=source, mode="rb") as unpacked:
         yield from _members(_Stream(cast(BinaryIO, unpacked), max_bytes, why), limits)
 
 

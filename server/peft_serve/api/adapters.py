@@ -25,6 +25,7 @@ from peft_serve.api.service import Service
 from peft_serve.api.uploads import Upload, receive_upload
 from peft_serve.core import AdapterId
 from peft_serve.errors import (
+    AdapterInvalid,
     AdapterUnavailable,
     BadRequest,
     InvalidParameter,
@@ -86,7 +87,7 @@ class AdapterRoutes:
         return await self._entry(name)
 
     async def versions(self, name: str) -> Response:
-        versions = await asyncio.to_thread(self._parts.catalog.versions, name)
+        versions = await asyncio.to_thread(self._parts.catalog.versions, _plain(name))
         return json_response({"name": name, "versions": [version_view(version) for version in versions]})
 
     async def put(self, name: str, request: Request) -> Response:
@@ -112,7 +113,7 @@ class AdapterRoutes:
         return json_response(content | {"warnings": [*content["warnings"], *ignored]})
 
     async def delete(self, name: str, request: Request) -> Response:
-        catalog = self._parts.catalog
+        catalog, name = self._parts.catalog, _plain(name)
         if_match = request.headers.get("if-match")
         if if_match is not None:
             version = (await asyncio.to_thread(catalog.get, name)).version
@@ -143,12 +144,15 @@ class AdapterRoutes:
         return await self._entry(name, status=202)
 
     async def unload(self, name: str) -> Response:
-        self._parts.engine.unload(await self._id_of(name))
+        adapter = await self._id_of(name)
+        if any(each.adapter == adapter and each.is_pinned for each in self._parts.engine.snapshot().resident):
+            raise PreconditionFailed(f"adapter '{name}' is pinned; POST /adapters/{name}/unpin first")
+        self._parts.engine.unload(adapter)
         return await self._entry(name, status=202)
 
     async def rollback(self, name: str, request: Request) -> Response:
         """To the version in the body, else to the one before the current."""
-        number = await _wanted_version(request)
+        name, number = _plain(name), await _wanted_version(request)
         if number is None:
             number = await asyncio.to_thread(self._version_before, name)
         version = await asyncio.to_thread(self._parts.catalog.rollback, name, number)
@@ -205,14 +209,12 @@ class AdapterRoutes:
             raise
 
     async def _id_of(self, name: str) -> AdapterId:
-        if "@" in name:
-            raise UnknownAdapter("name the adapter without a version here", param="name")
-        resolved = await asyncio.to_thread(self._parts.catalog.resolve, name)
+        resolved = await asyncio.to_thread(self._parts.catalog.resolve, _plain(name))
         self._service.learn(resolved.id, resolved.name)
         return resolved.id
 
     async def _entry(self, name: str, *, status: int = 200) -> Response:
-        entry = await asyncio.to_thread(self._known, name)
+        entry = await asyncio.to_thread(self._known, _plain(name))
         headers = {} if entry.version is None else {"etag": etag(entry.version.id)}
         return json_response(entry_view(entry, self._parts.engine.snapshot()), status=status, headers=headers)
 
@@ -221,10 +223,17 @@ class AdapterRoutes:
         catalog = self._parts.catalog
         entry = catalog.get(name)
         if entry.version is None and not entry.problem:
-            with suppress(AdapterUnavailable):  # the entry says what is wrong with it
+            with suppress(AdapterUnavailable, AdapterInvalid):  # the entry says what is wrong with it
                 catalog.resolve(name)
             entry = catalog.get(name)
         return entry
+
+
+def _plain(name: str) -> str:
+    """The name in an address, which stands for all its versions; raises UnknownAdapter for one of them."""
+    if "@" in name:
+        raise UnknownAdapter("name the adapter without a version here", param="name")
+    return name
 
 
 def _flag(request: Request, name: str) -> bool:

@@ -18,7 +18,7 @@ from peft_serve.adapters.records import Profile, Resolved
 from peft_serve.api.bodies import MAX_SEED
 from peft_serve.api.generation import Generation
 from peft_serve.api.naming import BASE_NAME
-from peft_serve.api.plan import Ask, Call, Plan, Served
+from peft_serve.api.plan import Ask, Call, Plan, Served, Style
 from peft_serve.api.prompts import Asking, Prompt, check_known, make_prompt
 from peft_serve.api.sampling import check_bounds, layered, sampling_params, stops_of
 from peft_serve.core import BASE, AdapterId, Request, RequestId, SamplingParams
@@ -129,7 +129,7 @@ class Admission:
         resolved = served.resolved
         profile = resolved.profile if resolved is not None else _NO_PROFILE
         merged = layered(call, profile)
-        asking = Asking.of(profile, merged, add_special_tokens=call.style.add_special_tokens)
+        asking = Asking.of(profile, merged, call.style)
         self._check_choices(asking)
         prompt = await make_prompt(self._parts.codec, ask, asking, call.explicit)
         check_known([*prompt.ids, *(i for choice in prompt.choices for i in choice)], self._parts.base.vocab_size)
@@ -169,7 +169,7 @@ class Admission:
         if base.is_encoder_decoder:
             used, room = len(base.decoder_start), base.max_context - len(base.decoder_start)
             if num_prompt > base.max_context:
-                raise _too_long(base.max_context, num_prompt, num_prompt, 0)
+                raise _too_long(call.style, base.max_context, num_prompt, num_prompt, 0)
         else:
             used, room = num_prompt + num_virtual, base.max_context - num_prompt - num_virtual
         longest_choice = max(map(len, prompt.choices), default=0)
@@ -178,7 +178,7 @@ class Admission:
             most = self._parts.settings.max_new_tokens
             asked = max(1, min(call.style.max_new_tokens or most, most, room))
         if asked > room:
-            raise _too_long(base.max_context, used + asked, used, asked)
+            raise _too_long(call.style, base.max_context, used + asked, used, asked)
         return asked
 
     def _seeded(self, sampling: SamplingParams, merged: Mapping[str, Any], num_answers: int) -> list[SamplingParams]:
@@ -243,12 +243,13 @@ class Admission:
         )
 
 
-def _too_long(limit: int, requested: int, num_prompt: int, num_new: int) -> PromptTooLong:
+def _too_long(style: Style, limit: int, requested: int, num_prompt: int, num_new: int) -> PromptTooLong:
+    truncate = style.name("truncate")
     return PromptTooLong(
         f"This model's maximum context length is {limit} tokens. However, you requested {requested} tokens "
-        f"({num_prompt} in the prompt, {num_new} to generate). Shorten the prompt (or set truncate), or ask for "
-        "fewer new tokens.",
-        param="messages",
+        f"({num_prompt} in the prompt, {num_new} to generate). Shorten the prompt (or set {truncate}), or "
+        "ask for fewer new tokens.",
+        param=style.name("inputs"),
     )
 
 

@@ -48,6 +48,40 @@ def checked_template(value: str | None) -> str | None:
     return value
 
 
+def checked_inputs(value: Any) -> Any:
+    """One sentence about inputs of the wrong type, instead of one for each type they could have had."""
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("the list is empty")
+        if all(isinstance(text, str) for text in value):
+            return value
+    elif isinstance(value, str):
+        return value
+    raise ValueError("Input should be a string, or a list of strings")
+
+
+def checked_prompt(value: Any) -> Any:
+    """As `checked_inputs`, with token ids allowed."""
+    if not isinstance(value, list) or all(isinstance(text, str) for text in value):
+        if isinstance(value, list | str) and value != []:
+            return value
+    elif all(type(i) is int for i in value):
+        return _checked_ids(value)
+    elif all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in value):
+        return [_checked_ids(ids) for ids in value]
+    if value == []:
+        raise ValueError("the list is empty")
+    raise ValueError("Input should be a string, a list of strings, token ids, or a list of lists of token ids")
+
+
+def _checked_ids(ids: list[int]) -> list[int]:
+    if not ids:
+        raise ValueError("a list of token ids is empty")
+    if min(ids) < 0 or max(ids) > MAX_COUNT:
+        raise ValueError("a token id is a number from 0 to the size of the vocabulary")
+    return ids
+
+
 def checked_words(value: Any) -> Any:
     """One error for choices of the wrong type, however many there are."""
     if value is None:
@@ -124,6 +158,8 @@ class GenerateBody(Body):
     adapter_id: str | None = None
     model: str | None = None
 
+    _inputs = field_validator("inputs", mode="before")(checked_inputs)
+
 
 class TokenizeBody(Body):
     """`POST /tokenize`."""
@@ -181,6 +217,8 @@ class CompletionBody(OpenAIBody):
     best_of: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     add_special_tokens: bool = True
+
+    _prompt = field_validator("prompt", mode="before")(checked_prompt)
 
 
 class ContentPart(BaseModel):

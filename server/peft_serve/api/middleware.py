@@ -5,9 +5,11 @@ Plain ASGI, outside the routes. Owns nothing; puts `request_id` into the scope's
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +21,10 @@ from peft_serve.errors import BadRequest, Internal, PayloadTooLarge, ServeError,
 
 UPLOAD_PREFIX: Final = "/adapters"
 UPLOAD_OVERHEAD_BYTES: Final = 1 * MIB  # archive headers, multipart boundaries, the files beside the weights
+DRAIN_BYTES: Final = 64 * MIB
+DRAIN_S: Final = 5.0
+"""How much of a body that nobody read is taken in before the connection may be closed, and for how long: closing it
+under a client that still sends makes many of them miss the answer."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -41,10 +47,10 @@ class Envelope:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else self._new_id()
         scope.setdefault("state", {})["request_id"] = request_id
-        reply = _Reply(send, request_id)
+        body = _Body(receive, headers)
+        reply = _Reply(send, request_id, body)
         try:
-            body = self._checked_body(scope["path"], headers, receive)
-            await self._app(scope, body, reply)
+            await self._app(scope, self._checked_body(scope["path"], headers, body), reply)
         except ServeError as error:
             await self._refuse(error, scope, receive, reply)
         except Exception:
@@ -74,18 +80,51 @@ class Envelope:
 
 
 class _Reply:
-    """`send`, with the request's id in the headers, remembering whether an answer has begun."""
+    """`send`, with the request's id in the headers, remembering whether an answer has begun.
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    An answer to a body that was not read to its end is sent whole, and ended when the body was taken in.
+    """
+
+    def __init__(self, send: Send, request_id: str, body: _Body) -> None:
         self._send = send
         self._request_id = request_id
+        self._body = body
         self.has_started = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_started = True
             MutableHeaders(scope=message)["x-request-id"] = self._request_id
+        elif self._body.is_left and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._body.drain()
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
+
+
+class _Body:
+    """`receive`, knowing whether something of the request's body is still to come."""
+
+    def __init__(self, receive: Receive, headers: Headers) -> None:
+        self._receive = receive
+        # A client that waits to be told to go on has sent nothing, and sends nothing once it has its answer.
+        is_waiting = headers.get("expect", "").strip().lower() == "100-continue"
+        has_body = "transfer-encoding" in headers or headers.get("content-length", "0").strip() != "0"
+        self.is_left = has_body and not is_waiting
+
+    async def __call__(self) -> Message:
+        self.is_left = False  # while it is waited for, and whatever becomes of that
+        message = await self._receive()
+        self.is_left = message["type"] == "http.request" and bool(message.get("more_body", False))
+        return message
+
+    async def drain(self) -> None:
+        """Take in what is left of the body and drop it, up to a bound of bytes and of time."""
+        num_read = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self.is_left and num_read <= DRAIN_BYTES:
+                    num_read += len((await self()).get("body", b""))
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

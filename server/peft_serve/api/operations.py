@@ -40,6 +40,9 @@ class OperationRoutes:
         add("/livez", self.livez, methods=["GET"], tags=ops, summary="The process answers")
         add("/health", self.health, methods=["GET"], tags=ops, summary="The engine lives", responses=unavailable)
         add("/readyz", self.readyz, methods=["GET"], tags=ops, summary="Requests are admitted", responses=unavailable)
+        # Probes and load balancers ask by HEAD; routes of their own, since OpenAPI wants one id for each operation.
+        for path, endpoint in (("/livez", self.livez), ("/health", self.health), ("/readyz", self.readyz)):
+            add(path, endpoint, methods=["HEAD"], include_in_schema=False)
         add("/metrics", self.metrics, methods=["GET"], tags=ops, summary="Prometheus' text format, version 0.0.4")
         add("/v1/models", self.models, methods=["GET"], tags=["openai"], summary="The base and every adapter")
         add(

@@ -19,7 +19,7 @@ from typing import Any, Final
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from peft_serve.errors import AdapterInvalid, InvalidParameter, PromptTooLong, Refusal, ServeError
+from peft_serve.errors import AdapterInvalid, AdapterUnavailable, InvalidParameter, PromptTooLong, Refusal, ServeError
 
 TGI_PATHS: Final = frozenset({"/", "/generate", "/generate_stream", "/tokenize", "/info"})
 MAX_ERRORS: Final = 10
@@ -80,10 +80,12 @@ class Problem:
 def problem_of(error: ServeError, family: Family) -> Problem:
     """`error` as the clients of `family` know it: OpenAI's have no 422."""
     status = error.status
-    if family is Family.OPENAI and isinstance(error, InvalidParameter | PromptTooLong):
+    if family is Family.OPENAI and isinstance(error, InvalidParameter | PromptTooLong | AdapterInvalid):
         status = 400
     headers = None
-    if status in (429, 503):
+    # Broken files stay broken until somebody puts them right: no time is named to come back at.
+    is_lasting = isinstance(error, AdapterUnavailable) and error.retry_after_s is None
+    if status in (429, 503) and not is_lasting:
         headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s or 1.0)))}
     errors = error.errors if isinstance(error, AdapterInvalid | FieldsInvalid) else ()
     return Problem(
@@ -107,7 +109,7 @@ def error_type(problem: Problem) -> str:
     """TGI's word for it: validation, overloaded, generation or incomplete_generation."""
     if problem.code == IncompleteGeneration.code:
         return "incomplete_generation"
-    if problem.status in (429, 503):
+    if problem.status in (429, 503) and problem.headers:
         return "overloaded"
     return "validation" if problem.status < 500 else "generation"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from peft_serve.adapters.records import Profile
-from peft_serve.api.plan import Ask
+from peft_serve.api.plan import Ask, Style
 from peft_serve.errors import InvalidParameter
 from peft_serve.text import TextCodec
 
@@ -26,9 +26,10 @@ class Asking:
     choices: Mapping[str, str] | None = None  # label -> words
     truncate: int | None = None
     add_special_tokens: bool = True
+    input_name: str = "inputs"  # what the caller's family calls an input
 
     @classmethod
-    def of(cls, profile: Profile, explicit: Mapping[str, Any], *, add_special_tokens: bool) -> Asking:
+    def of(cls, profile: Profile, explicit: Mapping[str, Any], style: Style) -> Asking:
         """What is in `explicit` counts, None included: null switches the profile's own off."""
         choices = explicit.get("choices", profile.choices)
         if isinstance(choices, list):
@@ -37,7 +38,8 @@ class Asking:
             template=explicit.get("template", profile.template),
             choices=choices or None,
             truncate=explicit.get("truncate"),
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=style.add_special_tokens,
+            input_name=style.name("inputs"),
         )
 
 
@@ -88,7 +90,8 @@ def _tokenised(codec: TextCodec, ask: Ask, asking: Asking) -> Prompt:
         ids = codec.encode(text, add_special_tokens=asking.add_special_tokens)
     ids = _truncated(ids, asking.truncate)
     if not ids:
-        raise InvalidParameter("inputs: the prompt has no tokens; send some text", param="inputs")
+        name = asking.input_name
+        raise InvalidParameter(f"{name}: the prompt has no tokens; send some text", param=name)
     choices = asking.choices or {}
     return Prompt(
         text=text,

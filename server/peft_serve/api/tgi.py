@@ -16,7 +16,12 @@ from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.json_response import json_response
 from peft_serve.api.openapi import error_responses, json_body
 from peft_serve.api.service import Service
+from peft_serve.errors import InvalidParameter
 from peft_serve.text import TextCodec
+
+CONTEXTS_TO_TOKENIZE: Final = 4
+LEAST_TO_TOKENIZE: Final = 8192
+"""The longest answer of `/tokenize` in tokens: so many contexts of the base, and never less than this."""
 
 
 class TGIRoutes:
@@ -42,7 +47,9 @@ class TGIRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         body = validated(TokenizeBody, await read_object(request), fields.TOKENIZE)
-        return json_response(await asyncio.to_thread(tokens_of, self._service.parts.codec, body))
+        parts = self._service.parts
+        most = max(CONTEXTS_TO_TOKENIZE * parts.base.max_context, LEAST_TO_TOKENIZE)
+        return json_response(await asyncio.to_thread(tokens_of, parts.codec, body, most))
 
     async def info(self) -> Response:
         parts = self._service.parts
@@ -79,9 +86,16 @@ class TGIRoutes:
         )
 
 
-def tokens_of(codec: TextCodec, body: TokenizeBody) -> list[dict[str, Any]]:
-    """Each token with its place in the text that the tokens decode to; a special token is no text."""
+def tokens_of(codec: TextCodec, body: TokenizeBody, most: int) -> list[dict[str, Any]]:
+    """Each token with its place in the text that the tokens decode to; a special token is no text.
+
+    Raises InvalidParameter for more than `most` tokens: each is decoded by itself, which running requests notice.
+    """
     ids = codec.encode(body.inputs, add_special_tokens=body.add_special_tokens)
+    if len(ids) > most:
+        raise InvalidParameter(
+            f"inputs: {len(ids)} tokens; this route tells at most {most} of one text; send it in parts", param="inputs"
+        )
     decoder = codec.detokenizer(())
     tokens, at = [], 0
     for i, id_ in enumerate(ids):

@@ -263,7 +263,7 @@ def test_a_checkpoint_that_another_base_refuses_says_why(tmp_path: Path) -> None
     make_catalog(tmp_path, store=store).publish("a", ONE)
     catalog = make_catalog(tmp_path, gate=refusing, store=store, checked_for="another")
     for _ in range(2):
-        with pytest.raises(AdapterUnavailable, match=r"adapter 'a' version 1.*OFT is not known here"):
+        with pytest.raises(AdapterInvalid, match=r"adapter 'a' version 1.*OFT is not known here"):
             catalog.resolve("a")
     assert make_gate.calls == 1
 
@@ -404,7 +404,7 @@ def test_a_folder_that_changed_is_looked_at_again(tmp_path: Path) -> None:
     assert catalog.files(found.id) == checkpoint(222)
     write_folder(place, checkpoint(3, peft_type="NONSENSE"))
     for _ in range(2):
-        with pytest.raises(AdapterUnavailable, match=r"adapter 'a' does not fit.*NONSENSE"):
+        with pytest.raises(AdapterInvalid, match=r"adapter 'a' does not fit.*NONSENSE"):
             catalog.resolve("a")
     assert "NONSENSE" in catalog.get("a").problem
     (place / "adapter_model.safetensors").unlink()

@@ -1,0 +1,83 @@
+"""The command: what it refuses before a base is loaded, and what it says."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import peft_serve
+from peft_serve.cli import app
+from peft_serve.config import Settings
+from peft_serve.engine.assembly import build, shipped_adapters
+from tests.parity.bases import save_tiny_base
+
+RUNNER = CliRunner()
+
+
+def said(*arguments: str) -> tuple[int, str]:
+    result = RUNNER.invoke(app, list(arguments))
+    return result.exit_code, " ".join(re.sub(r"\x1b\[[0-9;]*m", "", result.output).split())
+
+
+def test_the_version_is_told_both_ways() -> None:
+    assert said("--version") == (0, peft_serve.__version__)
+    assert said("version") == (0, peft_serve.__version__)
+
+
+def test_every_setting_is_an_option_with_its_environment_variable() -> None:
+    code, text = said("serve", "--help")
+    assert code == 0
+    for name in Settings.model_fields:
+        if name != "model":
+            assert f"--{name.replace('_', '-')}"[:20] in text.replace(" ", "") or name in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--port", "70000"), ("--max-rank", "0"), ("--device", "tpu"), ("--drain-s", "-1")]
+)
+def test_a_value_outside_its_range_names_the_option(option: str, value: str) -> None:
+    code, text = said("serve", option, value)
+    assert code == 2
+    assert option in text
+
+
+def test_a_port_in_use_is_found_before_the_base_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, text = said("serve", "--port", port)
+    assert code == 1
+    assert f"--port {port}" in text
+    assert "loading" not in text
+
+
+def test_a_base_that_does_not_exist_is_refused_in_words(tmp_path: Path) -> None:
+    code, text = said("serve", str(tmp_path / "nothing"), "--port", "0")
+    assert code == 1
+    assert "peft-serve does not start" in text
+
+
+def test_a_context_beyond_learned_positions_is_refused(tmp_path: Path) -> None:
+    save_tiny_base("gpt2", tmp_path / "base")
+    settings = Settings(model=str(tmp_path / "base"), store=tmp_path / "store", max_model_len=129)
+    with pytest.raises(ValueError, match=r"--max-model-len 129.*at most 128"):
+        build(settings, say=lambda _line: None)
+
+
+def test_a_folder_of_adapters_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    save_tiny_base("gpt2", tmp_path / "base")
+    settings = Settings(model=str(tmp_path / "base"), store=tmp_path / "store", adapters=[tmp_path / "typo"])
+    with pytest.raises(ValueError, match="no such folder"):
+        build(settings, say=lambda _line: None)
+
+
+def test_the_demo_has_its_adapters_and_other_bases_none() -> None:
+    folder = shipped_adapters("demo-llama")
+    assert folder is not None
+    assert (folder / "twitter-complaints" / "adapter_config.json").is_file()
+    assert shipped_adapters("some/base") is None
