@@ -36,7 +36,7 @@ loadtest: $(VENV)/.ready ## a short load test of the demo server (ARGS= picks an
 	$(BIN)/python -m loadtest $(if $(ARGS),$(ARGS),w4 --quick)
 
 lock: $(VENV)/.ready ## write requirements.lock from what is installed
-	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -viE '^(peft-serve|pip|setuptools|wheel)\b' > requirements.lock
+	$(BIN)/pip freeze --all --exclude-editable | sed 's/+cpu$$//' | grep -viE '^(peft-serve|pip|wheel)==|^-e' > requirements.lock
 
 clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
