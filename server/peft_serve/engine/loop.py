@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from peft_serve.adapters.host_cache import HostCache
@@ -27,6 +27,7 @@ from peft_serve.core import (
     Step,
     StepResult,
 )
+from peft_serve.engine.commands import Cancel, Command, Load, Loaded, Pin, Stop, Submit, Unload
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.errors import AdapterUnavailable, Internal, InvalidParameter, QueueFull, ServeError, Unavailable
 from peft_serve.metrics import Metrics
@@ -42,47 +43,6 @@ class Runner(Protocol):
     """What runs a step: the model floor's `StepRunner`, or a fake."""
 
     def run(self, step: Step) -> StepResult: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    request: RequestId
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    adapter: AdapterId
-    outcome: Adapter | Exception
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    adapter: AdapterId
-
-
-@dataclass(frozen=True, slots=True)
-class _Unload:
-    adapter: AdapterId
-
-
-@dataclass(frozen=True, slots=True)
-class _Pin:
-    adapter: AdapterId
-    pinned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-_Command = _Submit | _Cancel | _Loaded | _Load | _Unload | _Pin | _Stop
 
 
 class Engine:
@@ -113,7 +73,7 @@ class Engine:
         self._on_thread_start = on_thread_start
         self._ready: dict[AdapterId, Adapter] = {}  # leased host copies that wait for their install
         self._runner = make_runner(self._ready.__getitem__)
-        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._deliver: Callable[[Sequence[Event]], None] = lambda _events: None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._lock = threading.Lock()
@@ -150,23 +110,23 @@ class Engine:
         if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=self._draw_seed()))
         self._idle.clear()
-        self._inbox.put(_Submit(request))
+        self._inbox.put(Submit(request))
 
     def cancel(self, request: RequestId, reason: FinishReason) -> None:
         """End a request; one that has ended already, or never was, is no error."""
-        self._inbox.put(_Cancel(request, reason))
+        self._inbox.put(Cancel(request, reason))
 
     def load(self, adapter: AdapterId) -> None:
         """Bring an adapter to the host before anyone asks for it."""
-        self._inbox.put(_Load(adapter))
+        self._inbox.put(Load(adapter))
 
     def unload(self, adapter: AdapterId) -> None:
         """Give an adapter's memory back on every tier, as soon as no running request uses it."""
-        self._inbox.put(_Unload(adapter))
+        self._inbox.put(Unload(adapter))
 
     def set_pinned(self, adapter: AdapterId, *, pinned: bool) -> None:
         """Keep an adapter on the device whatever else wants its place, or no longer."""
-        self._inbox.put(_Pin(adapter, pinned))
+        self._inbox.put(Pin(adapter, pinned))
 
     def snapshot(self) -> EngineSnapshot:
         began_s = self._step_began_s
@@ -185,7 +145,7 @@ class Engine:
 
     def stop(self) -> None:
         """End the thread; requests that still run end as cancelled. Blocks."""
-        self._inbox.put(_Stop())
+        self._inbox.put(Stop())
         if self._thread.is_alive():
             self._thread.join()
         self._host_cache.close()
@@ -219,7 +179,7 @@ class Engine:
             else:
                 command = self._inbox.get_nowait()
             while True:
-                if isinstance(command, _Stop):
+                if isinstance(command, Stop):
                     return False
                 events += self._obey(command)
                 command = self._inbox.get_nowait()
@@ -229,22 +189,22 @@ class Engine:
             if events:
                 self._deliver(events)
 
-    def _obey(self, command: _Command) -> list[Event]:
+    def _obey(self, command: Command) -> list[Event]:
         match command:
-            case _Submit(request):
+            case Submit(request):
                 return self._take_in(request)
-            case _Cancel(request_id, reason):
+            case Cancel(request_id, reason):
                 return self._scheduler.cancel(request_id, reason)
-            case _Loaded(adapter, outcome):
+            case Loaded(adapter, outcome):
                 return self._receive(adapter, outcome)
-            case _Load(adapter):
+            case Load(adapter):
                 self._host_cache.request(adapter, lambda a, _outcome: self._host_cache.release(a))
-            case _Unload(adapter):
+            case Unload(adapter):
                 self._wanted_unloads.add(adapter)
                 self._unload_idle()
-            case _Pin(adapter, pinned):
+            case Pin(adapter, pinned):
                 (self._scheduler.pin if pinned else self._scheduler.unpin)(adapter)
-            case _Stop():
+            case Stop():
                 raise AssertionError("stop is read by the loop itself")
         return []
 
@@ -326,7 +286,7 @@ class Engine:
             command = self._inbox.get(timeout=_IDLE_S)
         except queue.Empty:
             return
-        if isinstance(command, _Stop):
+        if isinstance(command, Stop):
             self._inbox.put(command)
             return
         events = self._obey(command)
@@ -335,7 +295,7 @@ class Engine:
 
     def _on_loaded(self, adapter: AdapterId, outcome: Adapter | Exception) -> None:
         """Called on the host cache's thread."""
-        self._inbox.put(_Loaded(adapter, outcome))
+        self._inbox.put(Loaded(adapter, outcome))
 
     def _unload_idle(self) -> None:
         for adapter in tuple(self._wanted_unloads):
@@ -352,7 +312,7 @@ class Engine:
                 command = self._inbox.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(command, _Submit):
+            if isinstance(command, Submit):
                 events.append(FinishEvent(request=command.request.id, reason=FinishReason.FAILED, error=error))
         events += [
             FinishEvent(request=request, reason=FinishReason.FAILED, error=error)
