@@ -30,9 +30,21 @@ BASE_SLOT: Final = 0
 PADDING_BLOCK: Final = 0
 
 
+class Reading(StrEnum):
+    """What is read from one pass over a prompt, by a request that generates nothing."""
+
+    SEQUENCE = "sequence"  # the task head's logits of the whole sequence: one row [labels]
+    TOKENS = "tokens"  # the task head's logits of each prompt token: a row [labels] for each
+    SPANS = "spans"  # the task head's start and end logits of each prompt token: a row [2] for each
+    FIRST = "first"  # the last hidden state of the first position: one row [hidden]
+    LAST = "last"  # the last hidden state of the last position: one row [hidden]
+    MEAN = "mean"  # the mean of the prompt's last hidden states: one row [hidden]
+
+
 class FinishReason(StrEnum):
     """Why a request ended."""
 
+    READ = "read"  # it generates nothing, and what it reads is read
     EOS = "eos"  # the model produced an end-of-sequence id
     STOP = "stop"  # a stop string was found in the text
     LENGTH = "length"  # max_new_tokens, or the context, is used up
@@ -101,6 +113,8 @@ class Request:
     forced_first: int | None = None  # the base insists that an answer begins with this id (BART), and
     forced_last: int | None = None  # that the last token of a full-length answer is this one
     choices: tuple[tuple[int, ...], ...] = ()  # token ids of each choice; not empty = score, do not generate
+    reading: Reading | None = None  # not None = read one pass over the prompt, do not generate
+    segments: tuple[int, ...] = ()  # token type of each prompt token (BERT's second sentence: 1); empty = all 0
     arrival_s: float = 0.0
 
 
@@ -112,6 +126,7 @@ class Footprint:
     max_rank: int = 0  # the largest low-rank rank over all sites
     num_prefix_tokens: int = 0  # KV positions in front of the (decoder's) tokens: a prefix, or a soft prompt
     num_source_tokens: int = 0  # soft-prompt embeddings in front of the encoder's tokens
+    start: tuple[int, ...] = ()  # ids whose last occurrence in the prompt switches the adapter on; empty: always on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +162,9 @@ class Row:
     source: tuple[int, ...] = ()  # encoder-decoder: ids to encode in this step, in the row's first step only
     cross_blocks: tuple[int, ...] = ()  # encoder-decoder: where the cross-attention KV is kept
     num_source: int = 0  # encoder-decoder: length of the cross-attention KV, soft prompt included
+    active_from: int = 0  # context position of the first token the adapter acts on; the ones before are the base's
+    reading: Reading | None = None  # what to read from this row's tokens
+    segments: tuple[int, ...] = ()  # token type of each token the row brings; empty = all 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +205,7 @@ class RowResult:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # (id, log-probability), best first
     scores: tuple[tuple[float, ...], ...] = ()  # parallel to Row.wanted
+    readings: tuple[tuple[float, ...], ...] = ()  # what Row.reading asked for, of the tokens of this row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +238,14 @@ class ScoresEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadingEvent:
+    """What a request read: rows as `Reading` says."""
+
+    request: RequestId
+    rows: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinishEvent:
     """A request has ended and everything it held is given back."""
 
@@ -230,4 +257,4 @@ class FinishEvent:
     num_output_tokens: int = 0
 
 
-Event = TokenEvent | ScoresEvent | FinishEvent
+Event = TokenEvent | ScoresEvent | ReadingEvent | FinishEvent

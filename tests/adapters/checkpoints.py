@@ -17,6 +17,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
+from tests.adapters.making import by_position, by_weight, factors
+from tests.adapters.places import embedding, feed_forward, head, norms, targets
 
 VOCAB: Final = 64
 HIDDEN: Final = 32
@@ -68,50 +70,13 @@ _CONFIGS: Final[dict[str, Callable[[], Any]]] = {
     "bart_scaled": lambda: _bart(scale_embedding=True),
 }
 
-QKV: Final = {
-    "gpt2": ["c_attn", "c_proj"],
-    "neox": ["query_key_value", "dense"],
-    "t5": ["q", "v", "wo"],
-    "opt": ["q_proj", "v_proj", "fc2"],
-    "bart": ["q_proj", "v_proj", "fc2"],
-    "bart_scaled": ["q_proj", "v_proj", "fc2"],
-}
-NORMS: Final = {
-    "gpt2": ["ln_1", "ln_f"],
-    "neox": ["input_layernorm", "final_layer_norm"],
-    "t5": ["layer_norm"],
-    "opt": ["self_attn_layer_norm", "final_layer_norm"],
-    "bart": ["self_attn_layer_norm", "layernorm_embedding"],
-    "bart_scaled": ["self_attn_layer_norm", "layernorm_embedding"],
-    "gemma": ["input_layernorm", "q_norm"],
-}
-EMBED: Final = {"gpt2": "wte", "neox": "embed_in"}
-HEAD: Final = {"neox": "embed_out"}
-FEED_FORWARD: Final = {"gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "t5": "wo"}
-
-
-def targets(kind: str) -> list[str]:
-    return QKV.get(kind, ["q_proj", "v_proj", "down_proj"])
-
-
-def norms(kind: str) -> list[str]:
-    return NORMS.get(kind, ["input_layernorm", "norm"])
-
-
-def embedding(kind: str) -> str:
-    return EMBED.get(kind, "embed_tokens")
-
-
-def head(kind: str) -> str:
-    return HEAD.get(kind, "lm_head")
-
 
 def _lora(kind: str, **more: Any) -> peft.PeftConfig:
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets(kind), **more})
 
 
 def _ia3(kind: str) -> peft.PeftConfig:
-    down = FEED_FORWARD.get(kind, "fc2" if "fc2" in targets(kind) else "down_proj")
+    down = feed_forward(kind)
     others = [name for name in targets(kind) if name not in down.split(".")]
     return peft.IA3Config(target_modules=[*others, down], feedforward_modules=[down])
 
@@ -152,11 +117,17 @@ _METHODS: Final[dict[str, Callable[[str], peft.PeftConfig]]] = {
     "prefix_tuning_projection": lambda _: peft.PrefixTuningConfig(
         num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16
     ),
+    **factors.METHODS,
+    **by_weight.METHODS,
+    **by_position.METHODS,
 }
 _ONLY: Final[dict[str, tuple[str, ...]]] = {
     "lora_tying": ("llama_tied", "gemma"),
     "lora_saved_tying": ("llama_tied", "gemma"),
     "lora_shared": ("t5",),
+    **factors.ONLY,
+    **by_weight.ONLY,
+    **by_position.ONLY,
 }
 
 

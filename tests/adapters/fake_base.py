@@ -12,7 +12,20 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_serve.adapters.base import BaseShape, SiteKind, SiteSpec
-from peft_serve.adapters.primitives import Adapter, Affine, Edit, KVPrefix, Replace
+from peft_serve.adapters.primitives import (
+    Adapter,
+    Affine,
+    BlockDiagonal,
+    Dense,
+    Edit,
+    Kronecker,
+    KVPrefix,
+    LinearMap,
+    Mixer,
+    Replace,
+    Rows,
+    Sparse,
+)
 
 
 class FakeBase:
@@ -42,6 +55,9 @@ class FakeBase:
     def bias(self, path: str) -> Tensor | None:
         bias = getattr(self.model.get_submodule(path), "bias", None)
         return None if bias is None else bias.detach().float()
+
+    def parameter(self, path: str, name: str) -> Tensor:
+        return getattr(self.model.get_submodule(path), name).detach().float()
 
     def fingerprint(self) -> tuple[float, ...]:
         return tuple(float(p.detach().double().abs().sum()) for p in self.model.parameters())
@@ -98,21 +114,64 @@ def _apply(module: Any, spec: SiteSpec, edit: Edit) -> None:
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
         assert edit.state.keys() == spec.parameters.keys()
         return
+    assert isinstance(edit, Affine)
     module.forward = _affine(module.forward, spec, edit)
 
 
 def _affine(inner: Callable[[Tensor], Tensor], spec: SiteSpec, edit: Affine) -> Callable[[Tensor], Tensor]:
+    """The normal form, word for word."""
+    is_lookup = spec.kind is SiteKind.EMBEDDING
+
     def forward(x: Tensor) -> Tensor:
-        y = inner(x if edit.in_scale is None else edit.in_scale * x)
-        if edit.out_scale is not None:
-            y = edit.out_scale * y
+        z = x if edit.in_scale is None else edit.in_scale * x
+        z = z if edit.in_mix is None else mixed(edit.in_mix, z)
+        y = inner(z)
+        if edit.rows is not None:
+            y = with_rows(edit.rows, z, y, scale=spec.embed_scale, is_lookup=is_lookup)
+        y = y if edit.out_scale is None else edit.out_scale * y
+        y = y if edit.out_mix is None else mixed(edit.out_mix, y)
         if edit.delta is not None:
             a, b = edit.delta.a_RI, edit.delta.b_OR
-            low = nn.functional.embedding(x, a.T) if spec.kind is SiteKind.EMBEDDING else x @ a.T
+            low = nn.functional.embedding(x, a.T) if is_lookup else x @ a.T
             y = y + low @ b.T
+        for linear_map in edit.maps:
+            weight = dense_of(linear_map, spec)
+            y = y + (nn.functional.embedding(x, weight.T) if is_lookup else x @ weight.T)
         return y if edit.shift is None else y + edit.shift
 
     return forward
+
+
+def mixed(mixer: Mixer, x: Tensor) -> Tensor:
+    if isinstance(mixer, BlockDiagonal):
+        n, k, _ = mixer.blocks_NKK.shape
+        parts = x.reshape(*x.shape[:-1], n, k)
+        return torch.einsum("...nk,nkc->...nc", parts, mixer.blocks_NKK).reshape(x.shape)
+    halves = x.reshape(*x.shape[:-1], -1, 2, mixer.group // 2)
+    return mixer.own_O * x + mixer.other_O * halves.flip(-2).reshape(x.shape)
+
+
+def dense_of(linear_map: LinearMap, spec: SiteSpec) -> Tensor:
+    """The map as a matrix [o, i]."""
+    if isinstance(linear_map, Dense):
+        return linear_map.weight_OI
+    if isinstance(linear_map, Kronecker):
+        return torch.kron(linear_map.left.contiguous(), linear_map.right.contiguous())
+    if isinstance(linear_map, Sparse):
+        weight = torch.zeros(spec.out_features, spec.in_features)
+        return weight.index_put((linear_map.out_N, linear_map.in_N), linear_map.values_N, accumulate=True)
+    a, b = linear_map.a_RI[:, : spec.in_features], linear_map.b_OR[: spec.out_features]
+    return linear_map.outer_O[:, None] * (b @ (linear_map.inner_R[:, None] * a))
+
+
+def with_rows(rows: Rows, x: Tensor, y: Tensor, *, scale: float, is_lookup: bool) -> Tensor:
+    y = y.clone()
+    for at, values in zip(rows.ids_N.tolist(), rows.values_ND, strict=True):
+        if is_lookup:
+            y[x == at] = scale * values
+        else:
+            y[..., at] = x @ values
+    return y
 
 
 def cache_of(prefix: KVPrefix, *, is_encoder_decoder: bool) -> Any:

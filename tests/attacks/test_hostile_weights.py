@@ -92,7 +92,7 @@ def test_malformed_file(change: Callable[[bytes], bytes]) -> None:
     assert len(refused.value.message) < 400
 
 
-@pytest.mark.parametrize("dtype", ["F64", "I32", "I64", "U8", "BOOL", "F8_E4M3", "C64", "", None, [], "f32"])
+@pytest.mark.parametrize("dtype", ["F64", "I16", "BOOL", "F8_E4M3", "C64", "", None, [], "f32"])
 def test_dtype_that_is_not_served(dtype: object) -> None:
     with pytest.raises(AdapterInvalid, match="has dtype"):
         admit(with_weights(honest(), _entry(dtype=dtype)(honest().weights)))
@@ -138,6 +138,9 @@ INVALID: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "dunder": (_put(f"{PREFIX}__class__.weight", torch.zeros(4, 4)), "names no module"),
     "control characters": (_put(f"{PREFIX}a\n\x1b[31m.weight", torch.zeros(4, 4)), "names no module"),
     "transposed": (_put(A, torch.zeros(32, 4)), "has shape"),
+    "32-bit integers": (lambda t: t.update({A: t[A].int()}), "has dtype"),
+    "64-bit integers": (lambda t: t.update({A: t[A].long()}), "has dtype"),
+    "bytes": (lambda t: t.update({A: torch.ones(4, 32, dtype=torch.uint8)}), "has dtype"),
     "another rank": (lambda t: t.update({A: torch.zeros(8, 32), B: torch.zeros(32, 8)}), "has shape"),
 }
 

@@ -56,7 +56,7 @@ class Agreement:
         named = named_sites(self._config, self._base)
         if named is None:
             return
-        bound = {path for path, site in self._sites.items() if site.method}
+        bound = {path for path, site in self._sites.items() if site.is_target}
         for path in sorted(named - bound):
             if self._base.sites[path].kind in self._method.kinds and not self._is_alias(path, bound):
                 self._verdict.refuse(path, f"is named by target_modules and has no tensors; {REMEDY}")
@@ -71,7 +71,7 @@ class Agreement:
             is_missing = site is None and spec.parameters and is_saved(path, self._saved)
             if is_missing and not self._is_alias(path, self._sites.keys()):
                 self._verdict.refuse(path, f"is named by modules_to_save and has no tensors; {REMEDY}")
-            is_tuned = self._bias == "all" or (self._bias == "lora_only" and site is not None and site.method)
+            is_tuned = self._bias == "all" or (self._bias == "lora_only" and site is not None and site.is_target)
             if is_tuned and spec.has_bias and (site is None or "bias" not in site.saved):
                 self._verdict.refuse(f"{path}.bias", f"is missing though bias is {self._bias}; {REMEDY}")
 

@@ -22,6 +22,13 @@ class SiteKind(StrEnum):
     CONV1D = "conv1d"  # transformers' Conv1D (GPT-2): weight stored [in, out]
     EMBEDDING = "embedding"  # weight [vocab, d]: in features = vocab, out features = d
     NORM = "norm"  # weight [d], maybe bias [d]
+    EXPERTS = "experts"  # the fused parameters of a mixture of experts, [experts, ...] each
+    ATTENTION = "attention"  # an attention module as a whole; out = in = hidden size, no parameters of its own
+    SUBLAYER = "sublayer"  # a residual sublayer as a whole, by the path AdapterHub names it; no parameters of its own
+
+
+HAS_WEIGHT = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.EMBEDDING, SiteKind.NORM})
+"""Kinds whose `Base.weight` can be asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +59,7 @@ class BaseShape:
     head_dim: int
     max_positions: int
     is_encoder_decoder: bool
+    is_encoder: bool = False  # nothing but an encoder: it generates no text, heads read its last hidden states
 
 
 class Base(Protocol):
@@ -94,6 +102,10 @@ class Base(Protocol):
         """The site's weight as a float32 [out, in] matrix ([d] for a norm), whatever the module stores.
 
         An embedding gives [d, vocab]."""
+        ...
+
+    def parameter(self, path: str, name: str) -> Tensor:
+        """Any parameter of a site, float32, as the module stores it."""
         ...
 
     def bias(self, path: str) -> Tensor | None:

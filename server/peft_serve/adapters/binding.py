@@ -15,11 +15,11 @@ import torch
 
 from peft_serve.adapters.base import Base, SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config
-from peft_serve.adapters.header import StoredTensor
+from peft_serve.adapters.header import NOT_SERVED, StoredTensor
 from peft_serve.adapters.limits import GateLimits
-from peft_serve.adapters.records import WEIGHTS_FILE
-from peft_serve.adapters.registry import Method, SequenceMethod, Shape, SiteMethod
-from peft_serve.adapters.targets import is_saved, tie_partners
+from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE
+from peft_serve.adapters.registry import Method, SequenceMethod, Shape, SharedLayout, SiteMethod
+from peft_serve.adapters.targets import is_saved, named_sites, tie_partners
 from peft_serve.adapters.verdict import Verdict, quoted
 from peft_serve.errors import AdapterInvalid
 
@@ -38,6 +38,12 @@ class BoundSite:
     saved: dict[str, StoredTensor] = field(default_factory=dict)
     copies: dict[str, StoredTensor] = field(default_factory=dict)
     rank: int = 0
+    is_named: bool = False  # the method acts here though it saves nothing here
+
+    @property
+    def is_target(self) -> bool:
+        """Whether the method acts here."""
+        return bool(self.method) or self.is_named
 
     @property
     def is_retrained(self) -> bool:
@@ -51,6 +57,11 @@ class Binding:
 
     sites: Mapping[str, BoundSite]
     shared: Mapping[str, StoredTensor]
+
+    @property
+    def targets(self) -> tuple[SiteSpec, ...]:
+        """Every site the method acts on, in the module order of the base."""
+        return tuple(site.spec for site in self.sites.values() if site.is_target)
 
     @property
     def num_tensors(self) -> int:
@@ -81,16 +92,19 @@ class Binder:
         self._bias = config.text("bias", "none")
         self._sites: dict[str, BoundSite] = {}
         self._shared: dict[str, StoredTensor] = {}
-        self._shared_shapes = self._layout_of_shared()
+        self._shared_layout = SharedLayout()
 
     def bind(self, tensors: tuple[StoredTensor, ...]) -> Binding:
         """Place every tensor and check that each place is complete. Raises at once when the config does not fit."""
+        self._shared_layout = self._layout_of_shared(tensors)
         self._verdict.settle()
         for tensor in tensors:
             self._place(tensor)
-        for name, shape in self._shared_shapes.items():
-            if name.removeprefix("base_model.") not in self._shared:
-                self._verdict.refuse(name, f"is missing; the checkpoint needs it with shape {list(shape)}")
+        for name, shape in self._shared_layout.tensors.items():
+            if name not in self._shared:
+                place = f"{self._shared_prefix}{name}"
+                self._verdict.refuse(place, f"is missing; the checkpoint needs it with shape {list(shape)}")
+        self._name_sites()
         for path in list(self._sites):
             self._complete(self._sites[path])
         if not self._sites and not self._shared:
@@ -98,22 +112,53 @@ class Binder:
         in_order = {path: self._sites[path] for path in self._base.sites if path in self._sites}
         return Binding(sites=in_order, shared=self._shared)
 
-    def _layout_of_shared(self) -> Mapping[str, Shape]:
+    @property
+    def _shared_prefix(self) -> str:
+        return "" if isinstance(self._method, SequenceMethod) else "base_model."
+
+    def _layout_of_shared(self, tensors: tuple[StoredTensor, ...]) -> SharedLayout:
         try:
             if isinstance(self._method, SequenceMethod):
-                return self._method.layout(self._config, self._base.shape)
-            shared = self._method.shared(self._config, self._base)
-            return {f"base_model.{name}": shape for name, shape in shared.items()}
+                return SharedLayout(tensors=self._method.layout(self._config, self._base.shape))
+            stored = {
+                tensor.name.removeprefix("base_model."): tensor.shape
+                for tensor in tensors
+                if tensor.name.startswith("base_model.") and not tensor.name.startswith("base_model.model.")
+            }
+            return self._method.shared(self._config, self._base, stored)
         except AdapterInvalid as error:
             self._verdict.adopt(error)
-            return {}
+            return SharedLayout()
+
+    def _name_sites(self) -> None:
+        """The sites of a method that saves nothing per site are those its config names."""
+        method = self._method
+        if not isinstance(method, SiteMethod) or method.has_site_tensors:
+            return
+        named = named_sites(self._config, self._base)
+        if named is None:
+            self._verdict.refuse(
+                f"{CONFIG_FILE}: target_modules",
+                f"is a regular expression, which is never run, and {method.peft_type} saves nothing that shows its "
+                "sites; write target_modules out as a list of module names",
+            )
+            return
+        for path in sorted(named):
+            spec = self._base.sites[path]
+            if spec.kind in method.kinds:
+                self._sites.setdefault(path, BoundSite(spec)).is_named = True
 
     # one tensor
 
     def _place(self, tensor: StoredTensor) -> None:
-        if tensor.name in self._shared_shapes:
-            self._shared[tensor.name.removeprefix("base_model.")] = tensor
-            self._check_shape(tensor, (self._shared_shapes[tensor.name],))
+        shared_name = tensor.name.removeprefix(self._shared_prefix)
+        if tensor.name.startswith(self._shared_prefix) and shared_name in self._shared_layout.tensors:
+            self._shared[shared_name] = tensor
+            self._check_shape(tensor, (self._shared_layout.tensors[shared_name],))
+            self._check_numbers(tensor, self._shared_layout.indices.get(shared_name))
+            return
+        if self._shared_layout.leftovers and shared_name.startswith(self._shared_layout.leftovers):
+            self._verdict.warn(f"{quoted(tensor.name)} is a leftover of training and is not read")
             return
         prefix = "base_model." if isinstance(self._method, SequenceMethod) else "base_model.model."
         if not tensor.name.startswith(prefix):
@@ -143,11 +188,13 @@ class Binder:
         elif suffix in shapes:
             site.saved[suffix] = tensor
             self._check_own_shape(tensor, shapes[suffix])
+            self._check_numbers(tensor)
         elif suffix.startswith(BASE_LAYER) and suffix.removeprefix(BASE_LAYER) in shapes:
             name = suffix.removeprefix(BASE_LAYER)
             kept = site.saved if name == "bias" and self._bias != "none" else site.copies
             kept[name] = tensor
             self._check_own_shape(tensor, shapes[name])
+            self._check_numbers(tensor)
         else:
             site.method[suffix] = tensor
 
@@ -158,6 +205,17 @@ class Binder:
         if len(shape) == 2 and tensor.shape[1:] == shape[1:]:
             way_out = "the vocabulary was resized; serve the resized base, or train without adding tokens"
         self._verdict.refuse(tensor.name, f"has shape {list(tensor.shape)}, the base has {list(shape)}; {way_out}")
+
+    def _check_numbers(self, tensor: StoredTensor, bound: int | None = None) -> None:
+        """Integers below `bound` where indices are expected, floating-point numbers everywhere else."""
+        dtype = str(tensor.format.torch_dtype).removeprefix("torch.")
+        if bound is None:
+            if tensor.format.is_integer:
+                self._verdict.refuse(tensor.name, f"has dtype {dtype}; {NOT_SERVED}")
+        elif not tensor.format.is_integer:
+            self._verdict.refuse(tensor.name, f"has dtype {dtype} and holds indices, which are integers; {REMEDY}")
+        elif not tensor.is_below(bound):
+            self._verdict.refuse(tensor.name, f"holds an index outside 0 ... {bound - 1}; {REMEDY}")
 
     def _check_shape(self, tensor: StoredTensor, shapes: tuple[Shape, ...]) -> None:
         if tensor.shape not in shapes:
@@ -185,7 +243,7 @@ class Binder:
 
     def _complete(self, site: BoundSite) -> None:
         """Check that a site has all it needs and nothing else."""
-        if isinstance(self._method, SiteMethod) and site.method:
+        if isinstance(self._method, SiteMethod) and site.is_target:
             self._complete_method(site, self._method)
         else:
             self._refuse_extra(site)
@@ -193,7 +251,7 @@ class Binder:
             self._complete_saved(site)
         if site.copies:
             self._complete_copies(site)
-        if not (site.method or site.saved or site.copies):
+        if not (site.is_target or site.saved or site.copies):
             del self._sites[site.spec.path]
 
     def _complete_method(self, site: BoundSite, method: SiteMethod) -> None:
@@ -204,7 +262,8 @@ class Binder:
         if is_saved(path, self._saved):
             self._verdict.refuse(path, "is in modules_to_save and has adapter tensors too; it can be only one")
         try:
-            layout = method.layout(site.spec, self._config)
+            stored = {suffix: tensor.shape for suffix, tensor in site.method.items()}
+            layout = method.layout(site.spec, self._config, stored)
         except AdapterInvalid as error:
             self._verdict.adopt(error)
             return
@@ -214,6 +273,7 @@ class Binder:
             if suffix in site.method:
                 self._check_rank(site.method[suffix], layout.rank)
                 self._check_shape(site.method[suffix], shapes)
+                self._check_numbers(site.method[suffix], layout.indices.get(suffix))
             else:
                 self._verdict.refuse(f"{path}.{suffix}", f"is missing; {REMEDY}")
         site.rank = layout.rank

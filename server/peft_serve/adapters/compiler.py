@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,18 @@ from peft_serve.adapters.binding import BoundSite
 from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.header import StoredTensor
 from peft_serve.adapters.limits import GateLimits
-from peft_serve.adapters.primitives import Adapter, Affine, Edit, KVPrefix, LowRank, Replace, SoftPrompt, is_finite
+from peft_serve.adapters.primitives import (
+    Adapter,
+    Affine,
+    Edit,
+    KVPrefix,
+    Replace,
+    SoftPrompt,
+    is_finite,
+    mapped,
+)
 from peft_serve.adapters.records import WEIGHTS_FILE
-from peft_serve.adapters.registry import Sequence, SequenceMethod, Site, SiteMethod
+from peft_serve.adapters.registry import Sequence, SequenceMethod, Site, SiteMethod, Whole
 from peft_serve.errors import AdapterInvalid, Refusal
 
 TRANSPOSED = frozenset({SiteKind.CONV1D, SiteKind.EMBEDDING})
@@ -32,22 +42,25 @@ def compile_adapter(inspected: Inspected, base: Base, limits: GateLimits) -> Ada
     """
     method = inspected.method
     shared = _load(inspected.binding.shared)
+    prepared = _prepare(inspected, shared, base)
     edits: dict[str, Edit] = {}
     for path, bound in inspected.binding.sites.items():
-        edit = _compile_site(inspected, bound, shared, base)
+        edit = _compile_site(inspected, bound, shared, prepared, base)
         if edit is not None:
-            edits[path] = _rounded(edit, base.dtype)
+            edits[path] = edit
     front = None
     if isinstance(method, SequenceMethod):
         sequence = Sequence(config=inspected.config, tensors=shared, base=base.shape)
-        front = _rounded_front(method.compile(sequence), base.dtype)
+        front = method.compile(sequence)
     adapter = Adapter(
         id=inspected.id,
         method=method.peft_type,
         sites=edits,
         prompt=front if isinstance(front, SoftPrompt) else None,
         prefix=front if isinstance(front, KVPrefix) else None,
+        start=method.start(inspected.config) if isinstance(method, SiteMethod) else (),
     )
+    adapter = _rounded(adapter, base.dtype)
     _check_budget(adapter, base, limits)
     return adapter
 
@@ -56,11 +69,28 @@ def _load(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     return {name: tensor.load() for name, tensor in stored.items()}
 
 
-def _compile_site(inspected: Inspected, bound: BoundSite, shared: Mapping[str, Tensor], base: Base) -> Edit | None:
+def _prepare(inspected: Inspected, shared: Mapping[str, Tensor], base: Base) -> Any:
+    """What the sites of the method have in common, if it makes such a thing."""
+    method, binding = inspected.method, inspected.binding
+    if not isinstance(method, SiteMethod) or method.prepare is None:
+        return None
+    return method.prepare(Whole(config=inspected.config, shared=shared, targets=binding.targets, base=base))
+
+
+def _compile_site(
+    inspected: Inspected, bound: BoundSite, shared: Mapping[str, Tensor], prepared: Any, base: Base
+) -> Edit | None:
     edit: Edit | None = None
-    if bound.method and isinstance(inspected.method, SiteMethod):
-        tensors = _load(bound.method)
-        site = Site(spec=bound.spec, config=inspected.config, tensors=tensors, shared=shared, base=base)
+    if bound.is_target and isinstance(inspected.method, SiteMethod):
+        site = Site(
+            spec=bound.spec,
+            config=inspected.config,
+            tensors=_load(bound.method),
+            shared=shared,
+            base=base,
+            targets=inspected.binding.targets,
+            prepared=prepared,
+        )
         edit = inspected.method.compile(site)
     if bound.is_retrained:
         return Replace(_load(bound.saved))
@@ -76,6 +106,7 @@ def _with_bias(edit: Edit | None, bound: BoundSite, base: Base) -> Edit | None:
     bias, path = bound.saved["bias"].load(), bound.spec.path
     if isinstance(edit, Replace):
         return Replace({**edit.state, "bias": bias})
+    assert edit is None or isinstance(edit, Affine), "only a dense site or a norm has a bias"
     if bound.spec.kind is SiteKind.NORM:
         return Replace({"weight": base.weight(path).cpu(), "bias": bias})
     own = _bias_of(base, path)
@@ -106,22 +137,10 @@ def _bias_of(base: Base, path: str) -> Tensor | None:
     return None if bias is None else bias.cpu()
 
 
-def _rounded(edit: Edit, dtype: torch.dtype) -> Edit:
-    if isinstance(edit, Replace):
-        return Replace({name: _own(tensor, dtype) for name, tensor in edit.state.items()})
-    delta = edit.delta
-    return Affine(
-        delta=None if delta is None else LowRank(_own(delta.a_RI, dtype), _own(delta.b_OR, dtype)),
-        in_scale=None if edit.in_scale is None else _own(edit.in_scale, dtype),
-        out_scale=None if edit.out_scale is None else _own(edit.out_scale, dtype),
-        shift=None if edit.shift is None else _own(edit.shift, dtype),
-    )
-
-
-def _rounded_front(front: SoftPrompt | KVPrefix, dtype: torch.dtype) -> SoftPrompt | KVPrefix:
-    if isinstance(front, SoftPrompt):
-        return SoftPrompt(_own(front.embeddings_PD, dtype))
-    return KVPrefix(_own(front.keys_LHPD, dtype), _own(front.values_LHPD, dtype))
+def _rounded(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The adapter in the compute type. A tensor that several sites share is rounded once and stays shared."""
+    own = {id(tensor): _own(tensor, dtype) for tensor in adapter.tensors() if tensor.is_floating_point()}
+    return mapped(adapter, lambda tensor: own[id(tensor)])
 
 
 def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:

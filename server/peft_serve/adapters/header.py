@@ -34,8 +34,12 @@ class Format:
     """A stored number format. IEEE magnitudes sort like the integers that hold them."""
 
     torch_dtype: torch.dtype
-    bits: str  # the unsigned numpy type of the same width
-    magnitude: int  # mask that clears the sign bit
+    bits: str  # the numpy type that reads it: unsigned and of the same width for a float
+    magnitude: int  # mask that clears a float's sign bit
+
+    @property
+    def is_integer(self) -> bool:
+        return not self.torch_dtype.is_floating_point
 
     @property
     def num_bytes(self) -> int:
@@ -48,11 +52,18 @@ class Format:
         return int(torch.tensor([limit], dtype=self.torch_dtype).view(as_signed).item()) & self.magnitude
 
 
-FORMATS: Final[Mapping[str, Format]] = {
+FLOATS: Final[Mapping[str, Format]] = {
     "F32": Format(torch.float32, "<u4", 0x7FFFFFFF),
     "F16": Format(torch.float16, "<u2", 0x7FFF),
     "BF16": Format(torch.bfloat16, "<u2", 0x7FFF),
 }
+FORMATS: Final[Mapping[str, Format]] = {
+    **FLOATS,
+    "U8": Format(torch.uint8, "u1", 0),  # indices, where a method has some
+    "I32": Format(torch.int32, "<i4", 0),
+    "I64": Format(torch.int64, "<i8", 0),
+}
+NOT_SERVED: Final = f"served are {', '.join(FLOATS)}; convert the tensor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +76,22 @@ class StoredTensor:
     content: memoryview
 
     def load(self) -> Tensor:
-        """The values as a float32 tensor of its own memory. bf16 and f16 files are widened, as peft does."""
+        """The values as a tensor of its own memory: float32, as peft widens bf16 and f16 files; int64 for indices."""
         stored = torch.frombuffer(bytearray(self.content), dtype=self.format.torch_dtype)
-        return stored.to(torch.float32).reshape(self.shape)
+        return stored.to(torch.int64 if self.format.is_integer else torch.float32).reshape(self.shape)
+
+    def is_below(self, bound: int) -> bool:
+        """Whether every value of an integer tensor is an index into something of `bound` entries."""
+        values = np.frombuffer(self.content, dtype=self.format.bits)
+        return all(
+            int(part.min()) >= 0 and int(part.max()) < bound
+            for part in (values[start : start + CHUNK] for start in range(0, values.size, CHUNK))
+        )
 
     def is_within(self, max_abs: float) -> bool:
         """Whether every value is finite and at most `max_abs` in magnitude; NaN and Inf have larger bits."""
+        if self.format.is_integer:
+            return True  # what indices may be is checked against what they point into
         bits = np.frombuffer(self.content, dtype=self.format.bits)
         limit = self.format.bits_of(max_abs)
         return all(
@@ -153,9 +174,7 @@ def _tensor(name: str, entry: Mapping[str, Any], content: memoryview, verdict: V
     dtype = entry["dtype"]
     form = FORMATS.get(dtype) if isinstance(dtype, str) else None
     if form is None:
-        verdict.refuse(
-            name[:MAX_NAME], f"has dtype {quoted(dtype)}; served are {', '.join(FORMATS)}; convert the tensor"
-        )
+        verdict.refuse(name[:MAX_NAME], f"has dtype {quoted(dtype)}; {NOT_SERVED}")
         return None
     num_bytes = form.num_bytes
     for size in shape:

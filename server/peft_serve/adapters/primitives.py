@@ -2,26 +2,33 @@
 
 A dense site of the frozen base (Linear, Conv1D, Embedding) is served in one normal form,
 
-    y = s_out * (W (s_in * x) + b) + B A x + c
+    y = M_out( s_out * ( W M_in( s_in * x ) + b ) ) + B A x + sum_k D_k x + c
 
-in which every term is optional (absent = identity or zero) and all scaling is folded into B at compile time, the
-output scale of a scaled embedding (Gemma's) included.
-Everything else replaces a site's own parameters, or happens at sequence level. The executor sees these terms
-and never a method.
+in which every term is optional (absent = identity or zero) and all scaling is folded into B and D_k at compile time,
+the output scale of a scaled embedding (Gemma's) included. W is the base's, or has some of its rows exchanged (`Rows`).
+Everything else replaces a site's own parameters, acts on a whole sublayer, or happens at sequence level. The
+executor sees these terms and never a method.
 
 Tensors are in the base's compute dtype, on the host, contiguous. Shapes: `o` out features, `i` in features,
-`r` rank, `d` hidden size, `P` virtual tokens, `L` layers, `H` key/value heads, `D` head size.
+`r` rank, `d` hidden size, `P` virtual tokens, `L` layers, `H` key/value heads, `D` head size, `E` experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from peft_serve.core import AdapterId, Footprint
+
+P = TypeVar("P")
+
+# ---- linear maps beside the base's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +43,97 @@ class LowRank:
         return self.a_RI.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Rescaled:
+    """x -> u * (B (v * (A x))): a low-rank map whose factors many adapters share (VeRA), and two vectors of its own.
+
+    `a_RI` and `b_OR` may be larger than the site: its own are the first `i` columns of A and the first `o` rows of B.
+    Maps with one `key` have the same factors, which the executor therefore holds once, whatever the adapters.
+    """
+
+    key: str
+    a_RI: Tensor
+    b_OR: Tensor
+    inner_R: Tensor
+    outer_O: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """x -> W x: any other linear map, at the price of one matrix per adapter and site."""
+
+    weight_OI: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """x -> (L kron R) x without making the product: o = rows(L) rows(R), i = columns(L) columns(R)."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """x -> S x, S given by its entries; entries at one place add up."""
+
+    out_N: Tensor  # int64
+    in_N: Tensor  # int64
+    values_N: Tensor
+
+
+LinearMap = Rescaled | Dense | Kronecker | Sparse
+"""A map beside the low-rank one: y = y + D x."""
+
+
+# ---- mixers of what goes into a site, or comes out of it
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiagonal:
+    """x -> concat_k(x_k R_k), x cut into n parts of size k."""
+
+    blocks_NKK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """y -> own * y + other * y', where y' is y with the two halves of each `group` of features exchanged (RoAd)."""
+
+    own_O: Tensor
+    other_O: Tensor
+    group: int
+
+
+Mixer = BlockDiagonal | Paired
+
+
+# ---- what happens at one site
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of the site's table, exchanged: of an embedding's [vocab, d], of a head's weight [vocab, i].
+
+    Values are unscaled: a scaled embedding scales them as it scales its own.
+    """
+
+    ids_N: Tensor  # int64, distinct
+    values_ND: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Affine:
     """The normal form of a dense site; see the module's docstring."""
 
-    delta: LowRank | None = None
+    rows: Rows | None = None
     in_scale: Tensor | None = None  # [i]
+    in_mix: BlockDiagonal | None = None
     out_scale: Tensor | None = None  # [o]
+    out_mix: Mixer | None = None
+    delta: LowRank | None = None
+    maps: tuple[LinearMap, ...] = ()
     shift: Tensor | None = None  # [o]
-
-    def tensors(self) -> Iterator[Tensor]:
-        if self.delta is not None:
-            yield self.delta.a_RI
-            yield self.delta.b_OR
-        for vector in (self.in_scale, self.out_scale, self.shift):
-            if vector is not None:
-                yield vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +145,63 @@ class Replace:
 
     state: Mapping[str, Tensor]
 
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self.state.values()
+
+@dataclass(frozen=True, slots=True)
+class ExpertFactors:
+    """Low-rank terms of a stack of experts: W_e + B_e A_e."""
+
+    a_ERI: Tensor
+    b_EOR: Tensor
 
 
-Edit = Affine | Replace
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Low-rank terms on the fused parameters of a mixture of experts, by parameter name (`gate_up_proj`)."""
+
+    factors: Mapping[str, ExpertFactors]
+
+
+@dataclass(frozen=True, slots=True)
+class GatedPrompt:
+    """An attention site: o + gate * softmax(q K^T / sqrt(D)) V beside what attention gives, q after rotary positions.
+
+    Keys and values are those of a learned prompt, without positions (LLaMA-Adapter). `is_projected` says whether the
+    addition goes through the site's output projection (Llama) or is added behind it (GPT-2).
+    """
+
+    keys_HPD: Tensor
+    values_HPD: Tensor
+    gate: Tensor  # [1]
+    is_projected: bool
+
+
+class Reads(StrEnum):
+    """What a bottleneck looks at. h: the sublayer's output; t: the residual stream before it."""
+
+    SUBLAYER = "h"
+    RESIDUAL = "t"
+    NORMED = "post"  # N(h + t), with the sublayer's norm where the model normalises after adding, else h + t
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bottleneck:
+    """A sublayer site: h -> keep + scale * up(act(down(read))), before the residual is added (AdapterHub)."""
+
+    down_BD: Tensor
+    down_bias_B: Tensor
+    up_DB: Tensor
+    up_bias_D: Tensor
+    activation: str  # a key of transformers' ACT2FN
+    scale: Tensor  # [1] or [d]
+    reads: Reads
+    keeps_read: bool = False  # keep = what was read (AdapterPlus), else h
+
+
+Edit = Affine | Replace | Experts | GatedPrompt | Bottleneck
 """What an adapter does at one site."""
+
+
+# ---- sequence level
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +213,36 @@ class SoftPrompt:
 
 @dataclass(frozen=True, slots=True)
 class KVPrefix:
-    """Keys and values in front of the (decoder's) self-attention cache. Positions advance by P, as in peft."""
+    """Keys and values in front of the (decoder's) self-attention cache.
+
+    `advances_positions`: the tokens behind it count their positions from P on (peft), or from 0 (AdapterHub).
+    """
 
     keys_LHPD: Tensor
     values_LHPD: Tensor
+    advances_positions: bool = True
+
+
+class HeadTask(StrEnum):
+    """What a task head computes from the last hidden states."""
+
+    SEQUENCE = "SEQ_CLS"  # logits of the whole sequence
+    TOKENS = "TOKEN_CLS"  # logits of every token
+    SPANS = "QUESTION_ANS"  # start and end logits of every token
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A task head: the parameters of the modules behind the body, by their path in the task's transformers class.
+
+    For example `classifier.weight`, `classifier.out_proj.bias`, `score.weight`, `qa_outputs.weight`.
+    """
+
+    task: HeadTask
+    state: Mapping[str, Tensor]
+
+
+# ---- the whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,30 +254,65 @@ class Adapter:
     sites: Mapping[str, Edit] = field(default_factory=dict)
     prompt: SoftPrompt | None = None
     prefix: KVPrefix | None = None
+    head: Head | None = None
+    start: tuple[int, ...] = ()  # token ids whose last occurrence in the prompt switches the adapter on (aLoRA)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor the adapter holds."""
-        for edit in self.sites.values():
-            yield from edit.tensors()
-        if self.prompt is not None:
-            yield self.prompt.embeddings_PD
-        if self.prefix is not None:
-            yield self.prefix.keys_LHPD
-            yield self.prefix.values_LHPD
+        """Every tensor the adapter holds, one that several sites share once."""
+        yield from {id(tensor): tensor for tensor in tensors_of(self)}.values()
+
+    @property
+    def max_rank(self) -> int:
+        """The largest low-rank term."""
+        ranks = (e.delta.rank for e in self.sites.values() if isinstance(e, Affine) and e.delta is not None)
+        return max(ranks, default=0)
 
     def footprint(self, *, is_encoder_decoder: bool) -> Footprint:
         """What the adapter asks of the device when it is resident."""
-        ranks = [e.delta.rank for e in self.sites.values() if isinstance(e, Affine) and e.delta is not None]
         num_prompt = 0 if self.prompt is None else self.prompt.embeddings_PD.shape[0]
         num_prefix = 0 if self.prefix is None else self.prefix.keys_LHPD.shape[2]
         return Footprint(
             num_bytes=sum(t.numel() * t.element_size() for t in self.tensors()),
-            max_rank=max(ranks, default=0),
+            max_rank=self.max_rank,
             num_prefix_tokens=num_prefix + (0 if is_encoder_decoder else num_prompt),
             num_source_tokens=num_prompt if is_encoder_decoder else 0,
+            start=self.start,
         )
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Every tensor in a primitive, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for part in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, part.name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def mapped(primitive: P, function: Callable[[Tensor], Tensor]) -> P:
+    """The same primitive with `function` applied to each of its floating-point tensors; indices stay as they are."""
+    return _mapped(primitive, function)  # type: ignore[return-value]  # the walk keeps every type
+
+
+def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _mapped(part, function) for name, part in parts.items()})
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, function) for item in value)
+    return value
 
 
 def is_finite(adapter: Adapter) -> bool:
     """Whether every value of the adapter is finite."""
-    return all(bool(torch.isfinite(t).all()) for t in adapter.tensors())
+    return all(bool(torch.isfinite(t).all()) for t in adapter.tensors() if t.is_floating_point())

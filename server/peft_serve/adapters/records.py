@@ -52,6 +52,14 @@ class Profile:
     labels: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """A task head, of an adapter or of the base."""
+
+    task: str  # SEQ_CLS, TOKEN_CLS or QUESTION_ANS
+    num_labels: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """What the gate found out about an accepted checkpoint."""
@@ -66,6 +74,7 @@ class Summary:
     modules: tuple[str, ...]  # last path components of those places, sorted, distinct
     warnings: tuple[str, ...] = ()
     num_virtual_tokens: int = 0  # context positions it takes in front of the prompt (decoder-only bases)
+    head: HeadFacts | None = None  # the task head it brings along
 
 
 class VersionState(StrEnum):
@@ -98,3 +107,4 @@ class Resolved:
     peft_type: str
     num_virtual_tokens: int  # context positions it takes in front of the prompt (decoder-only bases)
     profile: Profile
+    head: HeadFacts | None = None  # the task head it brings along

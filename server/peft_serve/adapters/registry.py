@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -20,28 +21,55 @@ from peft_serve.adapters.config_schema import Config, ConfigSchema
 from peft_serve.adapters.primitives import Edit, KVPrefix, SoftPrompt
 
 Shape = tuple[int, ...]
+Stored = Mapping[str, Shape]
+"""The tensors a checkpoint has at a place, by suffix or name, with their shapes: untrusted."""
 
 DENSE = frozenset({SiteKind.LINEAR, SiteKind.CONV1D})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteLayout:
-    """The tensors a method saves at a site: suffix -> the shapes it may have. All of them must be there."""
+    """The tensors a method saves at a site: suffix -> the shapes it may have. All of them must be there.
+
+    `indices` names those that hold integers, each with the bound its values stay below.
+    """
 
     tensors: Mapping[str, tuple[Shape, ...]]
     rank: int = 0  # of the low-rank term it compiles to
+    indices: Mapping[str, int] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()  # beginnings of suffixes that training leaves behind and nothing reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedLayout:
+    """The tensors a method saves once for all sites, by name; all of them must be there."""
+
+    tensors: Mapping[str, Shape] = field(default_factory=dict)
+    indices: Mapping[str, int] = field(default_factory=dict)
+    leftovers: tuple[str, ...] = ()  # beginnings of names that nothing reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """An adapter as a whole, for a method whose sites depend on each other."""
+
+    config: Config
+    shared: Mapping[str, Tensor]
+    targets: tuple[SiteSpec, ...]  # every site the method acts on, in the module order of the base
+    base: Base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One place of the base with the tensors a checkpoint has for it, all float32."""
+    """One place of the base with the tensors a checkpoint has for it: float32, int64 where they are indices."""
 
     spec: SiteSpec
     config: Config
     tensors: Mapping[str, Tensor]  # by suffix, as in the layout
     shared: Mapping[str, Tensor]  # the method's tensors that belong to no site
     base: Base
+    targets: tuple[SiteSpec, ...] = ()  # every site the method acts on, in the module order of the base
+    prepared: Any = None  # what the method's `prepare` made, once for all sites
 
     @property
     def weight_OI(self) -> Tensor:  # noqa: N802 - the suffix names dimensions
@@ -64,13 +92,21 @@ class Sequence:
 
 SiteCompile = Callable[[Site], Edit]
 SequenceCompile = Callable[[Sequence], SoftPrompt | KVPrefix]
-LayoutOfSite = Callable[[SiteSpec, Config], SiteLayout]
-LayoutOfShared = Callable[[Config, Base], Mapping[str, Shape]]
+LayoutOfSite = Callable[[SiteSpec, Config, Stored], SiteLayout]
+LayoutOfShared = Callable[[Config, Base, Stored], SharedLayout]
+LayoutOfSequence = Callable[[Config, BaseShape], Mapping[str, Shape]]
+
+
+def _no_start(config: Config) -> tuple[int, ...]:  # noqa: ARG001 - the signature is the contract
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteMethod:
-    """A type whose tensors belong to sites: keys `base_model.model.<path>.<suffix>`."""
+    """A type whose tensors belong to sites: keys `base_model.model.<path>.<suffix>`.
+
+    A layout raises `AdapterInvalid` when config, base and stored shapes do not go together.
+    """
 
     peft_type: str
     schema: ConfigSchema
@@ -78,6 +114,10 @@ class SiteMethod:
     layout: LayoutOfSite
     compile: SiteCompile
     shared: LayoutOfShared  # keys `base_model.<name>`
+    prepare: Callable[[Whole], Any] | None  # runs once for an adapter, before its sites are compiled
+    start: Callable[[Config], tuple[int, ...]]  # the token ids that switch the adapter on
+    has_site_tensors: bool  # False: every site that target_modules names is one, without a tensor of its own
+    num_tasks: Callable[[Config], int]  # tasks that one checkpoint holds; a request says which one it wants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +129,23 @@ class SequenceMethod:
 
     peft_type: str
     schema: ConfigSchema
-    layout: Callable[[Config, BaseShape], Mapping[str, Shape]]
+    layout: LayoutOfSequence
     compile: SequenceCompile
+    num_tasks: Callable[[Config], int]
 
 
 Method = SiteMethod | SequenceMethod
 
+TASK_FIELD = "task_id"
+"""Where a compile function finds the task it is asked for in its config, if its method has more than one."""
 
-def _nothing_shared(config: Config, base: Base) -> Mapping[str, Shape]:  # noqa: ARG001 - the signature is the contract
-    return {}
+
+def _nothing_shared(config: Config, base: Base, stored: Stored) -> SharedLayout:  # noqa: ARG001 - the contract
+    return SharedLayout()
+
+
+def _one_task(config: Config) -> int:  # noqa: ARG001 - the signature is the contract
+    return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +157,10 @@ class compiles:  # noqa: N801 - a decorator, named as it is used
     layout: LayoutOfSite = field(kw_only=True)
     kinds: frozenset[SiteKind] = field(default=DENSE, kw_only=True)
     shared: LayoutOfShared = field(default=_nothing_shared, kw_only=True)
+    prepare: Callable[[Whole], Any] | None = field(default=None, kw_only=True)
+    start: Callable[[Config], tuple[int, ...]] = field(default=_no_start, kw_only=True)
+    has_site_tensors: bool = field(default=True, kw_only=True)
+    num_tasks: Callable[[Config], int] = field(default=_one_task, kw_only=True)
 
     def __call__(self, function: SiteCompile) -> SiteMethod:
         return SiteMethod(
@@ -118,6 +170,10 @@ class compiles:  # noqa: N801 - a decorator, named as it is used
             layout=self.layout,
             compile=function,
             shared=self.shared,
+            prepare=self.prepare,
+            start=self.start,
+            has_site_tensors=self.has_site_tensors,
+            num_tasks=self.num_tasks,
         )
 
 
@@ -127,7 +183,14 @@ class prepends:  # noqa: N801 - a decorator, named as it is used
 
     peft_type: str
     schema: ConfigSchema = field(kw_only=True)
-    layout: Callable[[Config, BaseShape], Mapping[str, Shape]] = field(kw_only=True)
+    layout: LayoutOfSequence = field(kw_only=True)
+    num_tasks: Callable[[Config], int] = field(default=_one_task, kw_only=True)
 
     def __call__(self, function: SequenceCompile) -> SequenceMethod:
-        return SequenceMethod(peft_type=self.peft_type, schema=self.schema, layout=self.layout, compile=function)
+        return SequenceMethod(
+            peft_type=self.peft_type,
+            schema=self.schema,
+            layout=self.layout,
+            compile=function,
+            num_tasks=self.num_tasks,
+        )

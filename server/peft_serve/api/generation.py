@@ -98,7 +98,7 @@ class Generation:
                     token = self._take_scores(event)
                     yield self._conclude(await self._finish(), token, token.text)
                     return
-                else:
+                elif isinstance(event, FinishEvent):
                     yield self._conclude(event, None, "")
                     return
         finally:

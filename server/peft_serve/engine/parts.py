@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.gate import Inspected
-from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.records import CheckpointFiles, HeadFacts
 from peft_serve.config import Settings
 from peft_serve.engine.client import EngineThread
 from peft_serve.metrics import Metrics
@@ -31,6 +31,9 @@ class BaseCard:
     decoder_start: tuple[int, ...]  # what the decoder of an encoder-decoder begins with
     forced_first: int | None = None  # an answer has to begin with this id
     forced_last: int | None = None  # an answer of full length has to end with this id
+    is_encoder: bool = False  # it generates nothing; heads and embeddings read its last hidden states
+    head: HeadFacts | None = None  # the base's own task head
+    labels: tuple[str, ...] = ()  # what that head's outputs are called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

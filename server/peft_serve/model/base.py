@@ -118,6 +118,9 @@ class ResidentBase:
         weight: Tensor = _parameter(self.model.get_submodule(path), "weight").detach().float()
         return weight.T if kind in (SiteKind.CONV1D, SiteKind.EMBEDDING) else weight
 
+    def parameter(self, path: str, name: str) -> Tensor:
+        return _parameter(self.model.get_submodule(path), name).detach().float()
+
     def bias(self, path: str) -> Tensor | None:
         if not self._specs[path].has_bias:
             return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.adapters.primitives import Adapter, Affine, Edit, is_finite
+from peft_serve.adapters.primitives import Adapter, Affine, Edit, Replace, is_finite
 from peft_serve.core import BASE_SLOT
 from peft_serve.model.routing import Division, Lane, Stream
 from peft_serve.model.sites_forward import DenseSite, NormSite
@@ -95,7 +95,6 @@ class AdaptedSites:
         """
         edits = self._accepted(slot, adapter)
         self._forget_routes()
-        ranks = [e.delta.rank for e in adapter.sites.values() if isinstance(e, Affine) and e.delta is not None]
         try:
             with torch.inference_mode():
                 for site, edit in edits.items():
@@ -105,7 +104,7 @@ class AdaptedSites:
             _drop(slot, tuple(edits))
             raise
         streams = frozenset(stream for path, stream in self._streams.items() if self._sites[path] in edits)
-        self._installed[slot] = _Installed(tuple(edits), streams, max(ranks, default=0))
+        self._installed[slot] = _Installed(tuple(edits), streams, adapter.max_rank)
 
     def remove(self, slot: int) -> None:
         """Empty a slot. Routes end here."""
@@ -228,10 +227,11 @@ def _embed_scale(module: nn.Module) -> float:
 
 
 def _check_edit(spec: SiteSpec, edit: Edit) -> None:
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]
     if isinstance(edit, Affine):
         if spec.kind is SiteKind.NORM:
             raise ValueError(f"site '{spec.path}' is a norm; an adapter can only replace its parameters")
-        wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        wanted = {
             "in_scale": (edit.in_scale, (spec.in_features,)),
             "out_scale": (edit.out_scale, (spec.out_features,)),
             "shift": (edit.shift, (spec.out_features,)),
@@ -240,8 +240,10 @@ def _check_edit(spec: SiteSpec, edit: Edit) -> None:
             rank = edit.delta.rank
             wanted["delta.a"] = (edit.delta.a_RI, (rank, spec.in_features))
             wanted["delta.b"] = (edit.delta.b_OR, (spec.out_features, rank))
-    else:
+    elif isinstance(edit, Replace):
         wanted = {name: (tensor, spec.parameters.get(name, ())) for name, tensor in edit.state.items()}
+    else:
+        raise ValueError(f"site '{spec.path}' is no place for a {type(edit).__name__}")
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{spec.path}.{name} has shape {list(tensor.shape)}; the site's is {list(shape)}")

@@ -15,18 +15,18 @@ from peft_serve.adapters.gate import inspect
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.primitives import Affine, LowRank
 from peft_serve.adapters.records import CheckpointFiles
-from peft_serve.adapters.registry import Shape, Site, SiteLayout, compiles
+from peft_serve.adapters.registry import SharedLayout, Site, SiteLayout, Stored, compiles
 from tests.adapters.checkpoints import make_base
 from tests.adapters.fake_base import FakeBase
 
 
-def layout(spec: SiteSpec, config: Config) -> SiteLayout:
+def layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
     return SiteLayout(tensors={"toy_d": ((2,),), "toy_b": ((spec.out_features,),)}, rank=2)
 
 
-def shared(config: Config, base: Base) -> dict[str, Shape]:
+def shared(config: Config, base: Base, stored: Stored) -> SharedLayout:
     widest = max(spec.in_features for spec in base.sites.values())
-    return {"toy_A": (2, widest)}
+    return SharedLayout(tensors={"toy_A": (2, widest)})
 
 
 @compiles("TOY", schema=ConfigSchema(required={"r": rules.integer(2, 2)}), layout=layout, shared=shared)

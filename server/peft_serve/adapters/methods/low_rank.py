@@ -13,7 +13,7 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
 from peft_serve.adapters.primitives import Affine, LowRank
 from peft_serve.adapters.records import CONFIG_FILE
-from peft_serve.adapters.registry import DENSE, Shape, Site, SiteLayout, compiles
+from peft_serve.adapters.registry import DENSE, Shape, Site, SiteLayout, Stored, compiles
 from peft_serve.errors import AdapterInvalid, Refusal
 
 DEFAULT_RANK: Final = 8
@@ -82,7 +82,7 @@ def _scale(config: Config, path: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)
 
 
-def _layout(spec: SiteSpec, config: Config) -> SiteLayout:
+def _layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  # noqa: ARG001 - one signature for every method
     rank = _rank(config, spec.path)
     a_shape, b_shape = (rank, spec.in_features), (spec.out_features, rank)
     tensors: dict[str, tuple[Shape, ...]]

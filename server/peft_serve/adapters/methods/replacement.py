@@ -8,7 +8,7 @@ from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
 from peft_serve.adapters.primitives import Replace
-from peft_serve.adapters.registry import Site, SiteLayout, compiles
+from peft_serve.adapters.registry import Site, SiteLayout, Stored, compiles
 
 LN_TUNING: Final = ConfigSchema(
     optional={"target_modules": rules.names_or_text, "exclude_modules": rules.names_or_text},
@@ -16,7 +16,7 @@ LN_TUNING: Final = ConfigSchema(
 LN_PREFIX: Final = "ln_tuning_layers."
 
 
-def _ln_layout(spec: SiteSpec, config: Config) -> SiteLayout:  # noqa: ARG001 - one signature for every method
+def _ln_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  # noqa: ARG001 - one signature for every method
     return SiteLayout(tensors={f"{LN_PREFIX}{name}": (shape,) for name, shape in spec.parameters.items()})
 
 

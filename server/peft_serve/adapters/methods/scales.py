@@ -8,7 +8,7 @@ from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
 from peft_serve.adapters.primitives import Affine
-from peft_serve.adapters.registry import Site, SiteLayout, compiles
+from peft_serve.adapters.registry import Site, SiteLayout, Stored, compiles
 
 IA3: Final = ConfigSchema(
     optional={"target_modules": rules.names_or_text, "exclude_modules": rules.names_or_text},
@@ -16,7 +16,7 @@ IA3: Final = ConfigSchema(
 )
 
 
-def _layout(spec: SiteSpec, config: Config) -> SiteLayout:  # noqa: ARG001 - one signature for every method
+def _layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  # noqa: ARG001 - one signature for every method
     return SiteLayout(tensors={"ia3_l": ((spec.out_features, 1), (1, spec.in_features))})
 
 

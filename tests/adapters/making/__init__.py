@@ -1,0 +1,1 @@
+"""peft configs by family of methods."""
