@@ -27,6 +27,7 @@ from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import ServerParts
 from peft_serve.engine.watch import BaseWatch
 from peft_serve.errors import ServeError
+from peft_serve.verify.command import app as adapters_app
 
 _WATCH_S = 300.0  # between two readings of the base's weights, which cost a read of all of them
 
@@ -36,6 +37,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
 )
+
+
+app.add_typer(adapters_app, name="adapters")
 
 
 def _print_version(wanted: bool) -> None:

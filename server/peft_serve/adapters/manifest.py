@@ -37,6 +37,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "choices": None if profile.choices is None else dict(profile.choices),
             "parameters": dict(profile.parameters),
             "labels": None if profile.labels is None else list(profile.labels),
+            "examples": list(profile.examples),
         },
     }
     return seal(body)
@@ -64,4 +65,5 @@ def _summary(body: Mapping[str, Any]) -> Summary:
 
 def _profile(body: Mapping[str, Any]) -> Profile:
     labels = body["labels"]
-    return Profile(**{**body, "labels": None if labels is None else tuple(labels)})
+    examples = tuple(body.get("examples", ()))  # a manifest from before there were any
+    return Profile(**{**body, "labels": None if labels is None else tuple(labels), "examples": examples})

@@ -18,6 +18,7 @@ PLACE: Final = "{text}"
 MIN_CHOICES: Final = 2
 MAX_CHOICES: Final = 256
 MAX_STOPS: Final = 16
+MAX_EXAMPLES: Final = 16
 
 
 def _between(low: float, high: float, *, above: bool = False) -> Rule:
@@ -40,6 +41,7 @@ def _stops(value: object) -> str | None:
     return None if fine else f"a list of at most {MAX_STOPS} non-empty strings"
 
 
+FIELDS: Final = frozenset({"template", "choices", "parameters", "labels", "examples"})
 PARAMETERS: Final[Mapping[str, Rule]] = {
     "max_new_tokens": integer(1, 1 << 20),
     "min_new_tokens": integer(0, 1 << 20),
@@ -66,12 +68,13 @@ def parse_profile(content: bytes, *, max_new_tokens: int = 1 << 20) -> Profile:
     """
     fields = parse_object(content, name=PROFILE_FILE, max_bytes=MAX_BYTES, max_depth=4)
     verdict = Verdict()
-    for name in fields.keys() - {"template", "choices", "parameters", "labels"}:
-        _refuse(verdict, name, "is not a field of a profile; they are template, choices, parameters and labels")
+    for name in fields.keys() - FIELDS:
+        _refuse(verdict, name, f"is not a field of a profile; they are {', '.join(sorted(FIELDS))}")
     _check_template(fields.get("template"), verdict)
     _check_choices(fields.get("choices"), verdict)
     _check_parameters(fields.get("parameters"), verdict, max_new_tokens)
     _check_labels(fields.get("labels"), verdict)
+    _check_examples(fields.get("examples"), verdict)
     verdict.settle()
     labels = fields.get("labels")
     return Profile(
@@ -79,6 +82,7 @@ def parse_profile(content: bytes, *, max_new_tokens: int = 1 << 20) -> Profile:
         choices=fields.get("choices"),
         parameters=fields.get("parameters") or {},
         labels=None if labels is None else tuple(labels),
+        examples=tuple(fields.get("examples") or ()),
     )
 
 
@@ -131,3 +135,13 @@ def _check_labels(labels: object, verdict: Verdict) -> None:
     fine = isinstance(labels, list) and labels and all(isinstance(label, str) and label for label in labels)
     if not fine or len(set(labels)) != len(labels):  # type: ignore[call-overload, arg-type]
         _refuse(verdict, "labels", "must be a list of distinct non-empty strings")
+
+
+def _check_examples(examples: object, verdict: Verdict) -> None:
+    if examples is None:
+        return
+    fine = (
+        isinstance(examples, list) and len(examples) <= MAX_EXAMPLES and all(isinstance(e, str) and e for e in examples)
+    )
+    if not fine:
+        _refuse(verdict, "examples", f"must be a list of at most {MAX_EXAMPLES} non-empty strings")

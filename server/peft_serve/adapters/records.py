@@ -50,6 +50,7 @@ class Profile:
     choices: Mapping[str, str] | None = None  # label -> the words the model is asked by
     parameters: Mapping[str, Any] = field(default_factory=dict)  # default request parameters
     labels: tuple[str, ...] | None = None
+    examples: tuple[str, ...] = ()  # inputs it can be tried with
 
 
 @dataclass(frozen=True, slots=True)

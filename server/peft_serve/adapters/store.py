@@ -35,11 +35,23 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RETRY_AFTER_S: Final = 30.0
 
 
+def blob_folder(root: Path, adapter: AdapterId) -> Path:
+    """Where a store keeps the files of a checkpoint. They never change, so anybody may read them."""
+    assert is_id(adapter), "only the digest of files names a blob"
+    return root / "blobs" / "sha256" / adapter.removeprefix("sha256:")
+
+
+def record_file(root: Path, name: str) -> Path:
+    """Where a store keeps the record of a name, sealed; it is replaced whole."""
+    return root / "names" / f"{file_stem(name)}.json"
+
+
 class AdapterStore:
     """Owner of one folder. Methods may be called from any thread; the catalog orders writes to one name."""
 
     def __init__(self, root: Path, fs: FileSystem) -> None:
         self._fs = fs
+        self._root = root
         self._blobs = root / "blobs" / "sha256"
         self._names = root / "names"
         self._quarantine = root / "quarantine"
@@ -181,8 +193,7 @@ class AdapterStore:
         )
 
     def _blob(self, adapter: AdapterId) -> Path:
-        assert is_id(adapter), "only the digest of files names a blob"
-        return self._blobs / adapter.removeprefix("sha256:")
+        return blob_folder(self._root, adapter)
 
     # records of names
 
@@ -212,7 +223,7 @@ class AdapterStore:
             self._fs.sync_dir(self._names)
 
     def _record(self, name: str) -> Path:
-        return self._names / f"{file_stem(name)}.json"
+        return record_file(self._root, name)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:

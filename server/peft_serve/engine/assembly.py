@@ -108,6 +108,11 @@ def gate_limits(settings: Settings, max_context: int) -> GateLimits:
     )
 
 
+def default_store(base_name: str) -> Path:
+    """Where the uploads of a base are kept unless --store says otherwise."""
+    return Path.home() / ".local" / "share" / "peft-serve" / base_name.replace("/", "--")
+
+
 def shipped_adapters(model: str) -> Path | None:
     """The folder of adapters that ship with a demo base: in a checkout, or inside an installed wheel."""
     if model not in DEMO_NAMES:
@@ -161,7 +166,7 @@ def _make_catalog(
             raise ValueError(f"--adapters {folder}: there is no such folder; check the path")
     shipped = shipped_adapters(settings.model)
     paths = [*settings.adapters, *([] if shipped is None else [shipped])]
-    root = settings.store or Path.home() / ".local" / "share" / "peft-serve" / card.name.replace("/", "--")
+    root = settings.store or default_store(card.name)
     disk = DiskFileSystem()
     store = AdapterStore(root, disk)
     folders = CheckpointFolders(paths, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes)

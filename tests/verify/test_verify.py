@@ -1,0 +1,81 @@
+"""`peft-serve adapters verify`: what it finds, what it says, and how it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from peft_serve.adapters.filesystem import DiskFileSystem
+from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE
+from peft_serve.errors import UnknownAdapter
+from peft_serve.verify.checkpoint import find_checkpoint
+from peft_serve.verify.command import app
+from peft_serve.verify.report import Answer, Comparison, verdict
+from tests.adapters.checkpoints import make_checkpoint
+from tests.parity.bases import lively_base, save_tiny_base
+from tests.parity.served import ServedModel
+from tests.parity.test_parity_http import as_zip
+
+NARROW = {"COLUMNS": "200"}
+
+
+def compared(expected: tuple[int, ...], served: tuple[int, ...], base: tuple[int, ...] = (9,)) -> Comparison:
+    def answer(tokens: tuple[int, ...]) -> Answer:
+        return Answer(tokens=tokens, logprobs=tuple(-0.1 * t for t in tokens))
+
+    return Comparison(text="a prompt", expected=answer(expected), served=answer(served), base=answer(base))
+
+
+def test_shipped_adapter_equals_peft() -> None:
+    result = CliRunner().invoke(app, ["verify", "twitter-complaints", "--max-new-tokens", "4"], env=NARROW)
+    assert result.exit_code == 0, result.output
+    assert "equal: all 4 answers equal peft's" in result.output
+
+
+def test_folder_on_a_base_of_ones_own(tmp_path: Path) -> None:
+    """The whole way for a checkpoint nobody has uploaded, with prompts that are given."""
+    save_tiny_base("gpt2", tmp_path / "base")
+    files, _ = make_checkpoint("lora_dora", "gpt2", seed=5, base=lively_base("gpt2"))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_bytes(files.config)
+    (folder / WEIGHTS_FILE).write_bytes(files.weights)
+    words = ["--prompt", "t09 t30 t12", "--prompt", "t17 t08"]
+    result = CliRunner().invoke(app, ["verify", str(folder), "--model", str(tmp_path / "base"), *words], env=NARROW)
+    assert result.exit_code == 0, result.output
+    assert "all 2 answers equal" in result.output
+
+
+def test_unknown_name_says_where_it_looked(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", "nobody", "--store", str(tmp_path)], env=NARROW)
+    assert result.exit_code == 2
+    assert "nobody" in result.output
+    assert "--store" in result.output
+
+
+def test_reads_a_store_that_a_server_owns(tmp_path: Path) -> None:
+    save_tiny_base("llama", tmp_path / "base")
+    files, _ = make_checkpoint("lora", "llama", base=lively_base("llama"))
+    with ServedModel(tmp_path / "base", tmp_path / "store") as served:
+        uploaded = served.client.put(
+            "/adapters/mine", content=as_zip(files), headers={"content-type": "application/zip"}
+        )
+        assert uploaded.status_code == 201
+        found = find_checkpoint("mine", store=tmp_path / "store", folders=(), base_name="base", fs=DiskFileSystem())
+        assert found.digest() == uploaded.json()["digest"]
+        with pytest.raises(UnknownAdapter):
+            find_checkpoint("other", store=tmp_path / "store", folders=(), base_name="base", fs=DiskFileSystem())
+
+
+def test_verdict_tells_equal_from_different_and_idle() -> None:
+    is_equal, sentence = verdict([compared((1, 2), (1, 2)), compared((3,), (4,))])
+    assert not is_equal
+    assert "1 of 2 answers differ" in sentence
+    is_equal, sentence = verdict([compared((1, 2), (1, 2))])
+    assert is_equal
+    assert "changes nothing" not in sentence
+    is_equal, sentence = verdict([compared((9,), (9,))])
+    assert is_equal
+    assert "changes nothing" in sentence
