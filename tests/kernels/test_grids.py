@@ -76,6 +76,21 @@ def test_an_overflowing_adapter_leaves_its_neighbours_alone() -> None:
     assert not y[3].isfinite().any()
 
 
+def test_several_runs_of_one_adapter_share_its_group() -> None:
+    """As when base tokens lie between: rows of an adapter that acts from some token on."""
+    pieces: list[Piece] = [(1, 3, 0, 8), (4, 5, 0, 8), (5, 7, 8, 16), (9, 10, 0, 8)]
+    a, b = torch.randn(16, IN), torch.randn(16, OUT)
+    x, y = torch.randn(11, IN), torch.randn(11, OUT)
+    grids = grids_of(pieces, CPU)
+    assert grids is not None
+    assert [(grid.num_groups, grid.num_places) for grid in grids] == [(2, 4)]
+    want = y.clone()
+    for first, last, low, high in pieces:
+        want[first:last] += x[first:last] @ a[low:high].T @ b[low:high]
+    got = add_low_rank_grids_(y.clone(), x, [(grid, grid.rows(a), grid.rows(b)) for grid in grids])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_even_runs_need_no_picking() -> None:
     grids = grids_of([(2, 4, 8, 16), (4, 6, 16, 24)], CPU)
     assert grids is not None

@@ -60,7 +60,7 @@ def grids_of(pieces: Sequence[Piece], device: torch.device) -> tuple[Grid, ...] 
         first_row = min(piece[2] for piece in members)
         offsets = [piece[2] - first_row for piece in members]
         num_groups = max(offsets) // width + 1
-        if any(offset % width for offset in offsets) or num_groups > _MAX_IDLE * len(members):
+        if any(offset % width for offset in offsets) or num_groups > _MAX_IDLE * len(set(offsets)):
             return None
         groups = [offset // width for offset in offsets]
         grids.append(_grid(width, first_row, num_groups, groups, members, device))
@@ -70,12 +70,15 @@ def grids_of(pieces: Sequence[Piece], device: torch.device) -> tuple[Grid, ...] 
 def _grid(
     width: int, first_row: int, num_groups: int, groups: Sequence[int], members: Sequence[Piece], device: torch.device
 ) -> Grid:
-    num_places = max(last - first for first, last, _, _ in members)
+    tokens: dict[int, list[int]] = {}  # of each group: an adapter may have several runs
+    for group, (first, last, _, _) in zip(groups, members, strict=True):
+        tokens.setdefault(group, []).extend(range(first, last))
+    num_places = max(map(len, tokens.values()))
     take = [members[0][0]] * (num_groups * num_places)
     own: list[int] = []
     give: list[int] = []
-    for group, (first, last, _, _) in zip(groups, members, strict=True):
-        for place, token in enumerate(range(first, last), start=group * num_places):
+    for group, its in tokens.items():
+        for place, token in enumerate(its, start=group * num_places):
             take[place] = token
             own.append(token)
             give.append(place)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from peft_serve.model.attend import Terms, attend_cached, attend_fresh, attend_reference
 from peft_serve.model.pools import KVPool
-from peft_serve.model.ragged import Plan, RelativeBias
+from peft_serve.model.ragged import Bias, Plan
 
 
 class Kind(StrEnum):
@@ -37,7 +37,7 @@ class Place:
 
     kind: Kind
     layer: int
-    bias: RelativeBias | None = None
+    bias: Bias | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,14 @@ class Work:
 
     plan: Plan
     pool: KVPool | None = None  # None: an encoder, nothing is kept
+
+
+class Watcher(Protocol):
+    """Somebody who adds to what an attention module gives."""
+
+    def beside_(self, q_TQD: Tensor, attended_TQD: Tensor) -> None:
+        """Given the queries, change what attention gave, [T, H, D], in place."""
+        ...
 
 
 class RaggedAttention:
@@ -59,6 +67,7 @@ class RaggedAttention:
         self._places = dict(places)
         self._work: Mapping[Kind, Work] = {}
         self.is_reference = is_reference
+        self.watched: Mapping[nn.Module, Watcher] = {}
         self.name = f"peft_serve_{id(self):x}"
 
     def install(self, model: PreTrainedModel) -> None:
@@ -88,6 +97,12 @@ class RaggedAttention:
                     "AttentionInterface"
                 )
 
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None = None
+    ) -> Tensor:
+        """For modules that never ask the library: q [1, H, T, D], k and v [1, K, T, D]. Gives [1, T, H, D]."""
+        return self._attend(module, query, key, value, None, scaling=scaling, sliding_window=window)[0]
+
     @contextmanager
     def running(self, work: Mapping[Kind, Work]) -> Iterator[None]:
         """The pass inside the block does this work."""
@@ -109,6 +124,7 @@ class RaggedAttention:
         scaling: float | None = None,
         softcap: float | None = None,
         sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
         """The library's call: q [1, H, T, D], k and v [1, K, T, D]. Gives [1, T, H, D].
@@ -122,9 +138,14 @@ class RaggedAttention:
             softcap=softcap,
             window=sliding_window,
             bias=place.bias,
+            sinks_H=s_aux,
         )
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self._run(self._work[place.kind], place.layer, q, k, v, terms)[None], None
+        out = self._run(self._work[place.kind], place.layer, q, k, v, terms)
+        watcher = self.watched.get(module)
+        if watcher is not None:
+            watcher.beside_(q, out)
+        return out[None], None
 
     def _run(self, work: Work, layer: int, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
         plan, pool = work.plan, work.pool
@@ -137,7 +158,7 @@ class RaggedAttention:
             return attend_cached(plan.cached[0], q, pool, layer, terms)
         parts = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
         for fresh in plan.fresh:
-            parts[fresh.where] = attend_fresh(fresh, q, k, v, terms)
+            parts[fresh.where] = attend_fresh(fresh, q, k, v, layer, terms)
         for cached in plan.cached:
             assert pool is not None, "rows with blocks need a pool"
             parts[cached.where] = attend_cached(cached, q, pool, layer, terms)

@@ -8,7 +8,7 @@ Where an adapter's rows lie in the stacks is decided by `stacks`, what a site do
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -20,6 +20,7 @@ from peft_serve.core import BASE_SLOT
 from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import Grid, grids_of
 from peft_serve.kernels.grouped import Piece
+from peft_serve.kernels.subsets import Batch, Subset, batches_of, subset_of
 from peft_serve.model.stacks import Place
 
 
@@ -28,7 +29,8 @@ class Stream(StrEnum):
 
     TARGET = "target"  # the (decoder's) tokens
     SOURCE = "source"  # the encoder's tokens, which cross-attention keys and values read too
-    HEAD = "head"  # the positions kept for logits
+    HEAD = "head"  # the positions kept for logits, and the states that heads read
+    POSITIONS = "positions"  # relative positions, where a model projects them like tokens (DeBERTa)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +93,37 @@ class Span:
 
 
 Division = tuple[tuple[int, int], ...]
-"""(slot, number of tokens), slots ascending, 0 = base."""
+"""(slot, number of tokens) in the order of the tokens, 0 = base. A slot may come more than once: rows of an adapter
+that acts from some token on only have base tokens between them."""
 Places = Mapping[int, Place]
+
+
+def acting_runs(slot: int, num_tokens: int, num_idle: int) -> tuple[tuple[int, int], ...]:
+    """The runs of a row's tokens when its adapter does not act on the first `num_idle` of them (below 0: none)."""
+    idle = min(max(num_idle, 0), num_tokens)
+    if not idle:
+        return ((slot, num_tokens),)
+    return ((BASE_SLOT, idle), (slot, num_tokens - idle))
+
+
+def divided(runs: Iterable[tuple[int, int]]) -> Division:
+    """Runs without the empty ones, neighbours of one slot joined."""
+    joined: list[tuple[int, int]] = []
+    for slot, num_tokens in runs:
+        if not num_tokens:
+            continue
+        if joined and joined[-1][0] == slot:
+            joined[-1] = (slot, joined[-1][1] + num_tokens)
+        else:
+            joined.append((slot, num_tokens))
+    return tuple(joined)
 
 
 class Route:
     """How the tokens of a stream are divided among adapters.
 
-    `runs` holds the adapted tokens only. `places` is a copy: a route outlives no change of the stacks.
+    `runs` holds the adapted tokens only, in the order of the tokens. `places` is a copy: a route outlives no
+    change of the stacks.
     """
 
     def __init__(self, division: Division, adapted: Collection[int], places: Places, device: torch.device) -> None:
@@ -115,6 +140,12 @@ class Route:
         self._device = device
         self._slot_T: Tensor | None = None
         self._spans: dict[frozenset[int], Span] = {}
+        self._subsets: dict[frozenset[int], Subset] = {}
+        self._batches: dict[frozenset[int], tuple[Batch, ...]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def holds(self, places: Places) -> bool:
         """Whether these are the places the route was made with, as far as it reads them."""
@@ -144,6 +175,30 @@ class Route:
             runs = [(run, self._places[run.slot]) for run in self.runs_of(slots)]
             self._spans[slots] = Span(self.num_tokens, runs, self._device)
         return self._spans[slots]
+
+    def subset(self, slots: frozenset[int]) -> Subset:
+        """The tokens of some of the active adapters."""
+        if slots not in self._subsets:
+            ranges = [(run.first, run.last) for run in self.runs_of(slots)]
+            self._subsets[slots] = subset_of(ranges, self._device)
+        return self._subsets[slots]
+
+    def rest(self, slots: frozenset[int]) -> Subset | None:
+        """The tokens of everybody else, the base's among them; None when there are none."""
+        ranges, at = [], 0
+        for run in self.runs_of(slots):
+            ranges.append((at, run.first))
+            at = run.last
+        ranges.append((at, self.num_tokens))
+        ranges = [(first, last) for first, last in ranges if first < last]
+        return subset_of(ranges, self._device) if ranges else None
+
+    def batches(self, slots: frozenset[int]) -> tuple[Batch, ...]:
+        """The runs of some of the active adapters by length; their members count `runs_of(slots)`."""
+        if slots not in self._batches:
+            ranges = [(run.first, run.last) for run in self.runs_of(slots)]
+            self._batches[slots] = batches_of(ranges, self._device)
+        return self._batches[slots]
 
 
 class Lane:

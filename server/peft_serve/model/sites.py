@@ -8,8 +8,9 @@ sequence level, and never changes a parameter of the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -17,13 +18,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.adapters.primitives import Adapter, Affine, Edit, Replace, is_finite
+from peft_serve.adapters.primitives import Adapter, Edit, is_finite
 from peft_serve.core import BASE_SLOT
-from peft_serve.model.routing import Division, Lane, Stream
-from peft_serve.model.sites_forward import DenseSite, NormSite
+from peft_serve.model.attention_site import AttentionSite, attention_spec
+from peft_serve.model.edit_check import check_edit
+from peft_serve.model.expert_site import ExpertsSite, expert_spec
+from peft_serve.model.quantised import logical_shapes
+from peft_serve.model.routing import Lane, Stream, divided
+from peft_serve.model.sites_forward import DenseSite, NormSite, Site
 from peft_serve.model.stacks import StackLayout, width_of
+from peft_serve.model.sublayers import bind_sublayer, close_sublayer, sublayers_of
+from peft_serve.model.terms.rescaled import SharedFactors
 
-Site = DenseSite | NormSite
+Bind = Callable[[SiteSpec, nn.Module, Lane], Site]
+"""Makes the site of a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +53,48 @@ class AdaptedSites:
     def __init__(self, model: nn.Module, *, stream_of: Callable[[str], Stream]) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
         specs = {path: spec for path, module in modules.items() if (spec := spec_of(path, module)) is not None}
-        self.specs: Mapping[str, SiteSpec] = MappingProxyType(specs)
+        self._sublayers = sublayers_of(model)
         self._modules = {path: modules[path] for path in specs}
-        self._streams = {path: stream_of(path) for path in specs}
+        specs |= {path: around.spec for path, around in self._sublayers.items()}
+        self.specs: Mapping[str, SiteSpec] = MappingProxyType(specs)
+        self._streams = {path: stream_of(path) for path in self._modules}
+        self._streams |= {path: stream_of(around.stream_path) for path, around in self._sublayers.items()}
+        self._like = next(parameter for parameter in model.parameters() if parameter.is_floating_point()).detach()
         self._device = next(model.parameters()).device
         self._lanes = {stream: Lane() for stream in Stream}
         self._layout = StackLayout()
         self._installed: dict[int, _Installed] = {}
+        self._shared_paths: dict[Stream, set[str]] = {}  # beside each path's own stream
+        self._factors = SharedFactors()
         self._sites = self._bind()
         self._deltas = [s.dense.delta for s in dict.fromkeys(self._sites.values()) if isinstance(s, DenseSite)]
         self._shared = {stream: self._sites_between(stream) for stream in Stream}
 
+    def _binders(self) -> Mapping[SiteKind, Bind]:
+        """What is made of a module, by the kind of its site."""
+        dense = partial(DenseSite, shared=self._factors, like=self._like)
+        return {
+            SiteKind.LINEAR: dense,
+            SiteKind.CONV1D: dense,
+            SiteKind.EMBEDDING: dense,
+            SiteKind.NORM: NormSite,
+            SiteKind.EXPERTS: ExpertsSite,
+            SiteKind.ATTENTION: AttentionSite,
+        }
+
     def _bind(self) -> dict[str, Site]:
+        binders = self._binders()
         sites: dict[str, Site] = {}
         by_module: dict[nn.Module, Site] = {}
-        for path, spec in self.specs.items():
-            module = self._modules[path]
+        for path, module in self._modules.items():
+            spec = self.specs[path]
             if module not in by_module:
-                kind = NormSite if spec.kind is SiteKind.NORM else DenseSite
-                by_module[module] = kind(spec, module, self._lanes[self._streams[path]])
+                by_module[module] = binders[spec.kind](spec, module, self._lanes[self._streams[path]])
             sites[path] = by_module[module]
         for module, site in by_module.items():
             module.__dict__["forward"] = site.forward
+        for path, around in self._sublayers.items():
+            sites[path] = bind_sublayer(around, self._lanes[self._streams[path]], self._like)
         return sites
 
     def _sites_between(self, stream: Stream) -> tuple[Site, ...]:
@@ -74,6 +102,12 @@ class AdaptedSites:
         here = {self._sites[path] for path, s in self._streams.items() if s is stream}
         there = {self._sites[path] for path, s in self._streams.items() if s is not stream}
         return tuple(here & there)
+
+    @property
+    def beside_attention(self) -> Mapping[nn.Module, AttentionSite]:
+        """The sites that want to see what their attention sees; for `RaggedAttention.watched`."""
+        sites = ((module, self._sites[path]) for path, module in self._modules.items())
+        return {module: site for module, site in sites if isinstance(site, AttentionSite)}
 
     def pack(self) -> None:
         """Run every Linear and Conv1D from a packed copy of its weight; see `packing`."""
@@ -84,6 +118,8 @@ class AdaptedSites:
     def close(self) -> None:
         """Give every module its own forward back."""
         self.clear()
+        for path in self._sublayers:
+            close_sublayer(self._sites[path])
         for path, module in self._modules.items():
             if module.__dict__.get("forward") == self._sites[path].forward:
                 del module.__dict__["forward"]
@@ -104,6 +140,7 @@ class AdaptedSites:
             _drop(slot, tuple(edits))
             raise
         streams = frozenset(stream for path, stream in self._streams.items() if self._sites[path] in edits)
+        streams |= {stream for stream, paths in self._shared_paths.items() if not paths.isdisjoint(adapter.sites)}
         self._installed[slot] = _Installed(tuple(edits), streams, adapter.max_rank)
 
     def remove(self, slot: int) -> None:
@@ -113,22 +150,35 @@ class AdaptedSites:
         installed = self._installed.pop(slot)
         _drop(slot, installed.sites)
 
-    def route(self, stream: Stream, runs: Sequence[tuple[int, int]]) -> None:
-        """From now on the stream's tokens are `runs`: (slot, number of tokens), slots ascending, 0 = base.
+    def route(self, stream: Stream, runs: Iterable[tuple[int, int]]) -> None:
+        """From now on the stream's tokens are `runs`, in their order: (slot, number of tokens), 0 = base.
 
-        Neighbouring runs of one slot, a run for each row for example, count as one.
+        Neighbouring runs of one slot, a run for each row for example, count as one. A slot may have several.
         """
-        division = self._merged(runs)
+        division = divided(runs)
+        for slot, _ in division:
+            if slot != BASE_SLOT and slot not in self._installed:
+                raise ValueError(f"slot {slot} is empty; install an adapter before its tokens are routed")
         lane = self._lanes[stream]
         for site in self._shared[stream]:
             site.lane = lane
-        adapted = {s for s, n in division if n and s != BASE_SLOT and stream in self._installed[s].streams}
+        adapted = {s for s, _ in division if s != BASE_SLOT and stream in self._installed[s].streams}
         if not adapted:
             lane.route = None
             return
         others = [r.active for r in (x.route for x in self._lanes.values() if x is not lane) if r is not None]
         self._make_hot(adapted.union(*others))
         lane.enter(division, adapted, self._layout.places, self._device)
+
+    def share(self, path: str, stream: Stream) -> Callable[[Stream], None]:
+        """Have a site serve the tokens of another stream too; what is given says whose tokens come next."""
+        site = self._sites[path]
+        self._shared_paths.setdefault(stream, set()).add(path)
+
+        def follow(stream: Stream) -> None:
+            site.lane = self._lanes[stream]
+
+        return follow
 
     def clear(self) -> None:
         """No routes: the model is the plain base."""
@@ -159,18 +209,6 @@ class AdaptedSites:
         for lane in self._lanes.values():
             lane.forget()
 
-    def _merged(self, runs: Sequence[tuple[int, int]]) -> Division:
-        lengths: dict[int, int] = {}
-        last = BASE_SLOT
-        for slot, num_tokens in runs:
-            if slot < last:
-                raise ValueError(f"runs of a stream have ascending slots, and {slot} came after {last}")
-            if slot != BASE_SLOT and slot not in self._installed:
-                raise ValueError(f"slot {slot} is empty; install an adapter before its tokens are routed")
-            lengths[slot] = lengths.get(slot, 0) + num_tokens
-            last = slot
-        return tuple(lengths.items())
-
     def _accepted(self, slot: int, adapter: Adapter) -> dict[Site, Edit]:
         if slot == BASE_SLOT or slot in self._installed:
             raise ValueError(f"slot {slot} is taken; remove its adapter first")
@@ -178,7 +216,7 @@ class AdaptedSites:
         for path, edit in adapter.sites.items():
             if path not in self.specs:
                 raise ValueError(f"the base has no site '{path}'; compile the adapter for this base")
-            _check_edit(self.specs[path], edit)
+            check_edit(self.specs[path], edit)
             if self._sites[path] in edits:
                 raise ValueError(f"'{path}' is another path of a module the adapter already edits; name it once")
             edits[self._sites[path]] = edit
@@ -193,7 +231,7 @@ def spec_of(path: str, module: nn.Module) -> SiteSpec | None:
     An embedding whose forward is more than a scaled look-up (learned positions with an offset, for example)
     is none, because the normal form does not describe it.
     """
-    parameters = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    parameters = logical_shapes(module)
     weight = parameters.get("weight", ())
     scale = 1.0
     if isinstance(module, nn.Linear) and len(weight) == 2:
@@ -206,7 +244,7 @@ def spec_of(path: str, module: nn.Module) -> SiteSpec | None:
     elif type(module).__name__.endswith("Norm") and len(weight) == 1 and not isinstance(module, nn.GroupNorm):
         kind, num_in, num_out = SiteKind.NORM, weight[0], weight[0]
     else:
-        return None
+        return expert_spec(path, module) or attention_spec(path, module)
     return SiteSpec(
         path=path, kind=kind, out_features=num_out, in_features=num_in, parameters=parameters, embed_scale=scale
     )
@@ -226,31 +264,9 @@ def _embed_scale(module: nn.Module) -> float:
     return 1.0 if scale is None else float(scale)
 
 
-def _check_edit(spec: SiteSpec, edit: Edit) -> None:
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]
-    if isinstance(edit, Affine):
-        if spec.kind is SiteKind.NORM:
-            raise ValueError(f"site '{spec.path}' is a norm; an adapter can only replace its parameters")
-        wanted = {
-            "in_scale": (edit.in_scale, (spec.in_features,)),
-            "out_scale": (edit.out_scale, (spec.out_features,)),
-            "shift": (edit.shift, (spec.out_features,)),
-        }
-        if edit.delta is not None:
-            rank = edit.delta.rank
-            wanted["delta.a"] = (edit.delta.a_RI, (rank, spec.in_features))
-            wanted["delta.b"] = (edit.delta.b_OR, (spec.out_features, rank))
-    elif isinstance(edit, Replace):
-        wanted = {name: (tensor, spec.parameters.get(name, ())) for name, tensor in edit.state.items()}
-    else:
-        raise ValueError(f"site '{spec.path}' is no place for a {type(edit).__name__}")
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{spec.path}.{name} has shape {list(tensor.shape)}; the site's is {list(shape)}")
-
-
 def _drop(slot: int, sites: tuple[Site, ...]) -> None:
     with torch.inference_mode():
         for site in sites:
+            site.forget()
             for term in site.terms:
                 term.drop(slot)

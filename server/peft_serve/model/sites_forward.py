@@ -9,15 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.model.packing import packed_linear
+from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Lane, Route, Run
-from peft_serve.model.site_ops import InOp, OutOp, OwnNorm, OwnOp, Term, dense_terms, token_axis
+from peft_serve.model.site_ops import dense_terms
+from peft_serve.model.terms.own import OwnNorm, token_axis
+from peft_serve.model.terms.rescaled import SharedFactors
+from peft_serve.model.terms.term import InOp, OutOp, OwnOp, Term
+
+
+class Site(Protocol):
+    """What is bound to a module in place of its forward."""
+
+    lane: Lane
+    terms: tuple[Term, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def forget(self) -> None:
+        """Let go of what was gathered for a route: an adapter of it is leaving, and its memory with it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +44,7 @@ class _DensePlan:
     num_tokens: int
     before: tuple[InOp, ...]
     own_runs: tuple[Run, ...]
+    rows: OutOp | None
     after: tuple[OutOp, ...]
 
     @property
@@ -37,9 +55,9 @@ class _DensePlan:
 class DenseSite:
     """A Linear, a Conv1D or an Embedding."""
 
-    def __init__(self, spec: SiteSpec, module: nn.Module, lane: Lane) -> None:
+    def __init__(self, spec: SiteSpec, module: nn.Module, lane: Lane, shared: SharedFactors, like: Tensor) -> None:
         self.lane = lane
-        self.dense = dense_terms(spec, module)
+        self.dense = dense_terms(spec, module, shared, like)
         self.terms: tuple[Term, ...] = self.dense.all()
         self._spec = spec
         self._module = module
@@ -49,7 +67,7 @@ class DenseSite:
 
     @property
     def can_pack(self) -> bool:
-        return self._spec.kind in (SiteKind.LINEAR, SiteKind.CONV1D)
+        return self._spec.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and not is_quantised(self._module)
 
     def pack(self) -> None:
         """Run the base op of a Linear or Conv1D from a packed copy of its weight."""
@@ -58,6 +76,9 @@ class DenseSite:
         assert bias is None or isinstance(bias, Tensor)
         is_transposed = self._spec.kind is SiteKind.CONV1D
         self._base = packed_linear(weight.t() if is_transposed else weight, bias)
+
+    def forget(self) -> None:
+        self._plan, self._planned = None, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = self.lane.route
@@ -74,23 +95,26 @@ class DenseSite:
         before = tuple(op for op in (term.op(route) for term in self.dense.before) if op is not None)
         after = tuple(op for op in (term.op(route) for term in self.dense.after) if op is not None)
         own_runs = self.dense.own.runs(route)
-        if not (before or after or own_runs):
+        rows = self.dense.rows.op(route)
+        if not (before or after or own_runs or rows):
             return None
-        return _DensePlan(route.num_tokens, before, own_runs, after)
+        return _DensePlan(route.num_tokens, before, own_runs, rows, after)
 
     def _adapted(self, x: Tensor, plan: _DensePlan) -> Tensor:
         is_lookup = self._spec.kind is SiteKind.EMBEDDING
         x_T = x.reshape(-1) if is_lookup else x.reshape(-1, x.shape[-1])
         expect_tokens(self._spec.path, x_T.shape[0], plan.num_tokens)
-        scaled_T = x_T
+        given_T = x_T
         for in_op in plan.before:
-            scaled_T = in_op(scaled_T)
+            given_T = in_op(given_T)
         if plan.is_all_own:
             y_TO = torch.cat([self.dense.own.of(run.slot, x_T[run.first : run.last]) for run in plan.own_runs])
         else:
-            y_TO = self._base(scaled_T)  # a new tensor: what follows may change it
+            y_TO = self._base(given_T)  # a new tensor: what follows may change it
             for run in plan.own_runs:
                 y_TO[run.first : run.last] = self.dense.own.of(run.slot, x_T[run.first : run.last])
+        if plan.rows is not None:
+            plan.rows(y_TO, given_T)
         for out_op in plan.after:
             out_op(y_TO, x_T)
         return y_TO.view(*(x.shape if is_lookup else x.shape[:-1]), -1)
@@ -108,6 +132,9 @@ class NormSite:
         self._planned: Route | None = None
         self._op: OwnOp | None = None
 
+    def forget(self) -> None:
+        self._op, self._planned = None, None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = self.lane.route
         if route is None:
@@ -117,6 +144,8 @@ class NormSite:
         if self._op is None:
             return self._base(*args, **kwargs)
         (x,) = args or kwargs.values()
+        if x.ndim == 3 and x.shape[0] > 1:  # padded rows: one line of tokens as everywhere else
+            return self.forward(x.reshape(1, -1, x.shape[-1])).view(x.shape)
         expect_tokens(self._spec.path, x.shape[token_axis(x)], route.num_tokens)
         return self._op(x)
 

@@ -1,0 +1,81 @@
+"""Some tokens of a step: a slice where they lie side by side, an index where not.
+
+A `Subset` picks them out of a tensor and puts results back. A `Batch` is a subset of runs of one length, so that
+what is picked stacks to [runs, tokens, ...] and one batched product serves them all. Both are made once for a
+division of tokens and serve every site. Nothing here knows whose the tokens are.
+
+Shapes: `T` tokens of the step, `N` tokens of the subset, `G` runs of a batch, `P` tokens of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int]
+"""Tokens [first, last)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """Tokens [first, last), or those of `index_N`."""
+
+    first: int
+    last: int
+    index_N: Tensor | None
+
+    def take(self, x_T: Tensor) -> Tensor:
+        """The subset's part of x, [N, ...]: a view where it can be one, so never to be written to."""
+        return x_T[self.first : self.last] if self.index_N is None else x_T.index_select(0, self.index_N)
+
+    def put_(self, y_T: Tensor, part_N: Tensor) -> None:
+        """Overwrite the subset's part of y."""
+        if self.index_N is None:
+            y_T[self.first : self.last] = part_N
+        else:
+            y_T.index_copy_(0, self.index_N, part_N)
+
+    def add_(self, y_T: Tensor, part_N: Tensor) -> None:
+        """Add to the subset's part of y."""
+        if self.index_N is None:
+            y_T[self.first : self.last].add_(part_N)
+        else:
+            y_T.index_add_(0, self.index_N, part_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Runs of one length."""
+
+    members: tuple[int, ...]  # which of the given ranges, in the order of the G axis
+    num_places: int
+    subset: Subset
+
+    def take(self, x_T: Tensor) -> Tensor:
+        """[G, P, ...]"""
+        part = self.subset.take(x_T)
+        return part.reshape(len(self.members), self.num_places, *part.shape[1:])
+
+
+def subset_of(ranges: Sequence[Range], device: torch.device) -> Subset:
+    """The tokens of these ranges, in the order given; at least one token."""
+    is_slice = all(last == first for (_, last), (first, _) in pairwise(ranges))
+    index_N = None
+    if not is_slice:
+        index_N = torch.cat([torch.arange(first, last) for first, last in ranges]).to(device)
+    return Subset(ranges[0][0], ranges[-1][1], index_N)
+
+
+def batches_of(ranges: Sequence[Range], device: torch.device) -> tuple[Batch, ...]:
+    """The ranges by length, each length one batch."""
+    by_length: dict[int, list[int]] = {}
+    for place, (first, last) in enumerate(ranges):
+        by_length.setdefault(last - first, []).append(place)
+    return tuple(
+        Batch(tuple(members), length, subset_of([ranges[place] for place in members], device))
+        for length, members in by_length.items()
+    )

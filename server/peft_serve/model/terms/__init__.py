@@ -1,0 +1,1 @@
+"""What adapters do at a site, one kind of term a file."""

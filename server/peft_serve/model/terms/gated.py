@@ -1,0 +1,85 @@
+"""Gated prompts: a learned prompt that a token attends to beside its context (LLaMA-Adapter, arXiv 2303.16199).
+
+o + gate * softmax(q K^T / sqrt(D)) V, q as attention gets it, after rotary positions; peft's `AdaptedAttention`.
+
+Shapes: `G` runs of one length, `P` tokens of each, `H` heads of K and V, `Q` query heads, `M` learned tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_serve.adapters.primitives import Edit, GatedPrompt
+from peft_serve.kernels.subsets import Batch
+from peft_serve.model.routing import Route
+
+
+@dataclass(frozen=True, slots=True)
+class GatedPart:
+    """Runs of one length whose adapters have prompts of one form."""
+
+    batch: Batch
+    keys_GHMD: Tensor
+    values_GHMD: Tensor
+    gate_G111: Tensor
+    is_projected: bool
+
+    def of(self, q_TQD: Tensor) -> Tensor:
+        """What these tokens get beside their attention, [G P, Q, D]."""
+        q_GPQD = self.batch.take(q_TQD)
+        num_runs, num_places, num_queries, size = q_GPQD.shape
+        num_heads = self.keys_GHMD.shape[1]
+        by_head = q_GPQD.view(num_runs, num_places, num_heads, -1, size).transpose(1, 2).flatten(2, 3)
+        scores = by_head @ self.keys_GHMD.transpose(2, 3) * size**-0.5
+        weights = self.gate_G111 * torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+        out = (weights @ self.values_GHMD).view(num_runs, num_heads, num_places, -1, size)
+        return out.transpose(1, 2).reshape(-1, num_queries, size)
+
+
+class GatedPrompts:
+    """The prompts of the installed adapters at one attention."""
+
+    def __init__(self, path: str, device: torch.device, *, head_dim: int, num_heads: int) -> None:
+        self._path = path
+        self._device = device
+        self._head_dim = head_dim
+        self._num_heads = num_heads
+        self._prompts: dict[int, GatedPrompt] = {}
+
+    def put(self, slot: int, edit: Edit) -> None:
+        """Raises ValueError for keys that do not fit the attention's heads."""
+        if not isinstance(edit, GatedPrompt):
+            return
+        num_heads, _, head_dim = edit.keys_HPD.shape
+        if head_dim != self._head_dim or not num_heads or self._num_heads % num_heads:
+            raise ValueError(
+                f"{self._path}.keys has {num_heads} heads of size {head_dim}; the site's {self._num_heads} query "
+                f"heads of size {self._head_dim} cannot read them"
+            )
+        keys, values, gate = (t.to(self._device) for t in (edit.keys_HPD, edit.values_HPD, edit.gate))
+        self._prompts[slot] = GatedPrompt(keys, values, gate, edit.is_projected)
+
+    def drop(self, slot: int) -> None:
+        self._prompts.pop(slot, None)
+
+    def op(self, route: Route) -> tuple[GatedPart, ...]:
+        """The active prompts, those of one form and of runs of one length stacked."""
+        by_form: dict[tuple[torch.Size, bool], set[int]] = {}
+        for slot in route.active.intersection(self._prompts):
+            prompt = self._prompts[slot]
+            by_form.setdefault((prompt.keys_HPD.shape, prompt.is_projected), set()).add(slot)
+        parts: list[GatedPart] = []
+        for (_, is_projected), slots in by_form.items():
+            its = frozenset(slots)
+            runs = route.runs_of(its)
+            for batch in route.batches(its):
+                prompts = [self._prompts[runs[m].slot] for m in batch.members]
+                keys, values = (
+                    torch.stack(t) for t in ([p.keys_HPD for p in prompts], [p.values_HPD for p in prompts])
+                )
+                gate = torch.stack([p.gate for p in prompts])[:, :, None, None]
+                parts.append(GatedPart(batch, keys, values, gate, is_projected))
+        return tuple(parts)

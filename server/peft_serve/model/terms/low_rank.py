@@ -1,0 +1,62 @@
+"""The low-rank term: y + B A x, from the hot stacks (see `stacks`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peft_serve.adapters.base import SiteKind, SiteSpec
+from peft_serve.adapters.primitives import Affine, Edit, LowRank
+from peft_serve.kernels import grouped
+from peft_serve.kernels.grids import add_low_rank_grids_
+from peft_serve.model.routing import Route, Way
+from peft_serve.model.stacks import Place, SiteStack
+from peft_serve.model.terms.term import OutOp
+
+
+class LowRankDelta:
+    """y -> y + B A x, from the site's hot stack. A scaled embedding's scale is in B since it was compiled."""
+
+    def __init__(self, spec: SiteSpec, like: Tensor) -> None:
+        self._like = like
+        self._is_lookup = spec.kind is SiteKind.EMBEDDING
+        self._width = spec.out_features + (1 if self._is_lookup else spec.in_features)
+        self._factors: dict[int, LowRank] = {}
+        self._stack = SiteStack(spec.in_features, spec.out_features)
+
+    def put(self, slot: int, edit: Edit) -> None:
+        if isinstance(edit, Affine) and edit.delta is not None:
+            a_RI, b_OR = (t.to(self._like) for t in (edit.delta.a_RI, edit.delta.b_OR))
+            self._factors[slot] = LowRank(a_RI, b_OR)
+
+    def drop(self, slot: int) -> None:
+        self._factors.pop(slot, None)
+
+    def reset(self) -> None:
+        """The layout has another size."""
+        self._stack.reset()
+
+    def write(self, slot: int, place: Place, capacity: int) -> None:
+        """The slot has a new place in the layout."""
+        if slot in self._factors:
+            factors = self._factors[slot]
+            self._stack.write(place, capacity, factors.a_RI, factors.b_OR)
+        else:
+            self._stack.blank(place)
+
+    def op(self, route: Route) -> OutOp | None:
+        slots = route.active.intersection(self._factors)
+        if not slots:
+            return None
+        span = route.span(slots)
+        a_RI, b_RO = self._stack.rows(span.first, span.last)
+        way = span.way(self._width)
+        if way is Way.GRIDS and span.grids is not None and not self._is_lookup:
+            grid_parts = tuple((grid, grid.rows(a_RI), grid.rows(b_RO)) for grid in span.grids)
+            return lambda y_TO, x: add_low_rank_grids_(y_TO, x, grid_parts)
+        if way is not Way.MASKED:
+            parts = grouped.parts_of(a_RI, b_RO, span.pieces)
+            runs = grouped.add_low_rank_lookup_runs_ if self._is_lookup else grouped.add_low_rank_runs_
+            return lambda y_TO, x: runs(y_TO, x, parts)
+        foreign_TR = span.foreign
+        masked = grouped.add_low_rank_lookup_ if self._is_lookup else grouped.add_low_rank_
+        return lambda y_TO, x: masked(y_TO, x, a_RI, b_RO, foreign_TR)

@@ -1,0 +1,153 @@
+"""Mixers: block-diagonal maps of what goes into a site or comes out of it, and features mixed in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_serve.adapters.primitives import Affine, BlockDiagonal, Edit, Paired
+from peft_serve.kernels.mixing import mixed_by_blocks, mixed_in_pairs
+from peft_serve.kernels.subsets import Batch, Subset
+from peft_serve.model.routing import Route
+from peft_serve.model.terms.tables import SlotTable
+from peft_serve.model.terms.term import InOp, OutOp
+
+_BlockPart = tuple[Batch, Tensor]
+"""Runs of one length, and their blocks [G, n, k, k]."""
+
+
+class _Blocks:
+    """The blocks of the installed adapters.
+
+    For a route, adapters with blocks of one shape and runs of one length are stacked, for one batched product:
+    a copy of their blocks that lives as long as the route. A single run reads its own.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._blocks: dict[int, Tensor] = {}
+
+    def keep(self, slot: int, mixer: object) -> None:
+        if isinstance(mixer, BlockDiagonal):
+            self._blocks[slot] = mixer.blocks_NKK.to(self._like)
+
+    def drop(self, slot: int) -> None:
+        self._blocks.pop(slot, None)
+
+    def parts(self, route: Route) -> list[_BlockPart]:
+        by_shape: dict[torch.Size, set[int]] = {}
+        for slot in route.active.intersection(self._blocks):
+            by_shape.setdefault(self._blocks[slot].shape, set()).add(slot)
+        parts: list[_BlockPart] = []
+        for slots in map(frozenset, by_shape.values()):
+            runs = route.runs_of(slots)
+            parts.extend(
+                (batch, _stacked([self._blocks[runs[m].slot] for m in batch.members])) for batch in route.batches(slots)
+            )
+        return parts
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+
+def _mix_(x_TD: Tensor, parts: Sequence[_BlockPart]) -> None:
+    for batch, blocks_GNKK in parts:
+        batch.subset.put_(x_TD, mixed_by_blocks(batch.take(x_TD), blocks_GNKK).flatten(0, 1))
+
+
+class InMix(_Blocks):
+    """x -> x R, R block-diagonal."""
+
+    def put(self, slot: int, edit: Edit) -> None:
+        if isinstance(edit, Affine):
+            self.keep(slot, edit.in_mix)
+
+    def op(self, route: Route) -> InOp | None:
+        parts = self.parts(route)
+        if not parts:
+            return None
+
+        def mix(x_TI: Tensor) -> Tensor:
+            own_TI = x_TI.clone()
+            _mix_(own_TI, parts)
+            return own_TI
+
+        return mix
+
+
+class OutMix(_Blocks):
+    """y -> y R, R block-diagonal."""
+
+    def put(self, slot: int, edit: Edit) -> None:
+        if isinstance(edit, Affine):
+            self.keep(slot, edit.out_mix)
+
+    def op(self, route: Route) -> OutOp | None:
+        parts = self.parts(route)
+        return (lambda y_TO, _: _mix_(y_TO, parts)) if parts else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """The adapters with one group size."""
+
+    own: SlotTable
+    other: SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class _PairPart:
+    """Some tokens, their slots, and the tables to read for them."""
+
+    subset: Subset
+    slot_N: Tensor
+    own_SO: Tensor
+    other_SO: Tensor
+    group: int
+
+
+class OutPairs:
+    """y -> own * y + other * y', y' being y with the halves of each group exchanged: all adapters at once."""
+
+    def __init__(self, like_O: Tensor) -> None:
+        self._like_O = like_O
+        self._by_group: dict[int, _Pairs] = {}
+
+    def put(self, slot: int, edit: Edit) -> None:
+        if not isinstance(edit, Affine) or not isinstance(edit.out_mix, Paired):
+            return
+        group = edit.out_mix.group
+        if group not in self._by_group:
+            self._by_group[group] = _Pairs(*(SlotTable(self._like_O.new_zeros(len(self._like_O))) for _ in range(2)))
+        self._by_group[group].own.put(slot, edit.out_mix.own_O)
+        self._by_group[group].other.put(slot, edit.out_mix.other_O)
+
+    def drop(self, slot: int) -> None:
+        for group, pairs in list(self._by_group.items()):
+            pairs.own.drop(slot)
+            pairs.other.drop(slot)
+            if not pairs.own.slots:
+                del self._by_group[group]
+
+    def op(self, route: Route) -> OutOp | None:
+        parts: list[_PairPart] = []
+        for group, pairs in self._by_group.items():
+            slots = route.active.intersection(pairs.own.slots)
+            if slots:
+                subset = route.subset(slots)
+                slot_N = subset.take(route.slot_of_token)
+                parts.append(_PairPart(subset, slot_N, pairs.own.rows, pairs.other.rows, group))
+        if not parts:
+            return None
+
+        def mix(y_TO: Tensor, _: Tensor) -> None:
+            for part in parts:
+                own_NO, other_NO = (t.index_select(0, part.slot_N) for t in (part.own_SO, part.other_SO))
+                y_NO = part.subset.take(y_TO)
+                part.subset.put_(y_TO, mixed_in_pairs(y_NO, own_NO, other_NO, part.group))
+
+        return mix

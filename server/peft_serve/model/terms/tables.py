@@ -1,0 +1,48 @@
+"""A vector for each slot, in one table that the slots of tokens index."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peft_serve.model.routing import Route
+
+
+class SlotTable:
+    """A vector for each slot, [S, D]; slots without one, the base among them, have the neutral row."""
+
+    def __init__(self, neutral_D: Tensor) -> None:
+        self._neutral_D = neutral_D
+        self._table_SD: Tensor | None = None
+        self.slots: set[int] = set()
+
+    @property
+    def rows(self) -> Tensor:
+        """[S, D]"""
+        assert self._table_SD is not None, "read only where a slot has a row"
+        return self._table_SD
+
+    def put(self, slot: int, vector_D: Tensor) -> None:
+        self._reach(slot)
+        self.rows[slot] = vector_D
+        self.slots.add(slot)
+
+    def drop(self, slot: int) -> None:
+        if slot in self.slots:
+            self.slots.discard(slot)
+            self.rows[slot] = self._neutral_D
+
+    def _reach(self, slot: int) -> None:
+        """Make room up to `slot` and beyond, so that slots in use index the table whoever they belong to."""
+        old = self._table_SD
+        if old is not None and slot < old.shape[0]:
+            return
+        self._table_SD = self._neutral_D.repeat(max(2 * slot, 8), 1)
+        if old is not None:
+            self._table_SD[: old.shape[0]] = old
+
+    def index(self, route: Route) -> Tensor | None:
+        """The row of every token, or None if no active adapter has a row."""
+        if self.slots.isdisjoint(route.active):
+            return None
+        self._reach(max(route.active))
+        return route.slot_of_token

@@ -1,0 +1,57 @@
+"""Some tokens of a step: picked, put back, stacked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_serve.kernels.subsets import Range, batches_of, subset_of
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> list[Range]:
+    """Ranges that do not overlap, in order, with gaps or without."""
+    at, found = 0, []
+    for gap, length in draw(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=6)):
+        found.append((at + gap, at + gap + length))
+        at += gap + length
+    return found
+
+
+@given(ranges())
+def test_a_subset_is_its_tokens(given_ranges: list[Range]) -> None:
+    subset = subset_of(given_ranges, CPU)
+    own = [token for first, last in given_ranges for token in range(first, last)]
+    x = torch.arange(40.0)[:, None] * torch.ones(2)
+    part = subset.take(x)
+    assert part[:, 0].tolist() == own
+    put, added = x.clone(), x.clone()
+    subset.put_(put, -part)
+    subset.add_(added, part)
+    assert put[:, 1].tolist() == [-t if t in own else t for t in range(40)]
+    assert added[:, 1].tolist() == [2 * t if t in own else t for t in range(40)]
+
+
+@given(ranges())
+def test_batches_are_the_ranges_by_length(given_ranges: list[Range]) -> None:
+    x = torch.arange(40.0)[:, None] * torch.ones(2)
+    seen = []
+    for batch in batches_of(given_ranges, CPU):
+        taken = batch.take(x)
+        assert taken.shape == (len(batch.members), batch.num_places, 2)
+        for member, tokens in zip(batch.members, taken, strict=True):
+            assert tokens[:, 0].tolist() == list(range(*given_ranges[member]))
+            seen.append(member)
+    assert sorted(seen) == list(range(len(given_ranges)))
+
+
+@pytest.mark.parametrize(("given_ranges", "is_slice"), [([(2, 5), (5, 6)], True), ([(2, 5), (6, 7)], False)])
+def test_neighbours_are_a_slice(given_ranges: list[Range], is_slice: bool) -> None:
+    subset = subset_of(given_ranges, CPU)
+    assert (subset.index_N is None) is is_slice
+    x = torch.arange(9)
+    assert (subset.take(x).data_ptr() == x[2:].data_ptr()) is is_slice
