@@ -22,9 +22,13 @@ from tests.adapters.places import embedding, feed_forward, head, norms, targets
 
 VOCAB: Final = 64
 HIDDEN: Final = 32
-DECODERS: Final = ("llama", "llama_tied", "qwen2", "mistral", "gemma", "gpt2", "opt", "neox")
+DECODERS: Final = ("llama", "llama_tied", "qwen2", "mistral", "gemma", "gpt2", "opt", "neox", "phi", "bloom")
 SEQ2SEQ: Final = ("t5", "bart", "bart_scaled")
+WHOLE: Final = ("llama", "gpt2", "t5")
+"""A decoder with grouped heads, one with Conv1D and biases, an encoder-decoder: every method is tried on these."""
 BASE_KINDS: Final = (*DECODERS, *SEQ2SEQ)
+SOFT_SPOKEN: Final = ("vera_lambda", "unilora_theta_d", "delora_lambda")  # they matter only when large
+MIXTURES: Final = ("mixtral", "gpt_oss")  # of fused experts, the second one's matrices stored [in, out]
 
 
 def _llama_like(**more: Any) -> dict[str, Any]:
@@ -63,8 +67,14 @@ _CONFIGS: Final[dict[str, Callable[[], Any]]] = {
         num_attention_heads=4,
         max_position_embeddings=128,
     ),
+    "phi": lambda: transformers.PhiConfig(**{**_llama_like(), "num_key_value_heads": 4}),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=2, n_head=4),
     "t5": lambda: transformers.T5Config(
         vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**_llama_like(num_local_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_llama_like(head_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32)
     ),
     "bart": _bart,
     "bart_scaled": lambda: _bart(scale_embedding=True),
@@ -136,10 +146,41 @@ def methods_for(base_kind: str) -> tuple[str, ...]:
     return tuple(name for name in _METHODS if base_kind in _ONLY.get(name, (base_kind,)))
 
 
+_BY_FAMILY: Final = ("lora_bias_all", "lora_dora", "lora_embedding", "lora_head", "lora_saved", "lora_tokens")
+
+
+def telling_methods_for(base_kind: str) -> tuple[str, ...]:
+    """Every method id on the three kinds of `WHOLE`; elsewhere one of each peft type, the variants of LoRA that act on
+    places which families lay out differently, and the ids that no kind of `WHOLE` has."""
+    names = methods_for(base_kind)
+    if base_kind in WHOLE:
+        return names
+    types: set[str] = set()
+    telling = []
+    for name in names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns about projections that are not saved
+            peft_type = str(_METHODS[name](base_kind).peft_type)
+        is_rare = not set(WHOLE) & set(_ONLY.get(name, WHOLE))
+        if name in _BY_FAMILY or is_rare or peft_type not in types:
+            telling.append(name)
+        types.add(peft_type)
+    return tuple(telling)
+
+
+def base_config(base_kind: str) -> Any:
+    """The transformers config of the tiny base of a kind."""
+    return _CONFIGS[base_kind]()
+
+
 def make_base(base_kind: str, seed: int = 0) -> PreTrainedModel:
     """A tiny random model in float32; the same seed gives the same weights."""
+    return base_of_config(base_kind, base_config(base_kind), seed)
+
+
+def base_of_config(base_kind: str, config: Any, seed: int) -> PreTrainedModel:
+    """A random model of a config."""
     torch.manual_seed(seed)
-    config = _CONFIGS[base_kind]()
     auto = transformers.AutoModelForSeq2SeqLM if base_kind in SEQ2SEQ else transformers.AutoModelForCausalLM
     model = auto.from_config(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -149,25 +190,35 @@ def make_base(base_kind: str, seed: int = 0) -> PreTrainedModel:
 
 
 def make_checkpoint(
-    method: str, base_kind: str, seed: int = 0, *, base: PreTrainedModel | None = None
+    method: str,
+    base_kind: str,
+    seed: int = 0,
+    *,
+    base: PreTrainedModel | None = None,
+    change: Callable[[peft.PeftConfig], None] = lambda _config: None,
 ) -> tuple[CheckpointFiles, Any]:
-    """The files of a random checkpoint of the method, and the peft model it was saved from, in eval mode."""
-    config = _METHODS[method](base_kind)
-    config.task_type = "SEQ_2_SEQ_LM" if base_kind in SEQ2SEQ else "CAUSAL_LM"
+    """The files of a random checkpoint of the method, and the peft model it was saved from, in eval mode.
+
+    `change` may alter the config before the adapter is made."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns about tied weights, saved embeddings, missing hub configs
+        warnings.simplefilter("ignore")  # peft warns about tied weights, saved embeddings, missing hub configs, seeds
+        config = _METHODS[method](base_kind)
+        config.task_type = "SEQ_2_SEQ_LM" if base_kind in SEQ2SEQ else "CAUSAL_LM"
+        change(config)
         model = peft.get_peft_model(make_base(base_kind) if base is None else base, config)
-        _randomise(model, seed)
+        randomise(model, seed)
         return save(model), model.eval()
 
 
-def _randomise(model: Any, seed: int) -> None:
+def randomise(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
-        if "lora_" in name and "magnitude" not in name:
+        if any(part in name for part in SOFT_SPOKEN):
+            parameter.data = parameter.data + noise
+        elif "lora_" in name and "magnitude" not in name:
             parameter.data = 0.3 * noise
         else:
             parameter.data = parameter.data + 0.2 * noise
@@ -182,10 +233,17 @@ def save(model: Any) -> CheckpointFiles:
         return CheckpointFiles(config=(where / CONFIG_FILE).read_bytes(), weights=(where / WEIGHTS_FILE).read_bytes())
 
 
+def first_task(model: Any) -> dict[str, torch.Tensor]:
+    """The argument by which peft is asked for the first task of a checkpoint that holds several."""
+    has_tasks = model.peft_config["default"].peft_type.value in ("MULTITASK_PROMPT_TUNING", "POLY")
+    return {"task_ids": torch.tensor([0])} if has_tasks else {}
+
+
 @torch.no_grad()
 def oracle_logits(model: Any, ids: torch.Tensor, decoder_ids: torch.Tensor) -> torch.Tensor:
     """peft's logits of `ids` [1, T], of `decoder_ids` on an encoder-decoder; virtual tokens left out."""
     given = {"decoder_input_ids": decoder_ids} if model.config.is_encoder_decoder else {}
+    given |= first_task(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits

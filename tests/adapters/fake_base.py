@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_serve.adapters.base import BaseShape, SiteKind, SiteSpec
+from peft_serve.adapters.base import HAS_WEIGHT, BaseShape, SiteKind, SiteSpec
 from peft_serve.adapters.primitives import (
     Adapter,
     Affine,
     BlockDiagonal,
     Dense,
     Edit,
+    Experts,
+    GatedPrompt,
     Kronecker,
     KVPrefix,
     LinearMap,
@@ -40,11 +42,14 @@ class FakeBase:
         self.class_name = type(model).__name__
         self.family = str(model.config.model_type)
         self.shape = base_shape(model)
+        self.body_prefix = str(model.base_model_prefix)
+        head = model.get_output_embeddings()
+        self.beside_body = frozenset(p for p in self.sites if model.get_submodule(p) is head)
 
     @property
     def tied(self) -> tuple[frozenset[str], ...]:
         groups: dict[int, set[str]] = {}
-        for path in self.sites:
+        for path in (path for path, spec in self.sites.items() if spec.kind in HAS_WEIGHT):
             groups.setdefault(id(self.model.get_submodule(path).weight), set()).add(path)
         return tuple(frozenset(group) for group in groups.values() if len(group) > 1)
 
@@ -75,10 +80,20 @@ def site_spec(path: str, module: nn.Module) -> SiteSpec | None:
         scale = float(getattr(module, "embed_scale", 1.0))
     elif "Norm" in type(module).__name__:
         kind, num_in, num_out = SiteKind.NORM, parameters["weight"][0], parameters["weight"][0]
+    elif any(len(shape) == 3 for shape in parameters.values()):
+        kind, num_in, num_out = SiteKind.EXPERTS, 0, 0
+    elif hasattr(module, "layer_idx") and (hasattr(module, "q_proj") or hasattr(module, "c_attn")):
+        kind, num_in, num_out = SiteKind.ATTENTION, module.config.hidden_size, module.config.hidden_size
     else:
         return None
     return SiteSpec(
-        path=path, kind=kind, out_features=num_out, in_features=num_in, parameters=parameters, embed_scale=scale
+        path=path,
+        kind=kind,
+        out_features=num_out,
+        in_features=num_in,
+        parameters=parameters,
+        embed_scale=scale,
+        is_transposed=bool(getattr(module, "is_transposed", False)),
     )
 
 
@@ -99,15 +114,31 @@ def base_shape(model: PreTrainedModel) -> BaseShape:
     )
 
 
-def adapted(base: FakeBase, adapter: Adapter) -> PreTrainedModel:
-    """A copy of the model with the adapter's edits in place."""
+def adapted(base: FakeBase, adapter: Adapter, *, first: int = 0) -> PreTrainedModel:
+    """A copy of the model with the adapter's edits in place, for the tokens from `first` on."""
     model = copy.deepcopy(base.model)
     for path, edit in adapter.sites.items():
-        _apply(model.get_submodule(path), base.sites[path], edit)
+        module = model.get_submodule(path)
+        plain = module.forward
+        _apply(module, base.sites[path], edit)
+        if first:
+            module.forward = _from_token(first, plain, module.forward)
     return model
 
 
+def _from_token(first: int, plain: Callable[..., Tensor], changed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x: torch.cat([plain(x)[:, :first], changed(x)[:, first:]], dim=1)
+
+
 def _apply(module: Any, spec: SiteSpec, edit: Edit) -> None:
+    if isinstance(edit, Experts):
+        for name, factors in edit.factors.items():
+            delta = factors.b_EOR @ factors.a_ERI
+            getattr(module, name).data += delta.mT if spec.is_transposed else delta
+        return
+    if isinstance(edit, GatedPrompt):
+        module.forward = _gated(module, edit)
+        return
     if isinstance(edit, Replace):
         for name, tensor in edit.state.items():
             assert tuple(tensor.shape) == spec.parameters[name]
@@ -140,6 +171,34 @@ def _affine(inner: Callable[[Tensor], Tensor], spec: SiteSpec, edit: Affine) -> 
         return y if edit.shift is None else y + edit.shift
 
     return forward
+
+
+def _gated(module: Any, edit: GatedPrompt) -> Callable[..., Any]:
+    """The attention's own output, and what its queries find in the prompt."""
+    inner = module.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, *rest = inner(hidden_states, *args, **kwargs)
+        q = _queries(module, hidden_states, kwargs.get("position_embeddings"))
+        repeats = q.shape[1] // edit.keys_HPD.shape[0]
+        keys, values = (side.repeat_interleave(repeats, dim=0) for side in (edit.keys_HPD, edit.values_HPD))
+        scores = torch.softmax(q @ keys.mT / module.head_dim**0.5, dim=-1)
+        added = (edit.gate * scores @ values).transpose(1, 2).flatten(2)
+        if edit.is_projected:
+            added = added @ module.o_proj.weight.T
+        return (output + added, *rest)
+
+    return forward
+
+
+def _queries(module: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    q = module.q_proj(x) if rotary is not None else module.c_attn(x).chunk(3, dim=-1)[0]
+    q = q.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    if rotary is None:
+        return q
+    cos, sin = (part.unsqueeze(1) for part in rotary)
+    first, second = q.chunk(2, dim=-1)
+    return q * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def mixed(mixer: Mixer, x: Tensor) -> Tensor:
@@ -181,10 +240,17 @@ def cache_of(prefix: KVPrefix, *, is_encoder_decoder: bool) -> Any:
     return EncoderDecoderCache(cache, DynamicCache()) if is_encoder_decoder else cache
 
 
+def first_active(adapter: Adapter, ids: Tensor) -> int:
+    """The token from which the adapter acts: the first one of the last occurrence of what switches it on."""
+    tokens, start = ids[0].tolist(), list(adapter.start)
+    places = [i for i in range(len(tokens)) if tokens[i : i + len(start)] == start]
+    return places[-1] if start and places else len(tokens) if start else 0
+
+
 @torch.no_grad()
 def adapted_logits(base: FakeBase, adapter: Adapter, ids: Tensor, decoder_ids: Tensor) -> Tensor:
     """Logits of one sequence `ids` [1, T]; on an encoder-decoder, of `decoder_ids` given the source `ids`."""
-    model = adapted(base, adapter)
+    model = adapted(base, adapter, first=first_active(adapter, ids))
     seq2seq = base.shape.is_encoder_decoder
     given: dict[str, Any] = {"decoder_input_ids": decoder_ids} if seq2seq else {}
     if adapter.prefix is not None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 QKV: Final = {
+    "phi": ["q_proj", "v_proj", "fc2"],
+    "bloom": ["query_key_value", "dense"],
     "gpt2": ["c_attn", "c_proj"],
+    "mixtral": ["q_proj", "v_proj", "o_proj"],
+    "gpt_oss": ["q_proj", "v_proj", "o_proj"],
     "neox": ["query_key_value", "dense"],
     "t5": ["q", "v", "wo"],
     "opt": ["q_proj", "v_proj", "fc2"],
@@ -13,6 +17,8 @@ QKV: Final = {
     "bart_scaled": ["q_proj", "v_proj", "fc2"],
 }
 NORMS: Final = {
+    "phi": ["input_layernorm", "final_layernorm"],
+    "bloom": ["input_layernorm", "ln_f"],
     "gpt2": ["ln_1", "ln_f"],
     "neox": ["input_layernorm", "final_layer_norm"],
     "t5": ["layer_norm"],
@@ -21,9 +27,9 @@ NORMS: Final = {
     "bart_scaled": ["self_attn_layer_norm", "layernorm_embedding"],
     "gemma": ["input_layernorm", "q_norm"],
 }
-EMBED: Final = {"gpt2": "wte", "neox": "embed_in"}
+EMBED: Final = {"bloom": "word_embeddings", "gpt2": "wte", "neox": "embed_in"}
 HEAD: Final = {"neox": "embed_out"}
-FEED_FORWARD: Final = {"gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "t5": "wo"}
+FEED_FORWARD: Final = {"bloom": "dense_4h_to_h", "gpt2": "mlp.c_proj", "neox": "dense_4h_to_h", "t5": "wo"}
 
 
 def targets(kind: str) -> list[str]:

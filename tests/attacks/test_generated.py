@@ -22,6 +22,42 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
 METHOD_OF = {
+    "ADAMSS": "adamss",
+    "C3A": "c3a",
+    "DEFT": "deft",
+    "FOURIERFT": "fourierft",
+    "FROD": "frod",
+    "GLORA": "glora",
+    "HIRA": "hira",
+    "LOKR": "lokr",
+    "OSF": "osf",
+    "PEANUT": "peanut",
+    "PSOFT": "psoft",
+    "RANDLORA": "randlora",
+    "SHIRA": "shira",
+    "SUPERTUNING": "supertuning_supra",
+    "WAVEFT": "waveft_patterns",
+    "ADALORA": "adalora",
+    "DELORA": "delora",
+    "GRALORA": "gralora_hybrid",
+    "HRA": "hra",
+    "LOHA": "loha",
+    "MISS": "miss",
+    "POLY": "poly",
+    "PVERA": "pvera",
+    "TINYLORA": "tinylora",
+    "UNILORA": "unilora",
+    "VBLORA": "vblora_topk",
+    "VERA": "vera",
+    "ADAPTION_PROMPT": "adaption_prompt",
+    "BEFT": "beft",
+    "BOFT": "boft",
+    "CARTRIDGE": "cartridge",
+    "CPT": "cpt",
+    "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
+    "OFT": "oft",
+    "ROAD": "road_4",
+    "TRAINABLE_TOKENS": "trainable_tokens",
     "LORA": "lora",
     "IA3": "ia3",
     "LN_TUNING": "ln_tuning",
@@ -78,7 +114,31 @@ def test_bytes(content: bytes, begin: bytes) -> None:
 def test_every_served_type_is_attacked() -> None:
     assert METHOD_OF.keys() == METHODS.keys()
     assert {m.peft_type for m in METHODS.values() if isinstance(m, SequenceMethod)} == {
+        "CARTRIDGE",
+        "CPT",
+        "MULTITASK_PROMPT_TUNING",
         "PROMPT_TUNING",
         "P_TUNING",
         "PREFIX_TUNING",
     }
+
+
+@pytest.mark.parametrize("method", ["lora_blocks", "lora_kasa", "lora_activated", "lora_tokens_by_module"])
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_config_of_a_variant(method: str, data: st.DataObject) -> None:
+    """The fields of LoRA's variants hold lists and objects of their own."""
+    files = honest(method)
+    config: dict[str, Any] = json.loads(files.config)
+    given_fields = sorted(name for name, value in config.items() if isinstance(value, dict | list))
+    field = data.draw(st.sampled_from(given_fields))
+    inside = sorted(config[field]) if isinstance(config[field], dict) else []
+    if inside:
+        changed: object = {**config[field], data.draw(st.sampled_from(inside) | st.text(max_size=6)): data.draw(VALUES)}
+    else:
+        changed = data.draw(st.lists(VALUES, max_size=4))
+    try:
+        text = json.dumps({**config, field: changed}, allow_nan=True).encode()
+    except UnicodeEncodeError:
+        return
+    judged(CheckpointFiles(config=text, weights=files.weights))

@@ -8,26 +8,25 @@ import time
 import pytest
 
 from peft_serve.adapters.limits import GateLimits
+from peft_serve.adapters.methods import METHODS
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.errors import AdapterInvalid, MalformedUpload
 from tests.attacks.hostile import admit, honest, with_config
 
 REFUSED = [
-    ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
     ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
-    ("init_lora_weights", "olora", "path_initial_model_for_weight_conversion"),
     ("init_lora_weights", "corda", "path_initial_model_for_weight_conversion"),
     ("init_lora_weights", "loftq", "path_initial_model_for_weight_conversion"),
     ("init_lora_weights", 3, "true, false or one of"),
     ("layer_replication", [[0, 2], [0, 2]], "deeper"),
     ("megatron_config", {"tensor_model_parallel_size": 2}, "Megatron"),
     ("arrow_config", {"arrow_top_k": 1}, "Arrow"),
-    ("use_qalora", True, "GPTQ"),
-    ("use_bdlora", {"nblocks": 2}, "plain LoRA"),
-    ("alora_invocation_tokens", [1, 2], "plain LoRA"),
-    ("target_parameters", ["experts.weight"], "target modules"),
-    ("trainable_token_indices", [1], "modules_to_save"),
-    ("kasa_config", {"a": 1}, "conversion"),
+    ("use_qalora", "yes", "true or false"),
+    ("use_bdlora", {"nblocks": 2}, "match_strict"),
+    ("alora_invocation_tokens", [1, 64], "vocabulary"),
+    ("target_parameters", ["experts.weight"], "no parameter"),
+    ("trainable_token_indices", [1], "has no tensors"),
+    ("kasa_config", {"a": 1}, "is missing"),
     ("loftq_config", {"loftq_bits": 4}, "conversion"),
     ("something_new", "x", "does not know"),
     ("r", 0, "integer"),
@@ -115,7 +114,7 @@ def test_catastrophic_regular_expression_is_never_run() -> None:
         b'{"a": "\xff"}',
         '{"peft_type": "LORA"}'.encode("utf-16"),
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n",
-        b'{"a": "' + b"x" * 70_000 + b'"}',
+        b'{"a": "' + b"x" * 600_000 + b'"}',
     ],
     ids=range(16),
 )
@@ -130,7 +129,18 @@ def test_unreadable_config(content: bytes) -> None:
 def test_unknown_type_is_refused_with_what_is_served(peft_type: object) -> None:
     with pytest.raises(AdapterInvalid) as refused:
         admit(with_config(honest(), peft_type=peft_type))
-    assert "IA3, LN_TUNING, LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING" in refused.value.message
+    served = refused.value.message.rpartition("served are ")[2].split(", ")
+    assert served == sorted(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "reason"),
+    [("XLORA", "upload the adapters that it mixes"), ("LILY", "rows of a batch"), ("SHADOW", "second network")],
+)
+def test_type_that_cannot_be_served_is_refused_with_the_way_out(peft_type: str, reason: str) -> None:
+    with pytest.raises(AdapterInvalid) as refused:
+        admit(with_config(honest(), peft_type=peft_type))
+    assert reason in refused.value.errors[0].reason
 
 
 def test_all_reasons_are_told_at_once_and_at_most_ten() -> None:

@@ -1,6 +1,6 @@
 """Uploads: the files of a checkpoint out of an archive or a form, with nothing ever extracted to a disk.
 
-An archive is recognised by its first bytes and read member by member. Three exact file names are taken, at the
+An archive is recognised by its first bytes and read member by member. A few exact file names are taken, at the
 top or in one folder at the top; every byte that comes out is counted. Whatever is wrong with an upload is
 MalformedUpload or PayloadTooLarge, never another exception. What the files say is the gate's business.
 """
@@ -13,8 +13,17 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
 from peft_serve.adapters.members import WANTED, Member, UploadLimits, printable, split_member
-from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles
+from peft_serve.adapters.records import (
+    CONFIG_FILE,
+    HEAD_CONFIG_FILE,
+    HEAD_WEIGHTS_FILE,
+    HUB_WEIGHTS_FILE,
+    PROFILE_FILE,
+    WEIGHTS_FILE,
+    CheckpointFiles,
+)
 from peft_serve.adapters.tar_reader import is_gzip, is_tar, read_tar
+from peft_serve.adapters.vocabulary import VOCABULARY_FILES
 from peft_serve.adapters.zip_reader import is_zip, read_zip
 from peft_serve.errors import MalformedUpload, PayloadTooLarge, UnsupportedMediaType
 
@@ -42,6 +51,13 @@ _SAVE_AGAIN: Final = (
     "save the adapter again with peft: model.save_pretrained(folder, safe_serialization=True), "
     "the default, writes adapter_model.safetensors"
 )
+_HUB_PICKLE: Final = "pytorch_adapter.bin"
+_SAVE_HUB_AGAIN: Final = (
+    "save the adapter again with AdapterHub's adapters: model.save_adapter(folder, name, use_safetensors=True) "
+    f"writes {HUB_WEIGHTS_FILE}"
+)
+_OF_HUB: Final = (HUB_WEIGHTS_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE)
+_FUSION_CONFIG: Final = "adapter_fusion_config.json"
 _MAX_IGNORED: Final = 32
 
 
@@ -112,18 +128,25 @@ def _gather(members: Iterable[Member], limits: UploadLimits) -> CheckpointFiles:
 
 def _checked(found: _Found) -> CheckpointFiles:
     """The checkpoint, if it is one at all."""
+    contents = found.contents
+    if WEIGHTS_FILE in contents:  # peft's; what AdapterHub calls its files is then no part of the checkpoint
+        found.ignored += [name for name in _OF_HUB if contents.pop(name, None) is not None]
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if name not in found.contents:
+        if name not in contents and not (name == WEIGHTS_FILE and HUB_WEIGHTS_FILE in contents):
             raise MalformedUpload(_missing(name, found.ignored))
-    for name, content in found.contents.items():
+    for name, content in contents.items():
         if content.startswith(_LFS_POINTER):
             raise MalformedUpload(f"{name} is a git-lfs pointer, not the file; run `git lfs pull` and upload again")
-    if is_pickle(found.contents[WEIGHTS_FILE]):
-        raise MalformedUpload(f"{WEIGHTS_FILE} is a pickle, and reading a pickle can run code; {_SAVE_AGAIN}")
+    for name, way_out in ((WEIGHTS_FILE, _SAVE_AGAIN), (HUB_WEIGHTS_FILE, _SAVE_HUB_AGAIN)):
+        if is_pickle(contents.get(name, b"")):
+            raise MalformedUpload(f"{name} is a pickle, and reading a pickle can run code; {way_out}")
     return CheckpointFiles(
-        config=found.contents[CONFIG_FILE],
-        weights=found.contents[WEIGHTS_FILE],
-        profile=found.contents.get(PROFILE_FILE),
+        config=contents[CONFIG_FILE],
+        weights=contents[WEIGHTS_FILE if WEIGHTS_FILE in contents else HUB_WEIGHTS_FILE],
+        profile=contents.get(PROFILE_FILE),
+        head_config=contents.get(HEAD_CONFIG_FILE),
+        head_weights=contents.get(HEAD_WEIGHTS_FILE),
+        vocabulary={name: contents[name] for name in VOCABULARY_FILES if name in contents},
         ignored=tuple(printable(path) for path in _first(found.ignored)),
     )
 
@@ -138,12 +161,16 @@ def is_pickle(content: bytes) -> bool:
 
 def _missing(name: str, ignored: Iterable[str]) -> str:
     pickles = [path for path in ignored if path.endswith(_PICKLE_ENDINGS)]
+    if name == CONFIG_FILE and any(path.rpartition("/")[2] == _FUSION_CONFIG for path in ignored):
+        return "the upload is an AdapterFusion, which attends over several adapters at run time; upload these instead"
     if name == CONFIG_FILE and any(path.endswith("/data.pkl") for path in pickles):
         return f"the upload is a file of torch.save, and reading it can run code; {_SAVE_AGAIN}"
     if name == WEIGHTS_FILE and pickles:
+        is_of_hub = pickles[0].rpartition("/")[2] == _HUB_PICKLE
+        wanted, way_out = (HUB_WEIGHTS_FILE, _SAVE_HUB_AGAIN) if is_of_hub else (WEIGHTS_FILE, _SAVE_AGAIN)
         return (
-            f"the upload holds {printable(pickles[0])} but no {WEIGHTS_FILE}; "
-            f"reading a pickle can run code, so it is refused; {_SAVE_AGAIN}"
+            f"the upload holds {printable(pickles[0])} but no {wanted}; "
+            f"reading a pickle can run code, so it is refused; {way_out}"
         )
     return (
         f"the upload holds no {name}; send the folder that peft's save_pretrained wrote, "

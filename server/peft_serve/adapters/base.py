@@ -41,6 +41,7 @@ class SiteSpec:
     in_features: int
     parameters: Mapping[str, tuple[int, ...]]  # the module's own parameter names and shapes, as stored
     embed_scale: float = 1.0  # Gemma-like embeddings multiply their output
+    is_transposed: bool = False  # experts only: parameters are stored [experts, in, out], not [experts, out, in]
 
     @property
     def has_bias(self) -> bool:
@@ -60,6 +61,13 @@ class BaseShape:
     max_positions: int
     is_encoder_decoder: bool
     is_encoder: bool = False  # nothing but an encoder: it generates no text, heads read its last hidden states
+    generates: bool = True  # False: no language-model head, so it serves heads and hidden states alone
+    num_states: int = 0  # width of the last hidden states; 0: as wide as the embeddings
+
+    @property
+    def state_size(self) -> int:
+        """Width of the last hidden states, which task heads read."""
+        return self.num_states or self.hidden_size
 
 
 class Base(Protocol):
@@ -82,6 +90,18 @@ class Base(Protocol):
 
     @property
     def shape(self) -> BaseShape: ...
+
+    @property
+    def body_prefix(self) -> str:
+        """The attribute under which the task classes of this kind of model keep the body: `model`, `bert`.
+
+        Site paths may begin with it or not; a checkpoint's may differ from them in this."""
+        ...
+
+    @property
+    def beside_body(self) -> frozenset[str]:
+        """Sites behind the body, which other task classes of this kind of model lack: a head, a pooler."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,82 +1,29 @@
 """Every tensor of a checkpoint tied to a place in the base, or refused by name.
 
-Owns the reading of keys. Knows layouts and shapes, and looks at values only where a copy of the base's own
-weights may be dropped. What comes out is complete: each site has all of its method's tensors, or all of its saved
-parameters.
+Owns the reading of keys. What comes out is complete: each site has all of its method's tensors, or all of its
+saved parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Final
 
-import torch
-
-from peft_serve.adapters.base import Base, SiteKind, SiteSpec
+from peft_serve.adapters.base import Base
+from peft_serve.adapters.bound import Binding, BoundSite
+from peft_serve.adapters.completeness import REMEDY, Completeness, check_numbers, check_shape
 from peft_serve.adapters.config_schema import Config
-from peft_serve.adapters.header import NOT_SERVED, StoredTensor
+from peft_serve.adapters.header import StoredTensor
+from peft_serve.adapters.heads import HeadBinder
 from peft_serve.adapters.limits import GateLimits
+from peft_serve.adapters.paths import spellings
 from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE
 from peft_serve.adapters.registry import Method, SequenceMethod, Shape, SharedLayout, SiteMethod
-from peft_serve.adapters.targets import is_saved, named_sites, tie_partners
+from peft_serve.adapters.targets import is_saved, named_sites
 from peft_serve.adapters.verdict import Verdict, quoted
 from peft_serve.errors import AdapterInvalid
 
-HEADS: Final = frozenset({"score", "classifier", "classification_head", "qa_outputs"})
 WRAPPED: Final = ("modules_to_save.", "original_module.")  # peft's own wrappers, saved twice by bias="all"
 BASE_LAYER: Final = "base_layer."
-REMEDY: Final = "save the checkpoint again with peft, and upload both of its files"
-
-
-@dataclass(slots=True)
-class BoundSite:
-    """The tensors of one site by what they are: the method's, the site's own retrained, copies of the base's."""
-
-    spec: SiteSpec
-    method: dict[str, StoredTensor] = field(default_factory=dict)
-    saved: dict[str, StoredTensor] = field(default_factory=dict)
-    copies: dict[str, StoredTensor] = field(default_factory=dict)
-    rank: int = 0
-    is_named: bool = False  # the method acts here though it saves nothing here
-
-    @property
-    def is_target(self) -> bool:
-        """Whether the method acts here."""
-        return bool(self.method) or self.is_named
-
-    @property
-    def is_retrained(self) -> bool:
-        """Whether all of the site's own parameters are in the checkpoint."""
-        return bool(self.saved) and self.saved.keys() == self.spec.parameters.keys()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Binding:
-    """Where everything goes. `shared` are the method's tensors that belong to no site."""
-
-    sites: Mapping[str, BoundSite]
-    shared: Mapping[str, StoredTensor]
-
-    @property
-    def targets(self) -> tuple[SiteSpec, ...]:
-        """Every site the method acts on, in the module order of the base."""
-        return tuple(site.spec for site in self.sites.values() if site.is_target)
-
-    @property
-    def num_tensors(self) -> int:
-        return len(self.shared) + sum(len(s.method) + len(s.saved) + len(s.copies) for s in self.sites.values())
-
-
-def same_as_base(tensor: StoredTensor, spec: SiteSpec, parameter: str, base: Base) -> bool:
-    """Whether a saved parameter is the base's own, to the precision the base is served in."""
-    own = base.bias(spec.path) if parameter == "bias" else base.weight(spec.path)
-    if own is None:
-        return False
-    mine = tensor.load()
-    if parameter == "weight" and spec.kind in (SiteKind.CONV1D, SiteKind.EMBEDDING):
-        mine = mine.T  # these modules store [in, out]; the base gives [out, in]
-    return own.shape == mine.shape and torch.equal(mine.to(base.dtype), own.cpu().to(base.dtype))
 
 
 class Binder:
@@ -92,6 +39,8 @@ class Binder:
         self._bias = config.text("bias", "none")
         self._sites: dict[str, BoundSite] = {}
         self._shared: dict[str, StoredTensor] = {}
+        self._head = HeadBinder(config, base, verdict)
+        self._bound: dict[tuple[str, str], str] = {}  # the tensor at each place, by site and suffix
         self._shared_layout = SharedLayout()
 
     def bind(self, tensors: tuple[StoredTensor, ...]) -> Binding:
@@ -105,12 +54,14 @@ class Binder:
                 place = f"{self._shared_prefix}{name}"
                 self._verdict.refuse(place, f"is missing; the checkpoint needs it with shape {list(shape)}")
         self._name_sites()
-        for path in list(self._sites):
-            self._complete(self._sites[path])
-        if not self._sites and not self._shared:
+        completeness = Completeness(self._method, self._config, self._base, self._limits, self._verdict)
+        for path in [path for path, site in self._sites.items() if not completeness.check(site)]:
+            del self._sites[path]
+        head = self._head.bound()
+        if not self._sites and not self._shared and head is None:
             self._verdict.refuse(WEIGHTS_FILE, "holds nothing that acts on the base; save the adapter again")
         in_order = {path: self._sites[path] for path in self._base.sites if path in self._sites}
-        return Binding(sites=in_order, shared=self._shared)
+        return Binding(sites=in_order, shared=self._shared, head=head)
 
     @property
     def _shared_prefix(self) -> str:
@@ -136,6 +87,8 @@ class Binder:
         if not isinstance(method, SiteMethod) or method.has_site_tensors:
             return
         named = named_sites(self._config, self._base)
+        if named is None and any(site.method for site in self._sites.values()):
+            return  # this checkpoint shows its sites
         if named is None:
             self._verdict.refuse(
                 f"{CONFIG_FILE}: target_modules",
@@ -154,8 +107,8 @@ class Binder:
         shared_name = tensor.name.removeprefix(self._shared_prefix)
         if tensor.name.startswith(self._shared_prefix) and shared_name in self._shared_layout.tensors:
             self._shared[shared_name] = tensor
-            self._check_shape(tensor, (self._shared_layout.tensors[shared_name],))
-            self._check_numbers(tensor, self._shared_layout.indices.get(shared_name))
+            check_shape(tensor, (self._shared_layout.tensors[shared_name],), self._base, self._verdict)
+            check_numbers(tensor, self._verdict, self._shared_layout.indices.get(shared_name))
             return
         if self._shared_layout.leftovers and shared_name.startswith(self._shared_layout.leftovers):
             self._verdict.warn(f"{quoted(tensor.name)} is a leftover of training and is not read")
@@ -164,16 +117,25 @@ class Binder:
         if not tensor.name.startswith(prefix):
             self._verdict.refuse(tensor.name, f"is not a key of {self._method.peft_type}; {REMEDY}")
             return
-        found = self._split(tensor.name.removeprefix(prefix))
-        if found is None:
+        key = tensor.name.removeprefix(prefix)
+        found = self._split(key)
+        if self._head.takes(key, None if found is None else found[0]):
+            self._head.add(key, tensor)
+        elif found is None:
             self._refuse_unknown_site(tensor)
+        elif found in self._bound:
+            self._verdict.refuse(tensor.name, f"means the same place as {quoted(self._bound[found])}; {REMEDY}")
         else:
             path, suffix = found
+            self._bound[found] = tensor.name
             site = self._sites.setdefault(path, BoundSite(self._base.sites[path]))
             self._sort(site, suffix, tensor)
 
     def _split(self, key: str) -> tuple[str, str] | None:
-        """The longest path of a site that a key begins with, and the rest of the key."""
+        """The longest path of a site that a key begins with, however it is spelt, and the rest of the key."""
+        return next((found for spelt in spellings(key, self._base) if (found := self._split_spelt(spelt))), None)
+
+    def _split_spelt(self, key: str) -> tuple[str, str] | None:
         end = key.rfind(".")
         while end > 0:
             if key[:end] in self._base.sites:
@@ -188,13 +150,13 @@ class Binder:
         elif suffix in shapes:
             site.saved[suffix] = tensor
             self._check_own_shape(tensor, shapes[suffix])
-            self._check_numbers(tensor)
+            check_numbers(tensor, self._verdict)
         elif suffix.startswith(BASE_LAYER) and suffix.removeprefix(BASE_LAYER) in shapes:
             name = suffix.removeprefix(BASE_LAYER)
             kept = site.saved if name == "bias" and self._bias != "none" else site.copies
             kept[name] = tensor
             self._check_own_shape(tensor, shapes[name])
-            self._check_numbers(tensor)
+            check_numbers(tensor, self._verdict)
         else:
             site.method[suffix] = tensor
 
@@ -206,140 +168,6 @@ class Binder:
             way_out = "the vocabulary was resized; serve the resized base, or train without adding tokens"
         self._verdict.refuse(tensor.name, f"has shape {list(tensor.shape)}, the base has {list(shape)}; {way_out}")
 
-    def _check_numbers(self, tensor: StoredTensor, bound: int | None = None) -> None:
-        """Integers below `bound` where indices are expected, floating-point numbers everywhere else."""
-        dtype = str(tensor.format.torch_dtype).removeprefix("torch.")
-        if bound is None:
-            if tensor.format.is_integer:
-                self._verdict.refuse(tensor.name, f"has dtype {dtype}; {NOT_SERVED}")
-        elif not tensor.format.is_integer:
-            self._verdict.refuse(tensor.name, f"has dtype {dtype} and holds indices, which are integers; {REMEDY}")
-        elif not tensor.is_below(bound):
-            self._verdict.refuse(tensor.name, f"holds an index outside 0 ... {bound - 1}; {REMEDY}")
-
-    def _check_shape(self, tensor: StoredTensor, shapes: tuple[Shape, ...]) -> None:
-        if tensor.shape not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            self._verdict.refuse(
-                tensor.name,
-                f"has shape {list(tensor.shape)}; config and base {quoted(self._base.name)} ask for {wanted}; "
-                "upload the config that was saved with these weights, to the base they were trained on",
-            )
-
     def _refuse_unknown_site(self, tensor: StoredTensor) -> None:
-        parts = tensor.name.split(".")
-        head = next((part for part in parts if part in HEADS), None)
-        if head is not None:
-            reason = (
-                f"is a task head; the served base {self._base.class_name} has no module {quoted(head)}; "
-                "serve it on a base with that head, or retrain for this one"
-            )
-        else:
-            reason = f"names no module of the served base {quoted(self._base.name)} ({self._base.class_name})"
-            reason += "; serve it on the base it was trained on"
-        self._verdict.refuse(tensor.name, reason)
-
-    # one site
-
-    def _complete(self, site: BoundSite) -> None:
-        """Check that a site has all it needs and nothing else."""
-        if isinstance(self._method, SiteMethod) and site.is_target:
-            self._complete_method(site, self._method)
-        else:
-            self._refuse_extra(site)
-        if site.saved:
-            self._complete_saved(site)
-        if site.copies:
-            self._complete_copies(site)
-        if not (site.is_target or site.saved or site.copies):
-            del self._sites[site.spec.path]
-
-    def _complete_method(self, site: BoundSite, method: SiteMethod) -> None:
-        path = site.spec.path
-        if site.spec.kind not in method.kinds:
-            self._verdict.refuse(path, f"is a {site.spec.kind} module; {method.peft_type} does not act on these")
-            return
-        if is_saved(path, self._saved):
-            self._verdict.refuse(path, "is in modules_to_save and has adapter tensors too; it can be only one")
-        try:
-            stored = {suffix: tensor.shape for suffix, tensor in site.method.items()}
-            layout = method.layout(site.spec, self._config, stored)
-        except AdapterInvalid as error:
-            self._verdict.adopt(error)
-            return
-        for suffix in [s for s in site.method if s.startswith(layout.leftovers)] if layout.leftovers else []:
-            self._verdict.warn(f"{quoted(site.method.pop(suffix).name)} is a leftover of training and is not read")
-        for suffix, shapes in layout.tensors.items():
-            if suffix in site.method:
-                self._check_rank(site.method[suffix], layout.rank)
-                self._check_shape(site.method[suffix], shapes)
-                self._check_numbers(site.method[suffix], layout.indices.get(suffix))
-            else:
-                self._verdict.refuse(f"{path}.{suffix}", f"is missing; {REMEDY}")
-        site.rank = layout.rank
-        self._refuse_extra(site, known=frozenset(layout.tensors))
-
-    def _check_rank(self, tensor: StoredTensor, rank: int) -> None:
-        if rank > self._limits.max_rank:
-            self._verdict.refuse(
-                tensor.name,
-                f"has rank {rank}; this server was started with --max-rank {self._limits.max_rank}; "
-                f"retrain with r <= {self._limits.max_rank} or ask the operator",
-            )
-
-    def _refuse_extra(self, site: BoundSite, known: frozenset[str] = frozenset()) -> None:
-        for suffix in site.method.keys() - known:
-            self._verdict.refuse(
-                site.method[suffix].name,
-                f"is not a tensor of {self._method.peft_type} as this config describes it; {REMEDY}",
-            )
-
-    def _complete_saved(self, site: BoundSite) -> None:
-        path = site.spec.path
-        if self._may_be_saved(path):
-            for name in site.spec.parameters.keys() - site.saved.keys():
-                self._verdict.refuse(f"{path}.{name}", f"is missing; {REMEDY}")
-            return
-        if self._bias == "all" or (self._bias == "lora_only" and site.method):
-            extra = [name for name in site.saved if name != "bias"]
-        else:
-            extra = list(site.saved)
-        for name in extra:
-            tensor = site.saved.pop(name)
-            if tensor.shape == site.spec.parameters[name] and same_as_base(tensor, site.spec, name, self._base):
-                self._verdict.warn(f"{quoted(tensor.name)} repeats the base's own values and is not read")
-            else:
-                self._verdict.refuse(
-                    tensor.name,
-                    "would change the base and is not announced; name its module in modules_to_save of the config",
-                )
-
-    def _may_be_saved(self, path: str) -> bool:
-        if is_saved(path, self._saved):
-            return True
-        tied = self._config.flag("ensure_weight_tying")
-        return tied and any(is_saved(partner, self._saved) for partner in tie_partners(self._base, path))
-
-    def _complete_copies(self, site: BoundSite) -> None:
-        """peft saves the whole embedding (or head) beside a LoRA on it: drop it where it is the base's own."""
-        for name in list(site.copies):
-            tensor = site.copies[name]
-            if tensor.shape != site.spec.parameters[name]:
-                continue  # refused already, by shape
-            if same_as_base(tensor, site.spec, name, self._base):
-                del site.copies[name]
-                self._verdict.warn(f"{quoted(tensor.name)} repeats the base's own values and is not read")
-            elif name != "weight" or not self._may_stand_on_its_own(site):
-                self._verdict.refuse(
-                    tensor.name, "differs from the served base's own values; serve it on the base it was trained on"
-                )
-
-    def _may_stand_on_its_own(self, site: BoundSite) -> bool:
-        """Whether a site may bring the weight its low-rank term was trained on: only where peft saves it at all.
-
-        A shared weight would have to change at its other place too, and DoRA's lengths were learned with it.
-        """
-        vocab_size = self._base.shape.vocab_size
-        speaks_tokens = vocab_size in (site.spec.in_features, site.spec.out_features)
-        is_plain = bool(site.method) and not self._config.flag("use_dora")
-        return speaks_tokens and is_plain and not tie_partners(self._base, site.spec.path)
+        reason = f"names no module of the served base {quoted(self._base.name)} ({self._base.class_name})"
+        self._verdict.refuse(tensor.name, f"{reason}; serve it on the base it was trained on")

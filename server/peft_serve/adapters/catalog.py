@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from peft_serve.adapters.findings import FolderFindings, Inspect, StoreFindings, rfc3339
+from peft_serve.adapters.findings import FolderFindings, Inspect, Proof, Prove, StoreFindings, manifest_of, rfc3339
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.holds import BlobHolds
 from peft_serve.adapters.listing import FOLDER_VERSION, Entry, Listing
@@ -36,6 +36,7 @@ class Published:
     version: Version
     created: bool  # False: the name stood for these very files already
     previous: Version | None  # what the name stood for before
+    proof: Proof = field(default_factory=Proof)  # files that a version of the name has already are not tried again
 
 
 def etag(adapter: AdapterId) -> str:
@@ -168,10 +169,12 @@ class Catalog:
         if_match: str | None = None,
         create_only: bool = False,
         dry_run: bool = False,
+        prove: Prove | None = None,
     ) -> Published:
         """Make `files` what `name` stands for: once, whole, and durably before this returns, or not at all.
 
-        `if_match` is the value of an If-Match header. Raises InvalidParameter (the name), what the gate raises,
+        `if_match` is the value of an If-Match header; `prove` tries new files out, once they are kept and before
+        the name stands for them. Raises InvalidParameter (the name), what the gate and `prove` raise,
         PreconditionFailed, StoreFull and Unavailable.
         """
         check_name(name, base_name=self._base_name)
@@ -180,10 +183,12 @@ class Catalog:
         created_at = rfc3339(self._now())
         if dry_run:
             return self._outcome(name, self._names.record(name), found.id, found.summary, created_at)
-        manifest = Manifest(checked_for=self._checked_for, summary=found.summary, profile=found.profile)
+        manifest = manifest_of(found, self._checked_for)
         self._holds.hold(found.id)
         try:
             self._store.put_blob(found.id, files, manifest)
+            is_new = found.id not in self._names.record(name).ids
+            proof = prove(found) if prove is not None and is_new else Proof()
             with self._writing:
                 self._check_precondition(name, if_match=if_match, create_only=create_only)
                 record = self._names.record(name)
@@ -192,7 +197,7 @@ class Catalog:
                     self._names.write(record.published(found.id, created_at))
                 self._holds.keep(found.id)
                 self._findings.learn(found.id, manifest)
-            return outcome
+            return replace(outcome, proof=proof)
         except ServeError:
             self._forget({found.id})
             raise
@@ -289,7 +294,11 @@ def _resolved(name: str, number: int, adapter: AdapterId, found: Manifest) -> Re
         id=adapter,
         peft_type=found.summary.peft_type,
         num_virtual_tokens=found.summary.num_virtual_tokens,
+        num_tasks=found.summary.num_tasks,
+        ignores_segments=found.summary.ignores_segments,
         profile=found.profile,
+        head=found.summary.head,
+        vocabulary=found.vocabulary,
     )
 
 

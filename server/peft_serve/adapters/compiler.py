@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from peft_serve.adapters.base import Base, SiteKind
-from peft_serve.adapters.binding import BoundSite
+from peft_serve.adapters.bound import BoundSite
 from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.header import StoredTensor
+from peft_serve.adapters.heads import BoundHead
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.primitives import (
     Adapter,
     Affine,
     Edit,
+    Head,
     KVPrefix,
     Replace,
     SoftPrompt,
@@ -30,6 +32,8 @@ from peft_serve.adapters.primitives import (
 )
 from peft_serve.adapters.records import WEIGHTS_FILE
 from peft_serve.adapters.registry import Sequence, SequenceMethod, Site, SiteMethod, Whole
+from peft_serve.adapters.spending import Spending
+from peft_serve.adapters.token_rows import spread
 from peft_serve.errors import AdapterInvalid, Refusal
 
 TRANSPOSED = frozenset({SiteKind.CONV1D, SiteKind.EMBEDDING})
@@ -44,10 +48,13 @@ def compile_adapter(inspected: Inspected, base: Base, limits: GateLimits) -> Ada
     shared = _load(inspected.binding.shared)
     prepared = _prepare(inspected, shared, base)
     edits: dict[str, Edit] = {}
+    spending = Spending(base.dtype, limits.max_adapter_bytes)
     for path, bound in inspected.binding.sites.items():
         edit = _compile_site(inspected, bound, shared, prepared, base)
         if edit is not None:
             edits[path] = edit
+            spending.add(edit)
+    edits = spread(edits, base)
     front = None
     if isinstance(method, SequenceMethod):
         sequence = Sequence(config=inspected.config, tensors=shared, base=base.shape)
@@ -58,11 +65,16 @@ def compile_adapter(inspected: Inspected, base: Base, limits: GateLimits) -> Ada
         sites=edits,
         prompt=front if isinstance(front, SoftPrompt) else None,
         prefix=front if isinstance(front, KVPrefix) else None,
+        head=_head(inspected.binding.head),
         start=method.start(inspected.config) if isinstance(method, SiteMethod) else (),
     )
     adapter = _rounded(adapter, base.dtype)
     _check_budget(adapter, base, limits)
     return adapter
+
+
+def _head(bound: BoundHead | None) -> Head | None:
+    return None if bound is None else Head(bound.task, _load(bound.tensors))
 
 
 def _load(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
@@ -151,7 +163,8 @@ def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_budget(adapter: Adapter, base: Base, limits: GateLimits) -> None:
-    footprint = adapter.footprint(is_encoder_decoder=base.shape.is_encoder_decoder)
+    shape = base.shape
+    footprint = adapter.footprint(is_encoder_decoder=shape.is_encoder_decoder, is_encoder=shape.is_encoder)
     refusals = []
     if not is_finite(adapter):
         refusals.append(

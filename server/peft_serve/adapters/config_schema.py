@@ -24,6 +24,8 @@ Rule = Callable[[object], str | None]
 MAX_NAMES = 8192
 MAX_SAVED_MODULES = 256
 LITERAL = re.compile(r"\^?[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\$?")
+ANYWHERE = r".*\."
+"""peft writes this in front of a name of its own accord (the experts of a mixture, for example): in any module."""
 
 TASK_TYPES: Final = (
     "CAUSAL_LM",
@@ -98,7 +100,7 @@ def pattern(values: Rule) -> Rule:
         if not isinstance(value, dict):
             return "an object from module names to values"
         for key, item in value.items():
-            if not LITERAL.fullmatch(key):
+            if not LITERAL.fullmatch(key.removeprefix(ANYWHERE)):
                 return (
                     f"keyed by plain dotted module names, not by the regular expression {quoted(key)} "
                     "(write out each module's name)"
@@ -146,6 +148,8 @@ class Config:
         parts = path.split(".")
         keys = {".".join(parts[i:]) for i in range(len(parts))}
         wanted = keys | {f"{key}$" for key in keys} | {f"^{path}", f"^{path}$"}
+        inner = keys - {path}
+        wanted |= {f"{ANYWHERE}{key}" for key in inner} | {f"{ANYWHERE}{key}$" for key in inner}
         found = wanted & entries.keys()
         return next((value for key, value in entries.items() if key in found), None) if found else None
 
@@ -200,8 +204,13 @@ OPTIONAL: Final[Mapping[str, Rule]] = {
 INERT: Final = frozenset({"inference_mode", "revision", "auto_mapping", "runtime_config"})
 
 REFUSED: Final[Mapping[str, str]] = {
-    "trainable_token_indices": "trained token rows are not served yet; use modules_to_save for the embedding",
-    "target_parameters": "adapters on bare parameters are not served; target modules instead",
+    "trainable_token_indices": "trained token rows beside another method are served with LORA only; use that, or "
+    "modules_to_save for the embedding",
+    "target_parameters": "adapters on bare parameters are served with LORA only; use that, or target modules instead",
+    **dict.fromkeys(
+        ("arrow_config", "use_bdlora", "use_qalora", "kasa_config", "alora_invocation_tokens"),
+        "is a variant that peft defines for LORA only; train that, or leave it out",
+    ),
     "layer_replication": "makes the base model deeper, which would change it for everyone; train without it",
 }
 """Every type's fields; a method's own schema adds to them."""

@@ -12,6 +12,7 @@ from peft_serve.adapters.manifest import Manifest
 from peft_serve.adapters.once_each import OnceEach
 from peft_serve.adapters.records import CheckpointFiles, Profile, Summary
 from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.vocabulary import Vocabulary
 from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterInvalid, AdapterUnavailable, MalformedUpload, Refusal
 
@@ -30,9 +31,29 @@ class Inspection(Protocol):
     @property
     def profile(self) -> Profile: ...
 
+    @property
+    def cues(self) -> tuple[int, ...]:
+        """Token ids without which a prompt shows nothing of it."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
 
 Inspect = Callable[[CheckpointFiles], Inspection]
 """The gate: raises AdapterInvalid or MalformedUpload."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What came of trying a checkpoint out, when it is not refused for it."""
+
+    is_tried: bool = False
+    warnings: tuple[str, ...] = ()  # why it was not tried, or what is odd about its answers
+
+
+Prove = Callable[[Inspection], Proof]
+"""Try out a checkpoint whose files are kept and that no name stands for yet; slow. Raises AdapterInvalid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +88,12 @@ def examine(files: CheckpointFiles, inspect: Inspect, checked_for: str) -> Findi
         return Finding(id=files.digest(), refusal="; ".join(reasons), reasons=error.errors)
     except MalformedUpload as error:
         return Finding(id=files.digest(), refusal=error.message)
-    manifest = Manifest(checked_for=checked_for, summary=found.summary, profile=found.profile)
-    return Finding(id=found.id, manifest=manifest)
+    return Finding(id=found.id, manifest=manifest_of(found, checked_for))
+
+
+def manifest_of(found: Inspection, checked_for: str) -> Manifest:
+    """What is kept of the gate's findings."""
+    return Manifest(checked_for=checked_for, summary=found.summary, profile=found.profile, vocabulary=found.vocabulary)
 
 
 class StoreFindings:

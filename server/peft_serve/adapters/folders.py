@@ -13,13 +13,23 @@ from pathlib import Path
 
 from peft_serve.adapters.filesystem import FileSystem, Stamp
 from peft_serve.adapters.names import check_name, shown
-from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles
+from peft_serve.adapters.records import (
+    CONFIG_FILE,
+    HEAD_CONFIG_FILE,
+    HEAD_WEIGHTS_FILE,
+    HUB_WEIGHTS_FILE,
+    PROFILE_FILE,
+    WEIGHTS_FILE,
+    CheckpointFiles,
+)
+from peft_serve.adapters.vocabulary import VOCABULARY_FILES
 from peft_serve.errors import AdapterUnavailable, InvalidParameter
 
 FilesStamp = tuple[Stamp | None, ...]
 """The stamps of a checkpoint's files, in a fixed order; None for one that is not there."""
 
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROFILE_FILE)
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROFILE_FILE, *VOCABULARY_FILES)
+_HUB_FILES = (CONFIG_FILE, HUB_WEIGHTS_FILE, PROFILE_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, *VOCABULARY_FILES)
 _BEING_WRITTEN_RETRY_S = 1.0
 
 
@@ -69,6 +79,11 @@ class CheckpointFolders:
         else:
             self._places[name] = place
 
+    def _names_of(self, place: Path) -> tuple[str, ...]:
+        """The files of a checkpoint, config and weights first: peft's, or AdapterHub's where only these are there."""
+        is_hub = self._fs.stamp(place / WEIGHTS_FILE) is None and self._fs.stamp(place / HUB_WEIGHTS_FILE) is not None
+        return _HUB_FILES if is_hub else _FILES
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._places)
 
@@ -79,7 +94,8 @@ class CheckpointFolders:
         """The stamp of the files as they are now; raises AdapterUnavailable when one is gone."""
         place = self._places[name]
         try:
-            stamp = tuple(self._fs.stamp(place / file) for file in _FILES)
+            files = self._names_of(place)
+            stamp = tuple(self._fs.stamp(place / file) for file in files)
         except OSError as error:
             raise _unreadable(name) from error
         for file, found in zip(_FILES[:2], stamp[:2], strict=True):
@@ -98,10 +114,16 @@ class CheckpointFolders:
             )
         place = self._places[name]
         try:
+            names = self._names_of(place)
+            there = zip(names, stamp, strict=False)
+            contents = {file: self._fs.read(place / file) for file, found in there if found is not None}
             files = CheckpointFiles(
-                config=self._fs.read(place / CONFIG_FILE),
-                weights=self._fs.read(place / WEIGHTS_FILE),
-                profile=self._fs.read(place / PROFILE_FILE) if stamp[2] is not None else None,
+                config=contents[CONFIG_FILE],
+                weights=contents[names[1]],
+                profile=contents.get(PROFILE_FILE),
+                head_config=contents.get(HEAD_CONFIG_FILE),
+                head_weights=contents.get(HEAD_WEIGHTS_FILE),
+                vocabulary={name: contents[name] for name in VOCABULARY_FILES if name in contents},
             )
         except OSError as error:
             raise _unreadable(name) from error

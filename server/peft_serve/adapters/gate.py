@@ -1,6 +1,6 @@
 """The gate: an upload is hostile until every byte of it is accounted for.
 
-It reads the three files of a checkpoint with our own parsers, ties every tensor to a place in the base and checks
+It reads the files of a checkpoint with our own parsers, ties every tensor to a place in the base and checks
 every value. It runs no code, no regular expression and no path of the upload, and never imports peft. What it
 lets through, `compiler.compile_adapter` turns into primitives.
 """
@@ -8,21 +8,27 @@ lets through, `compiler.compile_adapter` turns into primitives.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from peft_serve.adapters.adapterhub.checkpoint import read_checkpoint
+from peft_serve.adapters.adapterhub.config import is_adapterhub
 from peft_serve.adapters.agreement import Agreement
 from peft_serve.adapters.base import Base
-from peft_serve.adapters.binding import Binder, Binding
+from peft_serve.adapters.binding import Binder
+from peft_serve.adapters.bound import Binding
 from peft_serve.adapters.config_schema import Config
-from peft_serve.adapters.header import StoredTensor, parse_tensors
+from peft_serve.adapters.cues import cues_of
+from peft_serve.adapters.header import GATHERED, StoredTensor, parse_tensors
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.methods import METHODS
+from peft_serve.adapters.methods.refused import REFUSED
 from peft_serve.adapters.profile import parse_profile
-from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles, Profile, Summary
-from peft_serve.adapters.registry import Method, SequenceMethod
+from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles, Profile, Summary
+from peft_serve.adapters.registry import Method, SequenceMethod, SiteMethod
 from peft_serve.adapters.strict_json import parse_object
 from peft_serve.adapters.verdict import Verdict, quoted
+from peft_serve.adapters.vocabulary import ADDED_FILE, TOKENS_HINT, Vocabulary, parse_vocabulary
 from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterInvalid
 
@@ -36,9 +42,15 @@ class Inspected:
     id: AdapterId
     summary: Summary
     profile: Profile
+    vocabulary: Vocabulary  # not compared with the base's tokenizer, which the gate does not know
     method: Method
     config: Config
     binding: Binding
+
+    @property
+    def cues(self) -> tuple[int, ...]:
+        """Token ids without which a prompt shows nothing of it."""
+        return cues_of(self.method, self.config)
 
 
 def inspect(
@@ -54,14 +66,19 @@ def inspect(
         reason = f"has {files.num_bytes} bytes; this server takes at most {limits.max_adapter_bytes}"
         verdict.refuse(WEIGHTS_FILE, f"{reason} (--max-adapter-bytes)")
         verdict.settle()
+    if is_adapterhub(files.config, limits):
+        return _inspect_hub(files, base, limits, verdict)
     method, config = _read_config(files.config, methods, limits, verdict)
     profile = _read_profile(files.profile, limits, verdict)
+    vocabulary = parse_vocabulary(files.vocabulary, verdict)
     tensors = parse_tensors(files.weights, limits, verdict)
+    _check_sides(tensors, method, verdict)
     verdict.settle()
     if isinstance(method, SequenceMethod):
         _check_length(config, limits, verdict)
     binding = Binder(method, config, base, limits, verdict).bind(tensors)
     Agreement(method, config, base, binding.sites, verdict).check()
+    _check_labels(profile, binding, verdict)
     _check_values(tensors, limits, verdict)
     verdict.settle()
     _compare(config, base, files, verdict)
@@ -69,9 +86,33 @@ def inspect(
         id=files.digest(),
         summary=_summary(method, config, binding, files, verdict),
         profile=profile,
+        vocabulary=vocabulary,
         method=method,
         config=config,
         binding=binding,
+    )
+
+
+def _inspect_hub(files: CheckpointFiles, base: Base, limits: GateLimits, verdict: Verdict) -> Inspected:
+    """The same for a checkpoint that AdapterHub's library saved."""
+    hub = read_checkpoint(files, base, limits, verdict)
+    profile = _read_profile(files.profile, limits, verdict)
+    vocabulary = parse_vocabulary(files.vocabulary, verdict)
+    if profile.labels is None and hub.labels:
+        profile = replace(profile, labels=hub.labels)
+    _check_sides(hub.tensors, hub.method, verdict)
+    _check_labels(profile, hub.binding, verdict)
+    _check_values(hub.tensors, limits, verdict)
+    verdict.settle()
+    _compare(hub.config, base, files, verdict)
+    return Inspected(
+        id=files.digest(),
+        summary=_summary(hub.method, hub.config, hub.binding, files, verdict),
+        profile=profile,
+        vocabulary=vocabulary,
+        method=hub.method,
+        config=hub.config,
+        binding=hub.binding,
     )
 
 
@@ -82,10 +123,11 @@ def _read_config(
     peft_type = fields.get("peft_type")
     method = methods.get(peft_type) if isinstance(peft_type, str) else None
     if method is None:
-        verdict.refuse(
-            f"{CONFIG_FILE}: peft_type",
-            f"is {quoted(peft_type)}; served are {', '.join(sorted(methods))}",
-        )
+        reason = REFUSED.get(peft_type) if isinstance(peft_type, str) else None
+        served = f"served are {', '.join(sorted(methods))}"
+        if reason is not None:
+            served = f"{reason}; {served}"
+        verdict.refuse(f"{CONFIG_FILE}: peft_type", f"is {quoted(peft_type)}; {served}")
         verdict.settle()
         raise AssertionError("settle raises when something was refused")
     return method, method.schema.check(fields, verdict)
@@ -111,6 +153,24 @@ def _check_length(config: Config, limits: GateLimits, verdict: Verdict) -> None:
         )
 
 
+def _check_sides(tensors: tuple[StoredTensor, ...], method: Method, verdict: Verdict) -> None:
+    """Refuse tensors without a value, but for a method whose training may leave some."""
+    if isinstance(method, SiteMethod) and method.may_be_empty:
+        return
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            verdict.refuse(tensor.name, f"is empty, of shape {list(tensor.shape)}; {GATHERED}")
+
+
+def _check_labels(profile: Profile, binding: Binding, verdict: Verdict) -> None:
+    facts = None if binding.head is None else binding.head.facts
+    if profile.labels is not None and facts is not None and len(profile.labels) != facts.num_labels:
+        verdict.refuse(
+            f"{PROFILE_FILE}: labels",
+            f"has {len(profile.labels)} names; the task head has {facts.num_labels} outputs; name each of them once",
+        )
+
+
 def _check_values(tensors: tuple[StoredTensor, ...], limits: GateLimits, verdict: Verdict) -> None:
     for tensor in tensors:
         if not tensor.is_within(limits.max_abs):
@@ -129,7 +189,8 @@ def _compare(config: Config, base: Base, files: CheckpointFiles, verdict: Verdic
     if _release(version) > KNOWN_PEFT:
         verdict.warn(f"was saved by peft {quoted(version)}, which is newer than this server knows")
     for name in files.ignored[:10]:
-        verdict.warn(f"file {quoted(name)} is not read")
+        hint = TOKENS_HINT if name.rpartition("/")[2] == "tokenizer.json" and ADDED_FILE not in files.vocabulary else ""
+        verdict.warn(f"file {quoted(name)} is not read{hint}")
 
 
 def _last_part(name: str) -> str:
@@ -153,4 +214,7 @@ def _summary(method: Method, config: Config, binding: Binding, files: Checkpoint
         modules=tuple(sorted({path.rpartition(".")[2] for path in binding.sites})),
         warnings=verdict.warnings,
         num_virtual_tokens=config.integer("num_virtual_tokens", 0),
+        head=None if binding.head is None else binding.head.facts,
+        num_tasks=method.num_tasks(config),
+        ignores_segments=bool(config.text("peft_type")) and config.text("task_type") == "QUESTION_ANS",
     )

@@ -27,6 +27,7 @@ MAX_DIMS = 5
 MAX_SIZE = 1 << 40
 CHUNK = 1 << 20  # values checked at a time, so that the check needs little memory
 AS_PEFT = "save it again with peft's save_pretrained (safe_serialization=True)"
+GATHERED = "a checkpoint saved from a sharded model (ZeRO-3, FSDP) must be gathered before it is saved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ FLOATS: Final[Mapping[str, Format]] = {
 FORMATS: Final[Mapping[str, Format]] = {
     **FLOATS,
     "U8": Format(torch.uint8, "u1", 0),  # indices, where a method has some
+    "I16": Format(torch.int16, "<i2", 0),
     "I32": Format(torch.int32, "<i4", 0),
     "I64": Format(torch.int64, "<i8", 0),
 }
@@ -77,6 +79,8 @@ class StoredTensor:
 
     def load(self) -> Tensor:
         """The values as a tensor of its own memory: float32, as peft widens bf16 and f16 files; int64 for indices."""
+        if not self.content:  # a side of 0: there is no buffer to read from
+            return torch.zeros(self.shape)
         stored = torch.frombuffer(bytearray(self.content), dtype=self.format.torch_dtype)
         return stored.to(torch.int64 if self.format.is_integer else torch.float32).reshape(self.shape)
 
@@ -166,11 +170,8 @@ def _offsets(name: str, entry: object) -> tuple[int, int]:
 
 def _tensor(name: str, entry: Mapping[str, Any], content: memoryview, verdict: Verdict) -> StoredTensor | None:
     shape = entry["shape"]
-    if not _is_sizes(shape, low=1, max_len=MAX_DIMS):
-        raise MalformedUpload(
-            f"{WEIGHTS_FILE}: {quoted(name)} has an empty or broken shape; a checkpoint saved from a sharded model "
-            "(ZeRO-3, FSDP) must be gathered before it is saved"
-        )
+    if not _is_sizes(shape, low=0, max_len=MAX_DIMS):
+        raise MalformedUpload(f"{WEIGHTS_FILE}: {quoted(name)} has a broken shape; {GATHERED}")
     dtype = entry["dtype"]
     form = FORMATS.get(dtype) if isinstance(dtype, str) else None
     if form is None:

@@ -19,7 +19,7 @@ class GateLimits:
     max_virtual_tokens: int = 1024
     max_new_tokens: int = 1 << 20  # that an adapter's own default parameters may ask for
     max_tensors: int = 20_000
-    max_config_bytes: int = 64 * 1024
+    max_config_bytes: int = 512 * 1024  # AdaLoRA writes a line for every rank that training began with
     max_header_bytes: int = 1 * MIB
     max_profile_bytes: int = 16 * 1024
     max_abs: float = 65504.0  # the largest finite float16: beyond it no trained adapter has a value

@@ -7,11 +7,12 @@ missing, damaged or made for another base is worked out again, never trusted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft_serve.adapters.records import Profile, Summary
+from peft_serve.adapters.records import HeadFacts, Profile, Summary
 from peft_serve.adapters.sealed import SealError, seal, unseal
+from peft_serve.adapters.vocabulary import Vocabulary
 
 _FORMAT = 1
 
@@ -23,11 +24,12 @@ class Manifest:
     checked_for: str
     summary: Summary
     profile: Profile
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The manifest as a sealed document."""
-    profile = manifest.profile
+    profile, vocabulary = manifest.profile, manifest.vocabulary
     body = {
         "format": _FORMAT,
         "checked_for": manifest.checked_for,
@@ -38,6 +40,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "parameters": dict(profile.parameters),
             "labels": None if profile.labels is None else list(profile.labels),
             "examples": list(profile.examples),
+        },
+        "vocabulary": {
+            "chat_template": vocabulary.chat_template,
+            "added": dict(vocabulary.added),
+            "special": sorted(vocabulary.special),
+            "traits": {text: list(traits) for text, traits in vocabulary.traits.items()},
+            "names": dict(vocabulary.names),
         },
     }
     return seal(body)
@@ -53,6 +62,7 @@ def decode_manifest(document: bytes) -> Manifest:
             checked_for=body["checked_for"],
             summary=_summary(body["summary"]),
             profile=_profile(body["profile"]),
+            vocabulary=_vocabulary(body.get("vocabulary", {})),  # a manifest from before there was any
         )
     except (KeyError, TypeError) as error:
         raise SealError("not a manifest") from error
@@ -60,6 +70,8 @@ def decode_manifest(document: bytes) -> Manifest:
 
 def _summary(body: Mapping[str, Any]) -> Summary:
     fields = {**body, "modules": tuple(body["modules"]), "warnings": tuple(body["warnings"])}
+    if fields.get("head") is not None:
+        fields["head"] = HeadFacts(**fields["head"])
     return Summary(**fields)
 
 
@@ -67,3 +79,8 @@ def _profile(body: Mapping[str, Any]) -> Profile:
     labels = body["labels"]
     examples = tuple(body.get("examples", ()))  # a manifest from before there were any
     return Profile(**{**body, "labels": None if labels is None else tuple(labels), "examples": examples})
+
+
+def _vocabulary(body: Mapping[str, Any]) -> Vocabulary:
+    traits = {text: tuple(traits) for text, traits in body.get("traits", {}).items()}
+    return Vocabulary(**{**body, "special": frozenset(body.get("special", ())), "traits": traits})

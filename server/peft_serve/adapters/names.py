@@ -1,4 +1,4 @@
-"""Adapter names: the rule, the ways to refer to a version, and the spelling of a name on a disk.
+"""Adapter names: the rule, the ways to refer to a version, expressions of several, and a name's spelling on a disk.
 
 A name comes from outside and never becomes a path as it stands: `file_stem` spells it so that two names that
 differ only in case stay two files where the file system does not tell case apart. Which names exist is the
@@ -7,10 +7,12 @@ catalog's business.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Final
 
+from peft_serve.adapters.combined import MAX_PARTS, MAX_WEIGHT
 from peft_serve.core import AdapterId
 from peft_serve.errors import InvalidParameter, UnknownAdapter
 
@@ -20,6 +22,8 @@ RESERVED: Final = frozenset({"base", "dummy", "tgi"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+_TERM = re.compile(r"(?P<ref>[^+:]*?(?:@sha256:[0-9a-f]{64}|@[^+:]*)?)(?::(?P<weight>[^+:]*))?")
+_WEIGHT = re.compile(r"-?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})")
 _STEM = re.compile(r"(?:[a-z0-9._-]|=[a-z])+")
 _MAX_SHOWN = 80
 
@@ -31,6 +35,14 @@ class AdapterRef:
     name: str
     number: int | None = None
     id: AdapterId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One adapter of an expression, as `parse_ref` reads it, and how much of it."""
+
+    ref: str
+    weight: float = 1.0
 
 
 def is_name(text: str) -> bool:
@@ -84,6 +96,37 @@ def parse_ref(text: str) -> AdapterRef:
     if is_id(pin):
         return AdapterRef(name=name, id=AdapterId(pin))
     raise unknown(text)
+
+
+def parse_expression(text: str) -> tuple[Term, ...]:
+    """Read `a`, `a+b`, `a:0.7+b@2:0.3`: adapters that act together. What each names is not looked at.
+
+    Raises InvalidParameter for what is no expression; a text without `+` and without a weight is one term as it is.
+    """
+    terms = tuple(_term(part, text) for part in text.split("+"))
+    if len(terms) > MAX_PARTS:
+        raise InvalidParameter(
+            f"adapter: {len(terms)} adapters in one request; this server combines at most {MAX_PARTS}", param="adapter"
+        )
+    if len({term.ref for term in terms}) < len(terms):
+        raise InvalidParameter(
+            f"adapter {shown(text)}: names an adapter twice; name it once, with a weight", param="adapter"
+        )
+    return terms
+
+
+def _term(part: str, text: str) -> Term:
+    found = _TERM.fullmatch(part)
+    if found is None or found["weight"] is None:
+        return Term(ref=part)  # a name that cannot be is refused like one that does not exist
+    weight = float(found["weight"]) if _WEIGHT.fullmatch(found["weight"]) else math.nan
+    if not 0 < abs(weight) <= MAX_WEIGHT:
+        raise InvalidParameter(
+            f"adapter {shown(text)}: a weight is a number up to {MAX_WEIGHT:g} that is not 0, behind a colon, "
+            "as in a:0.7+b:0.3",
+            param="adapter",
+        )
+    return Term(ref=found["ref"], weight=weight)
 
 
 def file_stem(name: str) -> str:

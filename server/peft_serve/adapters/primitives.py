@@ -6,8 +6,8 @@ A dense site of the frozen base (Linear, Conv1D, Embedding) is served in one nor
 
 in which every term is optional (absent = identity or zero) and all scaling is folded into B and D_k at compile time,
 the output scale of a scaled embedding (Gemma's) included. W is the base's, or has some of its rows exchanged (`Rows`).
-Everything else replaces a site's own parameters, acts on a whole sublayer, or happens at sequence level. The
-executor sees these terms and never a method.
+Everything else replaces a site's own parameters, acts on a whole sublayer (`sublayer_primitives`), or happens at
+sequence level. The executor sees these terms and never a method.
 
 Tensors are in the base's compute dtype, on the host, contiguous. Shapes: `o` out features, `i` in features,
 `r` rank, `d` hidden size, `P` virtual tokens, `L` layers, `H` key/value heads, `D` head size, `E` experts.
@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling
 from peft_serve.core import AdapterId, Footprint
 
 P = TypeVar("P")
@@ -175,29 +176,7 @@ class GatedPrompt:
     is_projected: bool
 
 
-class Reads(StrEnum):
-    """What a bottleneck looks at. h: the sublayer's output; t: the residual stream before it."""
-
-    SUBLAYER = "h"
-    RESIDUAL = "t"
-    NORMED = "post"  # N(h + t), with the sublayer's norm where the model normalises after adding, else h + t
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bottleneck:
-    """A sublayer site: h -> keep + scale * up(act(down(read))), before the residual is added (AdapterHub)."""
-
-    down_BD: Tensor
-    down_bias_B: Tensor
-    up_DB: Tensor
-    up_bias_D: Tensor
-    activation: str  # a key of transformers' ACT2FN
-    scale: Tensor  # [1] or [d]
-    reads: Reads
-    keeps_read: bool = False  # keep = what was read (AdapterPlus), else h
-
-
-Edit = Affine | Replace | Experts | GatedPrompt | Bottleneck
+Edit = Affine | Replace | Experts | GatedPrompt | Bottleneck | Coupling
 """What an adapter does at one site."""
 
 
@@ -267,15 +246,17 @@ class Adapter:
         ranks = (e.delta.rank for e in self.sites.values() if isinstance(e, Affine) and e.delta is not None)
         return max(ranks, default=0)
 
-    def footprint(self, *, is_encoder_decoder: bool) -> Footprint:
-        """What the adapter asks of the device when it is resident."""
+    def footprint(self, *, is_encoder_decoder: bool, is_encoder: bool = False) -> Footprint:
+        """What the adapter asks of the device when it is resident.
+
+        An encoder keeps nothing between steps: there every virtual token is one of the source's."""
         num_prompt = 0 if self.prompt is None else self.prompt.embeddings_PD.shape[0]
         num_prefix = 0 if self.prefix is None else self.prefix.keys_LHPD.shape[2]
         return Footprint(
             num_bytes=sum(t.numel() * t.element_size() for t in self.tensors()),
             max_rank=self.max_rank,
-            num_prefix_tokens=num_prefix + (0 if is_encoder_decoder else num_prompt),
-            num_source_tokens=num_prompt if is_encoder_decoder else 0,
+            num_prefix_tokens=0 if is_encoder else num_prefix + (0 if is_encoder_decoder else num_prompt),
+            num_source_tokens=num_prompt + num_prefix if is_encoder else num_prompt if is_encoder_decoder else 0,
             start=self.start,
         )
 

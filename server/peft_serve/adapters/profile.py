@@ -58,6 +58,7 @@ PARAMETERS: Final[Mapping[str, Rule]] = {
     "stop": _stops,
     "ignore_eos": flag,
     "return_full_text": flag,
+    "task_id": integer(0, 1 << 20),
 }
 
 

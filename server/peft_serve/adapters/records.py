@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from peft_serve.adapters.vocabulary import VOCABULARY_FILES, Vocabulary
 from peft_serve.core import AdapterId
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROFILE_FILE = "peft_serve.json"
+HUB_WEIGHTS_FILE = "adapter.safetensors"  # what AdapterHub calls the weights; kept as WEIGHTS_FILE
+HEAD_CONFIG_FILE = "head_config.json"  # AdapterHub keeps a task head in files of its own
+HEAD_WEIGHTS_FILE = "model_head.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,23 +26,33 @@ class CheckpointFiles:
     config: bytes
     weights: bytes
     profile: bytes | None = None
+    head_config: bytes | None = None
+    head_weights: bytes | None = None
+    vocabulary: Mapping[str, bytes] = field(default_factory=dict)  # of VOCABULARY_FILES those that are there
     ignored: tuple[str, ...] = ()  # names of other files that came along and are not read
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file that is read, by the name it is kept under, in the order of the digest."""
+        given = {
+            CONFIG_FILE: self.config,
+            WEIGHTS_FILE: self.weights,
+            PROFILE_FILE: self.profile,
+            HEAD_CONFIG_FILE: self.head_config,
+            HEAD_WEIGHTS_FILE: self.head_weights,
+            **{name: self.vocabulary.get(name) for name in VOCABULARY_FILES},
+        }
+        return {name: content for name, content in given.items() if content is not None}
 
     @property
     def num_bytes(self) -> int:
-        return len(self.config) + len(self.weights) + len(self.profile or b"")
+        return sum(len(content) for content in self.contents().values())
 
     def digest(self) -> AdapterId:
         """The adapter id: sha256 over every file that is read, each framed by its name and length."""
         h = hashlib.sha256()
-        for name, content in (
-            (CONFIG_FILE, self.config),
-            (WEIGHTS_FILE, self.weights),
-            (PROFILE_FILE, self.profile),
-        ):
-            if content is not None:
-                h.update(f"{name}:{len(content)}\n".encode())
-                h.update(content)
+        for name, content in self.contents().items():
+            h.update(f"{name}:{len(content)}\n".encode())
+            h.update(content)
         return AdapterId(f"sha256:{h.hexdigest()}")
 
 
@@ -75,6 +89,8 @@ class Summary:
     modules: tuple[str, ...]  # last path components of those places, sorted, distinct
     warnings: tuple[str, ...] = ()
     num_virtual_tokens: int = 0  # context positions it takes in front of the prompt (decoder-only bases)
+    num_tasks: int = 1  # tasks that it holds; with several, a request says which it wants
+    ignores_segments: bool = False  # trained without token types: peft's QUESTION_ANS model passes none on
     head: HeadFacts | None = None  # the task head it brings along
 
 
@@ -109,3 +125,6 @@ class Resolved:
     num_virtual_tokens: int  # context positions it takes in front of the prompt (decoder-only bases)
     profile: Profile
     head: HeadFacts | None = None  # the task head it brings along
+    num_tasks: int = 1  # tasks that it holds; with several, a request says which it wants
+    ignores_segments: bool = False  # trained without token types: peft's QUESTION_ANS model passes none on
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)  # its own chat template and added tokens

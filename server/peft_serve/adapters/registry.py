@@ -19,6 +19,7 @@ from torch import Tensor
 from peft_serve.adapters.base import Base, BaseShape, SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
 from peft_serve.adapters.primitives import Edit, KVPrefix, SoftPrompt
+from peft_serve.adapters.targets import Named, named_by_modules
 
 Shape = tuple[int, ...]
 Stored = Mapping[str, Shape]
@@ -90,11 +91,12 @@ class Sequence:
     base: BaseShape
 
 
-SiteCompile = Callable[[Site], Edit]
+SiteCompile = Callable[[Site], Edit | None]
 SequenceCompile = Callable[[Sequence], SoftPrompt | KVPrefix]
 LayoutOfSite = Callable[[SiteSpec, Config, Stored], SiteLayout]
 LayoutOfShared = Callable[[Config, Base, Stored], SharedLayout]
 LayoutOfSequence = Callable[[Config, BaseShape], Mapping[str, Shape]]
+NamesOfSites = Callable[[Config, Base], Named]
 
 
 def _no_start(config: Config) -> tuple[int, ...]:  # noqa: ARG001 - the signature is the contract
@@ -118,6 +120,9 @@ class SiteMethod:
     start: Callable[[Config], tuple[int, ...]]  # the token ids that switch the adapter on
     has_site_tensors: bool  # False: every site that target_modules names is one, without a tensor of its own
     num_tasks: Callable[[Config], int]  # tasks that one checkpoint holds; a request says which one it wants
+    named: NamesOfSites  # which sites the config speaks of
+    fits_any_weight: Callable[[Config], bool]  # its low-rank terms do not depend on the weight they were trained on
+    may_be_empty: bool  # training may leave a tensor with a side of 0; a site that comes to nothing compiles to None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +149,10 @@ def _nothing_shared(config: Config, base: Base, stored: Stored) -> SharedLayout:
     return SharedLayout()
 
 
+def _on_its_own_base(config: Config) -> bool:  # noqa: ARG001 - the signature is the contract
+    return False
+
+
 def _one_task(config: Config) -> int:  # noqa: ARG001 - the signature is the contract
     return 1
 
@@ -161,6 +170,9 @@ class compiles:  # noqa: N801 - a decorator, named as it is used
     start: Callable[[Config], tuple[int, ...]] = field(default=_no_start, kw_only=True)
     has_site_tensors: bool = field(default=True, kw_only=True)
     num_tasks: Callable[[Config], int] = field(default=_one_task, kw_only=True)
+    named: NamesOfSites = field(default=named_by_modules, kw_only=True)
+    fits_any_weight: Callable[[Config], bool] = field(default=_on_its_own_base, kw_only=True)
+    may_be_empty: bool = field(default=False, kw_only=True)
 
     def __call__(self, function: SiteCompile) -> SiteMethod:
         return SiteMethod(
@@ -174,6 +186,9 @@ class compiles:  # noqa: N801 - a decorator, named as it is used
             start=self.start,
             has_site_tensors=self.has_site_tensors,
             num_tasks=self.num_tasks,
+            named=self.named,
+            fits_any_weight=self.fits_any_weight,
+            may_be_empty=self.may_be_empty,
         )
 
 

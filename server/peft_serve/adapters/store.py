@@ -24,8 +24,16 @@ from peft_serve.adapters.filesystem import FileSystem
 from peft_serve.adapters.manifest import Manifest, decode_manifest, encode_manifest
 from peft_serve.adapters.name_record import NameRecord
 from peft_serve.adapters.names import file_stem, is_id, name_of_stem
-from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles
+from peft_serve.adapters.records import (
+    CONFIG_FILE,
+    HEAD_CONFIG_FILE,
+    HEAD_WEIGHTS_FILE,
+    PROFILE_FILE,
+    WEIGHTS_FILE,
+    CheckpointFiles,
+)
 from peft_serve.adapters.sealed import SealError, seal, unseal
+from peft_serve.adapters.vocabulary import VOCABULARY_FILES
 from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterUnavailable, StoreFull, Unavailable
 
@@ -104,10 +112,7 @@ class AdapterStore:
             self._fs.sync_dir(self._blobs)
 
     def _write_blob(self, adapter: AdapterId, files: CheckpointFiles, manifest: Manifest) -> None:
-        contents = {CONFIG_FILE: files.config, WEIGHTS_FILE: files.weights}
-        if files.profile is not None:
-            contents[PROFILE_FILE] = files.profile
-        contents[MANIFEST_FILE] = encode_manifest(manifest)
+        contents = {**files.contents(), MANIFEST_FILE: encode_manifest(manifest)}
         with self._scratch() as folder:
             self._fs.make_dir(folder)
             for name, content in contents.items():
@@ -182,15 +187,21 @@ class AdapterStore:
 
     def _read_files(self, adapter: AdapterId) -> CheckpointFiles:
         folder = self._blob(adapter)
-        try:
-            profile = self._fs.read(folder / PROFILE_FILE)
-        except FileNotFoundError:
-            profile = None
+        vocabulary = {name: self._read_if_there(folder / name) for name in VOCABULARY_FILES}
         return CheckpointFiles(
             config=self._fs.read(folder / CONFIG_FILE),
             weights=self._fs.read(folder / WEIGHTS_FILE),
-            profile=profile,
+            profile=self._read_if_there(folder / PROFILE_FILE),
+            head_config=self._read_if_there(folder / HEAD_CONFIG_FILE),
+            head_weights=self._read_if_there(folder / HEAD_WEIGHTS_FILE),
+            vocabulary={name: content for name, content in vocabulary.items() if content is not None},
         )
+
+    def _read_if_there(self, path: Path) -> bytes | None:
+        try:
+            return self._fs.read(path)
+        except FileNotFoundError:
+            return None
 
     def _blob(self, adapter: AdapterId) -> Path:
         return blob_folder(self._root, adapter)

@@ -7,9 +7,11 @@ that a truncated or a mislabelled checkpoint is refused and not served by half. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from peft_serve.adapters.base import Base
 from peft_serve.adapters.config_schema import LITERAL, Config
+from peft_serve.adapters.paths import site_path
 
 
 def is_named(path: str, names: frozenset[str]) -> bool:
@@ -35,6 +37,20 @@ def tie_partners(base: Base, path: str) -> frozenset[str]:
     return frozenset().union(*(group for group in base.tied if path in group)) - {path}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """The sites a config speaks of: those that must have tensors, and those that may; `None`: the keys decide."""
+
+    must: frozenset[str] = frozenset()
+    may: frozenset[str] | None = frozenset()
+
+
+def named_by_modules(config: Config, base: Base) -> Named:
+    """What `target_modules` says, where it can be read at all."""
+    named = named_sites(config, base)
+    return Named(may=None) if named is None else Named(must=named)
+
+
 def named_sites(config: Config, base: Base) -> frozenset[str] | None:
     """The sites that `target_modules` names less what is excluded, or None when that takes a regular expression."""
     targets = config.raw("target_modules")
@@ -44,7 +60,7 @@ def named_sites(config: Config, base: Base) -> frozenset[str] | None:
     wanted = _Layers.of(config)
     if wanted is None:
         return None
-    target_set, excluded_set = frozenset(targets), frozenset(excluded)
+    target_set, excluded_set = _respelt(targets, base), _respelt(excluded, base)
     saved = config.names("modules_to_save")
     return frozenset(
         path
@@ -54,6 +70,12 @@ def named_sites(config: Config, base: Base) -> frozenset[str] | None:
         and not any(is_named(prefix, frozenset(saved)) for prefix in ancestors(path))
         and (path in target_set or wanted.holds(path))
     )
+
+
+def _respelt(names: Sequence[str], base: Base) -> frozenset[str]:
+    """The names, and the served paths that whole paths among them mean."""
+    whole = (site_path(name, base) for name in names if "." in name)
+    return frozenset((*names, *(path for path in whole if path is not None)))
 
 
 class _Layers:

@@ -96,6 +96,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("stop", ["x"] * 17),
     ("ignore_eos", "yes"),
     ("return_full_text", None),
+    ("task_id", -1),
     ("model", "other"),
     ("adapter", "other"),
 ]

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.manifest import Manifest
 from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles, Profile, Summary
 from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.vocabulary import Vocabulary
 from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterInvalid, Refusal
 
@@ -34,6 +35,7 @@ class Accepted:
     id: AdapterId
     summary: Summary
     profile: Profile
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
 
 class FakeGate:

@@ -1,11 +1,11 @@
-"""Methods that compile to vectors which scale what goes into a site, or what comes out of it."""
+"""Methods that compile to vectors which scale what goes into a site or out of it, or are added to that."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from peft_serve.adapters import config_schema as rules
-from peft_serve.adapters.base import SiteSpec
+from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
 from peft_serve.adapters.primitives import Affine
 from peft_serve.adapters.registry import Site, SiteLayout, Stored, compiles
@@ -30,3 +30,19 @@ def ia3(site: Site) -> Affine:
     if tuple(scale.shape) == (site.spec.out_features, 1):
         return Affine(out_scale=scale.flatten())
     return Affine(in_scale=scale.flatten())
+
+
+BEFT: Final = ConfigSchema(
+    optional={"target_modules": rules.names_or_text, "exclude_modules": rules.names_or_text},
+    inert=frozenset({"init_weights"}),
+)
+
+
+def _beft_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  # noqa: ARG001 - one signature for every method
+    return SiteLayout(tensors={"beft_bias": ((1, spec.out_features),)})
+
+
+@compiles("BEFT", schema=BEFT, layout=_beft_layout, kinds=frozenset({SiteKind.LINEAR}))
+def beft(site: Site) -> Affine:
+    """y = W x + b + c, c the learned bias, whether the base has one or not (arXiv:2509.15974, peft `BeftLayer`)."""
+    return Affine(shift=site.tensors["beft_bias"].flatten())
