@@ -28,6 +28,9 @@ class Settings(BaseSettings):
         default="auto", description="compute dtype; auto = float32 on CPU, bfloat16 on CUDA"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the base lives")
+    quantisation: Literal["bnb-nf4", "bnb-int8", "torchao-int8wo"] | None = Field(
+        default=None, description="store the base's linear weights in fewer bits; needs peft-serve[quantised]"
+    )
     prepack: Literal["auto", "on", "off"] = Field(
         default="auto", description="a second copy of float32 weights in the CPU's own layout: faster, twice the memory"
     )
@@ -39,6 +42,9 @@ class Settings(BaseSettings):
     max_rank: int = Field(default=256, ge=1, description="largest rank of an adapter after compilation")
     max_adapter_bytes: int = Field(default=512 * MIB, ge=1, description="largest upload, and largest compiled adapter")
     max_virtual_tokens: int = Field(default=1024, ge=1, description="longest soft prompt or prefix")
+    allow_chat_templates: bool = Field(
+        default=False, description="run the chat templates of uploads, in a sandbox; off: the base's own is used"
+    )
     device_adapter_bytes: int = Field(default=1 * GIB, ge=0, description="device memory for resident adapters")
     max_resident_adapters: int = Field(default=64, ge=1, description="slots on the device")
     host_adapter_bytes: int = Field(default=2 * GIB, ge=0, description="host memory for compiled adapters")

@@ -81,7 +81,7 @@ class House:
             metrics=Metrics(),
             clock=time.monotonic,
             draw_seed=lambda: 7,
-            is_encoder_decoder=False,
+            footprint_of=lambda adapter: adapter.footprint(is_encoder_decoder=False),
             block_size=4,
             **{"max_queue": 64, **changes},
         )

@@ -24,6 +24,7 @@ from peft_serve.core import (
 )
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.runner import StepRunner
+from peft_serve.scheduling.activation import active_from
 
 BLOCK_SIZE = 4
 
@@ -59,6 +60,7 @@ class Resident:
     blocks: tuple[int, ...]
     num_prefix: int
     num_source: int
+    start: tuple[int, ...] = ()
 
 
 class Driver:
@@ -95,7 +97,9 @@ class Driver:
         for slot, adapter in enumerate(ids, start=len(self._resident)):
             footprint = self.adapters[adapter].footprint(is_encoder_decoder=self.base.shape.is_encoder_decoder)
             blocks = self._take(self._free, footprint.num_prefix_tokens)
-            self._resident[adapter] = Resident(slot, blocks, footprint.num_prefix_tokens, footprint.num_source_tokens)
+            self._resident[adapter] = Resident(
+                slot, blocks, footprint.num_prefix_tokens, footprint.num_source_tokens, footprint.start
+            )
             installs.append(Install(slot=slot, adapter=adapter, blocks=blocks))
         return self.run(installs=tuple(installs))
 
@@ -159,6 +163,7 @@ class Driver:
             source=job.source if is_first else (),
             cross_blocks=tuple(job.cross_blocks),
             num_source=home.num_source + len(job.source) if job.source else 0,
+            active_from=active_from(job.prompt, home.start, prefix=home.num_prefix),
         )
 
     def _commit(self, job: Job, row: Row, got: RowResult) -> None:

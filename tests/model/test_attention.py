@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_serve.model.attend import Terms, attend_cached, attend_fresh, attend_reference
 from peft_serve.model.attention import Kind, Place, RaggedAttention, Work
 from peft_serve.model.pools import KVPool, KVShape
-from peft_serve.model.ragged import Plan, RelativeBias, Span, plan_cross, plan_self, plan_source
+from peft_serve.model.ragged import Plan, RelativeBias, SlopeBias, Span, plan_cross, plan_self, plan_source
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -31,6 +31,9 @@ TERMS = {
     "softcap": lambda: Terms(scaling=0.5, softcap=2.0),
     "softcap and window": lambda: Terms(scaling=0.5, softcap=2.0, window=3),
     "relative bias": lambda: Terms(scaling=1.0, bias=bias()),
+    "sinks": lambda: Terms(scaling=0.5, window=5, sinks_H=torch.randn(NUM_HEADS)),
+    "sinks and cap": lambda: Terms(scaling=0.5, softcap=2.0, sinks_H=torch.randn(NUM_HEADS)),
+    "slopes": lambda: Terms(scaling=0.5, bias=SlopeBias(torch.rand(NUM_HEADS), divisor=2.0)),
 }
 
 
@@ -70,7 +73,7 @@ def both(plan: Plan, num_keys: int, terms: Terms, pool: KVPool | None, num_kv_he
         pool.write(1, plan.writes_T, k, v)
     fast = torch.full_like(q, float("nan"))
     for fresh in plan.fresh:
-        fast[fresh.where] = attend_fresh(fresh, q, k, v, terms)
+        fast[fresh.where] = attend_fresh(fresh, q, k, v, 1, terms)
     for cached in plan.cached:
         assert pool is not None
         fast[cached.where] = attend_cached(cached, q, pool, 1, terms)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from peft_serve.adapters.base import SiteKind
+from peft_serve.adapters.base import HAS_WEIGHT, SiteKind
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.routing import Stream
 from tests.model.tiny_models import EVERY, VOCAB, tiny
@@ -20,6 +20,8 @@ def test_weights_are_out_by_in_whatever_the_module_stores(name: str) -> None:
     base = ResidentBase(tiny(name), name=name)
     assert base.sites
     for path, spec in base.sites.items():
+        if spec.kind not in HAS_WEIGHT:
+            continue
         weight = base.weight(path)
         assert weight.dtype is torch.float32
         if spec.kind is SiteKind.NORM:
@@ -76,7 +78,8 @@ def test_streams(name: str, path: str, stream: Stream) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_only_the_output_embeddings_see_the_kept_positions(name: str) -> None:
     base = ResidentBase(tiny(name), name=name)
-    heads = [p for p in base.sites if base.runs.stream_of(p) is Stream.HEAD]
+    modules = [p for p, spec in base.sites.items() if spec.kind in HAS_WEIGHT]
+    heads = [p for p in modules if base.runs.stream_of(p) is Stream.HEAD]
     assert [base.model.get_submodule(p) for p in heads] == [base.model.get_output_embeddings()]
 
 

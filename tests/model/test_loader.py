@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
+from transformers import ArceeConfig, ArceeForCausalLM, PreTrainedModel, XGLMConfig, XGLMForCausalLM
 
 from peft_serve.model import loader
 from peft_serve.model.families.registry import family_of, is_known
@@ -107,7 +107,7 @@ def test_an_adapter_is_not_a_base(tmp_path: Path) -> None:
 
 def test_an_unknown_model_is_served_if_it_passes_the_check() -> None:
     torch.manual_seed(0)
-    config = PhiConfig(
+    config = ArceeConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=64,
@@ -115,22 +115,17 @@ def test_an_unknown_model_is_served_if_it_passes_the_check() -> None:
         num_attention_heads=4,
         **NO_SPECIALS,
     )
-    assert not is_known("phi")
-    base = wrap(PhiForCausalLM(config), name="tiny-phi")
+    assert not is_known("arcee")
+    said: list[str] = []
+    base = wrap(ArceeForCausalLM(config), name="tiny-arcee", on_progress=said.append)
     assert base.shape.head_dim == 8
+    assert "(arcee) is not among those tested with peft-serve; its values agree to" in said[-1]
 
 
 def test_an_unknown_model_with_an_attention_of_its_own_is_refused() -> None:
-    config = GPTNeoConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        **NO_SPECIALS,
-    )
-    with pytest.raises(NotServable, match="tiny-neo: a model of type 'gpt_neo' is not supported"):
-        wrap(GPTNeoForCausalLM(config), name="tiny-neo")
+    config = XGLMConfig(vocab_size=VOCAB, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, **NO_SPECIALS)
+    with pytest.raises(NotServable, match="tiny-xglm: a model of type 'xglm' is not supported"):
+        wrap(XGLMForCausalLM(config), name="tiny-xglm")
 
 
 def test_a_model_whose_answers_change_is_refused() -> None:

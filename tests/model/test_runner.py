@@ -10,7 +10,7 @@ from peft_serve.adapters.primitives import Adapter, Affine, LowRank, SoftPrompt
 from peft_serve.core import BASE, AdapterId, Draw, Install, RequestId, Row, SamplingParams, Step
 from peft_serve.errors import AdapterUnavailable
 from peft_serve.model.base import ResidentBase
-from peft_serve.model.passes import runs_of
+from peft_serve.model.routing import acting_runs, divided
 from peft_serve.model.runner import StepRunner
 from tests.model.driver import Driver, Job
 from tests.model.tiny_models import tiny
@@ -173,7 +173,14 @@ def test_used_blocks_serve_the_next_request_as_new_ones_would() -> None:
 
 
 def test_neighbours_of_one_slot_are_one_run() -> None:
-    assert runs_of([(0, 3), (0, 1), (2, 0), (3, 2), (3, 5), (9, 1)]) == [(0, 4), (3, 7), (9, 1)]
-    assert runs_of([]) == []
-    with pytest.raises(AssertionError, match="sorted by slot"):
-        runs_of([(3, 1), (1, 1)])
+    assert divided([(0, 3), (0, 1), (2, 0), (3, 2), (3, 5), (9, 1)]) == ((0, 4), (3, 7), (9, 1))
+    assert divided([(3, 1), (0, 2), (3, 1)]) == ((3, 1), (0, 2), (3, 1))
+    assert divided([]) == ()
+
+
+def test_an_adapter_acts_from_a_token_on() -> None:
+    assert acting_runs(3, 5, -2) == ((3, 5),)
+    assert acting_runs(3, 5, 0) == ((3, 5),)
+    assert acting_runs(3, 5, 2) == ((0, 2), (3, 3))
+    assert acting_runs(3, 5, 5) == ((0, 5), (3, 0))
+    assert acting_runs(3, 5, 99) == ((0, 5), (3, 0))

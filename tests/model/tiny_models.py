@@ -42,7 +42,7 @@ VOCAB = 97
 NO_SPECIALS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 
 
-def _causal(**more: Any) -> dict[str, Any]:
+def causal_sizes(**more: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -54,7 +54,7 @@ def _causal(**more: Any) -> dict[str, Any]:
     }
 
 
-def _t5(**more: Any) -> dict[str, Any]:
+def t5_sizes(**more: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
         "d_model": 32,
@@ -71,7 +71,7 @@ def _t5(**more: Any) -> dict[str, Any]:
     }
 
 
-def _bart(**more: Any) -> dict[str, Any]:
+def bart_sizes(**more: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
         "d_model": 32,
@@ -91,36 +91,40 @@ def _bart(**more: Any) -> dict[str, Any]:
 
 
 CAUSAL: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_causal(intermediate_size=48, num_key_value_heads=2))),
-    "llama-mha": lambda: LlamaForCausalLM(LlamaConfig(**_causal(intermediate_size=48, head_dim=12))),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_causal(intermediate_size=48, num_key_value_heads=1))),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_causal(intermediate_size=48, num_key_value_heads=2, head_dim=12))),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(**_causal(intermediate_size=48, num_key_value_heads=2, sliding_window=6))
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**causal_sizes(intermediate_size=48, num_key_value_heads=2))),
+    "llama-mha": lambda: LlamaForCausalLM(LlamaConfig(**causal_sizes(intermediate_size=48, head_dim=12))),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**causal_sizes(intermediate_size=48, num_key_value_heads=1))),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**causal_sizes(intermediate_size=48, num_key_value_heads=2, head_dim=12))
     ),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_causal(intermediate_size=48, num_key_value_heads=1, head_dim=16))),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**causal_sizes(intermediate_size=48, num_key_value_heads=2, sliding_window=6))
+    ),
+    "gemma": lambda: GemmaForCausalLM(
+        GemmaConfig(**causal_sizes(intermediate_size=48, num_key_value_heads=1, head_dim=16))
+    ),
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(
-            **_causal(intermediate_size=48, num_key_value_heads=2, head_dim=16, sliding_window=5),
+            **causal_sizes(intermediate_size=48, num_key_value_heads=2, head_dim=16, sliding_window=5),
             attn_logit_softcapping=5.0,
             final_logit_softcapping=8.0,
             query_pre_attn_scalar=16,
         )
     ),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_causal(scale_attn_by_inverse_layer_idx=True))),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**_causal(ffn_dim=64, word_embed_proj_dim=16))),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_causal(intermediate_size=64))),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**causal_sizes(scale_attn_by_inverse_layer_idx=True))),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**causal_sizes(ffn_dim=64, word_embed_proj_dim=16))),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**causal_sizes(intermediate_size=64))),
 }
 
 SEQ2SEQ: dict[str, Callable[[], PreTrainedModel]] = {
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**_t5())),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**t5_sizes())),
     "t5-gated": lambda: T5ForConditionalGeneration(
-        T5Config(**_t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+        T5Config(**t5_sizes(feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     ),
-    "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**_t5())),
-    "umt5": lambda: UMT5ForConditionalGeneration(UMT5Config(**_t5())),
-    "bart": lambda: BartForConditionalGeneration(BartConfig(**_bart())),
-    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**_bart())),
+    "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**t5_sizes())),
+    "umt5": lambda: UMT5ForConditionalGeneration(UMT5Config(**t5_sizes())),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**bart_sizes())),
+    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**bart_sizes())),
 }
 
 EVERY = {**CAUSAL, **SEQ2SEQ}
@@ -128,10 +132,17 @@ EVERY = {**CAUSAL, **SEQ2SEQ}
 
 def tiny(name: str, seed: int = 0) -> PreTrainedModel:
     """A model in eval mode with its own eager attention; the same weights for the same seed."""
+    return randomised(EVERY[name], seed)
+
+
+def randomised(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """A model of which every weight is drawn anew."""
     torch.manual_seed(seed)
-    model = EVERY[name]()
+    model = make()
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != "eager":
+            if getattr(module.config, "alibi", False):  # Falcon's own eager attention adds its slopes twice
+                continue
             module.set_attn_implementation("eager")
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -33,7 +33,12 @@ def _tokenizer() -> Any:
 
 def lively_base(base_kind: str) -> PreTrainedModel:
     """The base of this kind with larger weights, so that what an adapter does shows in the tokens."""
-    model, generator = make_base(base_kind), torch.Generator().manual_seed(7)
+    return enliven(make_base(base_kind), seed=7)
+
+
+def enliven(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The model with larger random weights."""
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -42,7 +47,11 @@ def lively_base(base_kind: str) -> PreTrainedModel:
 
 def save_tiny_base(base_kind: str, folder: Path) -> None:
     """Write `lively_base` to `folder`, as a model that can be served."""
-    model = lively_base(base_kind)
+    save_base(lively_base(base_kind), folder)
+
+
+def save_base(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model to `folder`, with a tokenizer and what ends a sequence."""
     model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 0
     if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:

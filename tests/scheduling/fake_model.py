@@ -18,6 +18,7 @@ from peft_serve.core import (
     Draw,
     FinishReason,
     Footprint,
+    Reading,
     Request,
     Row,
     RowResult,
@@ -49,6 +50,30 @@ def next_token(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cel
 def score(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cell], token: int) -> float:
     """A stand-in for a log-probability: a dyadic fraction, so that sums are exact in any order."""
     return -(digest(adapter, list(history), list(source), token) % 4096) / 256
+
+
+HEAD_READINGS = (Reading.SEQUENCE, Reading.TOKENS, Reading.SPANS)
+
+
+def has_head(adapter: AdapterId, reading: Reading) -> bool:
+    """Whether the adapter can be read like this; some have no head, or one for another task."""
+    return reading not in HEAD_READINGS or digest(adapter, reading) % 4 > 0
+
+
+def state(adapter: AdapterId, seen: Sequence[Cell], place: int, segments: Sequence[int]) -> tuple[float, ...]:
+    """A stand-in for what is read at a place: dyadic fractions."""
+    return tuple(score(adapter, seen, [("segment", adapter, s) for s in segments], place + n) for n in (0, 1000))
+
+
+def pooled(reading: Reading, states: Sequence[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
+    """A reading of the states of a row's own tokens."""
+    if reading is Reading.FIRST:
+        return (states[0],)
+    if reading in (Reading.LAST, Reading.SEQUENCE):
+        return (states[-1],)
+    if reading is Reading.MEAN:
+        return (tuple(sum(values) / len(states) for values in zip(*states, strict=True)),)
+    return tuple(states)
 
 
 def prefix_cells(adapter: AdapterId, footprint: Footprint) -> list[Cell]:
@@ -108,10 +133,13 @@ class FakeModel:
         if row.source:
             cells = source_cells(adapter, self._footprints[adapter], row.source)
             assert len(cells) == row.num_source
+        if row.source and row.cross_blocks:
             self._write(self._cross_cells, row.cross_blocks, 0, cells)
 
     def _read_row(self, row: Row) -> RowResult:
         adapter = self.slots[row.slot]
+        if row.reading is not None and row.source:
+            return self._read_whole(row, row.reading)
         end = row.start + len(row.tokens)
         history = self._read(self._cells, row.blocks, end)
         source = self._read(self._cross_cells, row.cross_blocks, row.num_source)
@@ -121,7 +149,24 @@ class FakeModel:
             for i, wanted in enumerate(row.wanted)
         )
         token = None if row.draw is None else next_token(adapter, history, source, row.draw)
-        return RowResult(request=row.request, branch=row.branch, token=token, scores=scores)
+        readings: tuple[tuple[float, ...], ...] = ()
+        if row.reading is not None and has_head(adapter, row.reading):
+            places = range(row.start, end)
+            states = [
+                state(adapter, history[: place + 1], place, (segment,))
+                for place, segment in zip(places, row.segments or [0] * len(places), strict=True)
+            ]
+            readings = pooled(row.reading, states)
+        return RowResult(request=row.request, branch=row.branch, token=token, scores=scores, readings=readings)
+
+    def _read_whole(self, row: Row, reading: Reading) -> RowResult:
+        """The row of an encoder: everything it reads comes with it."""
+        assert (row.tokens, row.blocks, row.draw) == ((), (), None), "an encoder keeps nothing and draws nothing"
+        adapter = self.slots[row.slot]
+        cells = source_cells(adapter, self._footprints[adapter], row.source)
+        assert len(cells) == row.num_source
+        states = [state(adapter, cells, place, row.segments) for place in range(len(row.source))]
+        return RowResult(request=row.request, readings=pooled(reading, states) if has_head(adapter, reading) else ())
 
     def _require_disjoint_writes(self, rows: Sequence[Row]) -> None:
         written = [self._place(r.blocks, r.start + i) for r in rows for i in range(len(r.tokens))]
@@ -147,10 +192,14 @@ class Answer:
     tokens: tuple[int, ...] = ()
     reason: FinishReason | None = None
     logprobs: tuple[float, ...] = ()
+    rows: tuple[tuple[float, ...], ...] = ()
+    lacks_head: bool = False
 
 
 def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: int, cross_capacity: int) -> Answer:
     """What the request must get, computed without any scheduler. Too long is FAILED, with what came before."""
+    if request.reading is not None:
+        return _read_alone(request, request.reading, footprint, limits, capacity=capacity)
     adapter, params = request.adapter, request.sampling
     is_seq2seq = limits.is_encoder_decoder
     source = source_cells(adapter, footprint, request.prompt) if is_seq2seq else []
@@ -192,6 +241,26 @@ def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: i
         if len(tokens) == params.max_new_tokens or num_prefix + len(stream) == limits.max_context:
             return Answer(tokens=tuple(tokens), reason=FinishReason.LENGTH)
     return Answer(tokens=tuple(tokens), reason=FinishReason.FAILED)
+
+
+def _read_alone(request: Request, reading: Reading, footprint: Footprint, limits: Limits, *, capacity: int) -> Answer:
+    adapter, prompt = request.adapter, request.prompt
+    virtual = footprint.num_source_tokens if limits.is_encoder else footprint.num_prefix_tokens
+    if limits.is_encoder:
+        is_too_long = False
+        cells = source_cells(adapter, footprint, prompt)
+        states = [state(adapter, cells, place, request.segments) for place in range(len(prompt))]
+    else:
+        own = limits.blocks_for(virtual + len(prompt)) - virtual // limits.block_size
+        is_too_long = limits.blocks_for(virtual) + own > capacity
+        cells = [*prefix_cells(adapter, footprint), *(("token", adapter, token) for token in prompt)]
+        segments = request.segments or (0,) * len(prompt)
+        states = [state(adapter, cells[: virtual + i + 1], virtual + i, (segments[i],)) for i in range(len(prompt))]
+    if is_too_long or virtual + len(prompt) > limits.max_context:
+        return Answer(reason=FinishReason.FAILED)
+    if not has_head(adapter, reading):
+        return Answer(reason=FinishReason.FAILED, lacks_head=True)
+    return Answer(reason=FinishReason.READ, rows=pooled(reading, states))
 
 
 def _draw_alone(request: Request, params: SamplingParams, tokens: list[int], *, is_seq2seq: bool) -> Draw:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from peft_serve.core import BASE, AdapterId, FinishReason, RequestId, SamplingParams
+from peft_serve.core import BASE, AdapterId, FinishReason, Reading, RequestId, SamplingParams
 from peft_serve.errors import AdapterUnavailable
 from tests.scheduling.world import World, adapter_id, some_footprints, some_limits
 
@@ -17,11 +17,15 @@ NUM_ADAPTERS = 7
 
 
 def random_request(world: World, rng: random.Random, *, num_adapters: int = NUM_ADAPTERS) -> RequestId:
-    """A request of any kind; one in four scores choices."""
+    """A request of any kind; one in four scores choices, and one in four reads where that is possible."""
     adapter = BASE if rng.random() < 0.2 else adapter_id(rng.randrange(num_adapters))
     longest = 30 if rng.random() < 0.1 else 9
     prompt = [rng.randrange(11) for _ in range(rng.randint(1, longest))]
     start = [rng.randrange(11) for _ in range(rng.randint(1, 3))]
+    can_read = not world.limits.is_encoder_decoder
+    if world.limits.is_encoder or (can_read and rng.random() < 0.25):
+        segments = [rng.randrange(2) for _ in prompt] if rng.random() < 0.5 else []
+        return world.submit(adapter, prompt, reading=rng.choice(list(Reading)), segments=segments)
     if rng.random() < 0.25:
         choices = [[rng.randrange(11) for _ in range(rng.randint(1, 6))] for _ in range(rng.randint(1, 5))]
         return world.submit(adapter, prompt, decoder_prompt=start, choices=choices)
@@ -36,7 +40,11 @@ def random_request(world: World, rng: random.Random, *, num_adapters: int = NUM_
     return world.submit(adapter, prompt, decoder_prompt=start, sampling=sampling)
 
 
-def random_world(rng: random.Random, *, is_encoder_decoder: bool, num_adapters: int = NUM_ADAPTERS) -> World:
+KINDS = ("decoder-only", "encoder-decoder", "encoder")
+
+
+def random_world(rng: random.Random, kind: str, *, num_adapters: int = NUM_ADAPTERS) -> World:
+    is_encoder_decoder, is_encoder = kind == "encoder-decoder", kind == "encoder"
     limits = some_limits(
         max_rows=rng.randint(1, 6),
         max_step_tokens=rng.randint(2, 20),
@@ -45,12 +53,13 @@ def random_world(rng: random.Random, *, is_encoder_decoder: bool, num_adapters: 
         block_size=rng.choice((1, 3, 4)),
         max_context=rng.choice((24, 40)),
         is_encoder_decoder=is_encoder_decoder,
+        is_encoder=is_encoder,
         affinity_age_s=rng.choice((0.0, 0.3, 5.0)),
         max_loads=rng.randint(1, 4),
     )
     return World(
         limits,
-        footprints=some_footprints(num_adapters, is_encoder_decoder=is_encoder_decoder),
+        footprints=some_footprints(num_adapters, is_encoder_decoder=is_encoder_decoder, is_encoder=is_encoder),
         num_slots=rng.randint(1, 4),
         max_bytes=rng.choice((20, 45, 100)),
         num_blocks=rng.randint(6, 30),
@@ -79,11 +88,11 @@ def act(world: World, rng: random.Random) -> None:
         world.step(broken=broken, crash=rng.choice(("early", "late")) if rng.random() < 0.04 else "", cancel=victim)
 
 
-@pytest.mark.parametrize("is_encoder_decoder", [False, True], ids=["decoder-only", "encoder-decoder"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(60))
-def test_everyone_gets_what_they_get_alone(seed: int, is_encoder_decoder: bool) -> None:
+def test_everyone_gets_what_they_get_alone(seed: int, kind: str) -> None:
     rng = random.Random(seed)
-    world = random_world(rng, is_encoder_decoder=is_encoder_decoder)
+    world = random_world(rng, kind)
     for _ in range(150):
         act(world, rng)
     world.drain()
@@ -95,9 +104,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     world: World
 
-    @initialize(seed=st.integers(0, 10_000), is_encoder_decoder=st.booleans())
-    def start(self, seed: int, is_encoder_decoder: bool) -> None:
-        self.world = random_world(random.Random(seed), is_encoder_decoder=is_encoder_decoder)
+    @initialize(seed=st.integers(0, 10_000), kind=st.sampled_from(KINDS))
+    def start(self, seed: int, kind: str) -> None:
+        self.world = random_world(random.Random(seed), kind)
 
     @rule(seed=st.integers(0, 10_000))
     def submit(self, seed: int) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import pytest
+
 from peft_serve.core import (
     BASE,
     BASE_SLOT,
@@ -16,6 +18,8 @@ from peft_serve.core import (
     FinishEvent,
     FinishReason,
     Footprint,
+    Reading,
+    ReadingEvent,
     Request,
     RequestId,
     SamplingParams,
@@ -23,7 +27,7 @@ from peft_serve.core import (
     Step,
     TokenEvent,
 )
-from peft_serve.errors import AdapterUnavailable, PromptTooLong, QueueFull
+from peft_serve.errors import AdapterUnavailable, InvalidParameter, PromptTooLong, QueueFull
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.scheduler import Scheduler
@@ -53,15 +57,18 @@ def adapter_id(index: int) -> AdapterId:
     return AdapterId(f"sha256:{index:064x}")
 
 
-def some_footprints(num_adapters: int, *, is_encoder_decoder: bool = False) -> dict[AdapterId, Footprint]:
+def some_footprints(
+    num_adapters: int, *, is_encoder_decoder: bool = False, is_encoder: bool = False
+) -> dict[AdapterId, Footprint]:
     """Adapters of every kind: low-rank only, a whole-block prefix, a ragged prefix, a soft source prompt."""
+    has_source = is_encoder_decoder or is_encoder
     footprints = {BASE: Footprint(num_bytes=0)}
     for index in range(num_adapters):
         footprints[adapter_id(index)] = Footprint(
             num_bytes=10 + 5 * (index % 3),
             max_rank=(8, 16, 32, 0)[index % 4],
-            num_prefix_tokens=(0, 4, 6, 0, 1)[index % 5],
-            num_source_tokens=(0, 3)[index % 2] if is_encoder_decoder else 0,
+            num_prefix_tokens=0 if is_encoder else (0, 4, 6, 0, 1)[index % 5],
+            num_source_tokens=(0, 3)[index % 2] if has_source else 0,
         )
     return footprints
 
@@ -81,7 +88,9 @@ class World:
     ) -> None:
         self.limits = limits or some_limits()
         is_seq2seq = self.limits.is_encoder_decoder
-        self.footprints = footprints or some_footprints(7, is_encoder_decoder=is_seq2seq)
+        self.footprints = footprints or some_footprints(
+            7, is_encoder_decoder=is_seq2seq, is_encoder=self.limits.is_encoder
+        )
         self.now_s = 100.0
         self.slots = SlotLedger(num_slots=num_slots, max_bytes=max_bytes)
         size = self.limits.block_size
@@ -92,6 +101,7 @@ class World:
         self.requests: dict[RequestId, Request] = {}
         self.tokens: dict[RequestId, list[int]] = defaultdict(list)
         self.scores: dict[RequestId, ScoresEvent] = {}
+        self.readings: dict[RequestId, ReadingEvent] = {}
         self.finishes: dict[RequestId, FinishEvent] = {}
         self.loading: list[AdapterId] = []
         self.steps: list[Step] = []
@@ -107,6 +117,8 @@ class World:
         decoder_prompt: Sequence[int] = (0,),
         choices: Sequence[Sequence[int]] = (),
         sampling: SamplingParams | None = None,
+        reading: Reading | None = None,
+        segments: Sequence[int] = (),
     ) -> RequestId:
         is_seq2seq = self.limits.is_encoder_decoder
         request = Request(
@@ -117,6 +129,8 @@ class World:
             choices=tuple(tuple(choice) for choice in choices),
             sampling=sampling or SamplingParams(max_new_tokens=5, seed=7, ignore_eos=True),
             eos_ids=frozenset({EOS}),
+            reading=reading,
+            segments=tuple(segments),
             arrival_s=self.now_s,
         )
         self.requests[request.id] = request
@@ -213,9 +227,20 @@ class World:
             assert tokens == expected.tokens[: len(tokens)]
             return
         assert (tokens, finish.reason) == (expected.tokens, expected.reason)
-        assert isinstance(finish.error, PromptTooLong) == (expected.reason is FinishReason.FAILED)
+        is_too_long = expected.reason is FinishReason.FAILED and not expected.lacks_head
+        assert isinstance(finish.error, PromptTooLong) == is_too_long
+        assert isinstance(finish.error, InvalidParameter) == expected.lacks_head
+        self._check_rows(request, expected.rows)
         if expected.logprobs:
             assert self.scores[request].logprobs == expected.logprobs
+
+    def _check_rows(self, request: RequestId, expected: tuple[tuple[float, ...], ...]) -> None:
+        assert (request in self.readings) == bool(expected)
+        if expected:
+            rows = self.readings[request].rows
+            assert len(rows) == len(expected)
+            for row, own in zip(rows, expected, strict=True):
+                assert row == pytest.approx(own)
 
     # -- watching
 
@@ -226,6 +251,9 @@ class World:
                 case TokenEvent():
                     assert event.index == len(self.tokens[event.request])
                     self.tokens[event.request].append(event.token)
+                case ReadingEvent():
+                    assert event.request not in self.readings, "a request is read twice"
+                    self.readings[event.request] = event
                 case ScoresEvent():
                     self.scores[event.request] = event
                 case FinishEvent():
@@ -249,7 +277,7 @@ class World:
         ranks = [self.footprints[adapter].max_rank for adapter in adapters]
         assert len(ranks) <= 1 or sum(ranks) <= limits.max_step_rank
         for row in step.rows:
-            assert row.tokens
+            assert bool(row.tokens) != limits.is_encoder
             assert len(row.blocks) * limits.block_size >= row.start + len(row.tokens)
             assert len(row.wanted) <= len(row.tokens)
         assert len({copy[1] for copy in step.copies}) == len(step.copies), "a block is copied to twice"

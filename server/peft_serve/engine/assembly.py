@@ -17,10 +17,12 @@ import torch
 
 import peft_serve
 from peft_serve.adapters.catalog import Catalog
+from peft_serve.adapters.combining import for_task, load_combined
 from peft_serve.adapters.compiler import compile_adapter
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.gate import Inspected, inspect
+from peft_serve.adapters.heads import own_facts
 from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.primitives import Adapter
@@ -30,11 +32,14 @@ from peft_serve.config import Settings
 from peft_serve.core import AdapterId
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import BaseCard, ServerParts
+from peft_serve.engine.speech import with_speech_checked
 from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.loader import DEMO_NAMES, load_base, locate
 from peft_serve.model.packing import can_pack, has_room
+from peft_serve.model.quantised import num_parameters
 from peft_serve.model.runner import StepRunner
+from peft_serve.rendering.templates import ChatTemplates
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.scheduler import Scheduler
@@ -43,6 +48,7 @@ from peft_serve.text import TextCodec
 
 Inspect = Callable[[CheckpointFiles], Inspected]
 
+_BLOCKS_OF_AN_ENCODER = 1  # they have no layers and take no memory; a pool holds one at least
 _CROSS_SHARE = 0.5  # of the KV bytes of an encoder-decoder: the source is kept as long as the answer grows
 _BESIDE = 1
 """torch threads of every thread but the engine's. An OpenMP runtime stops spinning between parallel regions as soon as
@@ -63,7 +69,13 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     """Load the base and make everything around it; the engine is made but not started."""
     num_threads = settings.num_threads or torch.get_num_threads()
     torch.set_num_threads(_BESIDE)
-    base = load_base(settings.model, dtype=settings.dtype, device=settings.device, on_progress=say)
+    base = load_base(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        quantisation=settings.quantisation,
+        on_progress=say,
+    )
     if _wants_packing(settings, base):
         base.adapted.pack()
         say("weights packed for this CPU")
@@ -74,15 +86,17 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     fingerprint = base.fingerprint()
     metrics = Metrics()
     limits = gate_limits(settings, card.max_context)
+    templates = ChatTemplates() if settings.allow_chat_templates else None
 
     def check(files: CheckpointFiles) -> Inspected:
         """The whole of validation: the gate, then a compile whose result is thrown away."""
         torch.set_num_threads(_BESIDE)
         inspected = inspect(files, base, limits)
         compile_adapter(inspected, base, limits)
-        return inspected
+        return with_speech_checked(inspected, codec, vocab_size=card.vocab_size, templates=templates)
 
-    catalog = _make_catalog(settings, card, check, f"{peft_serve.__version__} {fingerprint} {limits}", say)
+    words = f"{codec.fingerprint()} {settings.allow_chat_templates}"
+    catalog = _make_catalog(settings, card, check, f"{peft_serve.__version__} {fingerprint} {words} {limits}", say)
     engine = _make_engine(settings, base, catalog, limits, metrics, num_threads)
     parts = ServerParts(
         settings=settings,
@@ -94,6 +108,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
         metrics=metrics,
         clock=time.monotonic,
         check_base=lambda: base.fingerprint() == fingerprint,
+        templates=templates,
     )
     return parts, engine
 
@@ -140,13 +155,14 @@ def _max_context(settings: Settings, base: ResidentBase) -> int:
 
 
 def _card(settings: Settings, base: ResidentBase) -> BaseCard:
+    head = own_facts(base)
     return BaseCard(
         name=settings.served_model_name or base.name,
         family=base.family,
         class_name=base.class_name,
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
-        num_parameters=sum(p.numel() for p in base.model.parameters()),
+        num_parameters=num_parameters(base.model),
         is_encoder_decoder=base.shape.is_encoder_decoder,
         vocab_size=base.shape.vocab_size,
         max_context=_max_context(settings, base),
@@ -154,6 +170,9 @@ def _card(settings: Settings, base: ResidentBase) -> BaseCard:
         decoder_start=base.decoder_start_ids,
         forced_first=base.forced_first,
         forced_last=base.forced_last,
+        is_encoder=base.shape.is_encoder or (not base.shape.generates and head is None),  # a bare body is read as one
+        head=head,
+        labels=base.labels,
     )
 
 
@@ -184,9 +203,12 @@ def _make_engine(
     metrics: Metrics,
     num_threads: int,
 ) -> Engine:
+    def load_part(adapter: AdapterId, task: int | None) -> Adapter:
+        return compile_adapter(for_task(inspect(catalog.files(adapter), base, limits), task), base, limits)
+
     def load(adapter: AdapterId) -> Adapter:
         torch.set_num_threads(_BESIDE)
-        return compile_adapter(inspect(catalog.files(adapter), base, limits), base, limits)
+        return load_combined(adapter, load_part, base, limits)
 
     sizes = _kv_sizes(settings, base)
     block_size = settings.block_size
@@ -201,6 +223,8 @@ def _make_engine(
             block_size=block_size,
             max_context=_max_context(settings, base),
             is_encoder_decoder=is_encoder_decoder,
+            is_encoder=base.shape.is_encoder,
+            pad_id=base.pad_id,
             affinity_age_s=_AFFINITY_AGE_S,
         ),
         slots=SlotLedger(num_slots=settings.max_resident_adapters, max_bytes=settings.device_adapter_bytes),
@@ -229,7 +253,9 @@ def _make_engine(
         clock=time.monotonic,
         draw_seed=_seed_source(),
         max_queue=settings.max_queue,
-        is_encoder_decoder=is_encoder_decoder,
+        footprint_of=lambda adapter: adapter.footprint(
+            is_encoder_decoder=is_encoder_decoder, is_encoder=base.shape.is_encoder
+        ),
         block_size=block_size,
         on_thread_start=lambda: _claim_threads(num_threads),
     )
@@ -247,6 +273,8 @@ def _claim_threads(num_threads: int) -> None:
 
 def _kv_sizes(settings: Settings, base: ResidentBase) -> _KVSizes:
     """Blocks for the bytes the operator gives, and no more than every row at full length could use."""
+    if base.shape.is_encoder:
+        return _KVSizes(num_blocks=1 + _BLOCKS_OF_AN_ENCODER, num_cross_blocks=0)
     per_block = base.runs.cache.bytes_per_block(settings.block_size, base.dtype)
     most = settings.max_rows * (_max_context(settings, base) // settings.block_size + 2)
     fits = settings.kv_cache_bytes // per_block

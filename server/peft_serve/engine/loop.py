@@ -1,7 +1,7 @@
 """The engine: one thread that plans, runs and commits, and the only place where scheduler and model meet.
 
-Owns the thread, its inbox of frozen commands and the host copies of adapters that wait to be installed. Slow things
-(reading and compiling adapters) are asked of the host cache and come back through the inbox. Knows no HTTP, no text
+Owns the thread and its inbox of frozen commands. Slow things (reading and compiling adapters) are asked of the host
+cache and come back through the inbox; copies on their way to a slot are `host_copies`' business. Knows no HTTP, no text
 and no file.
 """
 
@@ -22,14 +22,16 @@ from peft_serve.core import (
     Event,
     FinishEvent,
     FinishReason,
+    Footprint,
     Request,
     RequestId,
     Step,
     StepResult,
 )
 from peft_serve.engine.commands import Cancel, Command, Load, Loaded, Pin, Stop, Submit, Unload
+from peft_serve.engine.host_copies import HostCopies
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
-from peft_serve.errors import AdapterUnavailable, Internal, InvalidParameter, QueueFull, ServeError, Unavailable
+from peft_serve.errors import Internal, InvalidParameter, QueueFull, ServeError, Unavailable
 from peft_serve.metrics import Metrics
 from peft_serve.scheduling.scheduler import Scheduler
 
@@ -58,7 +60,7 @@ class Engine:
         clock: Callable[[], float],
         draw_seed: Callable[[], int],
         max_queue: int,
-        is_encoder_decoder: bool,
+        footprint_of: Callable[[Adapter], Footprint],
         block_size: int,
         on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -68,12 +70,11 @@ class Engine:
         self._clock = clock
         self._draw_seed = draw_seed
         self._max_queue = max_queue
-        self._is_encoder_decoder = is_encoder_decoder
         self._block_size = block_size
         self._on_thread_start = on_thread_start
-        self._ready: dict[AdapterId, Adapter] = {}  # leased host copies that wait for their install
-        self._runner = make_runner(self._ready.__getitem__)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._copies = HostCopies(host_cache, scheduler, footprint_of, self._on_loaded)
+        self._runner = make_runner(self._copies.__getitem__)
         self._deliver: Callable[[Sequence[Event]], None] = lambda _events: None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._lock = threading.Lock()
@@ -82,7 +83,6 @@ class Engine:
         self._books = EngineSnapshot(state=EngineState.STARTING)
         self._step_began_s: float | None = None
         self._num_steps = 0
-        self._wanted_unloads: set[AdapterId] = set()
         self._idle = threading.Event()
         self._idle.set()
 
@@ -196,12 +196,11 @@ class Engine:
             case Cancel(request_id, reason):
                 return self._scheduler.cancel(request_id, reason)
             case Loaded(adapter, outcome):
-                return self._receive(adapter, outcome)
+                return self._copies.receive(adapter, outcome)
             case Load(adapter):
-                self._host_cache.request(adapter, lambda a, _outcome: self._host_cache.release(a))
+                self._copies.warm(adapter)
             case Unload(adapter):
-                self._wanted_unloads.add(adapter)
-                self._unload_idle()
+                self._copies.unload(adapter)
             case Pin(adapter, pinned):
                 (self._scheduler.pin if pinned else self._scheduler.unpin)(adapter)
             case Stop():
@@ -222,33 +221,11 @@ class Engine:
                 self._num_arriving -= 1
         return []
 
-    def _receive(self, adapter: AdapterId, outcome: Adapter | Exception) -> list[Event]:
-        if isinstance(outcome, Exception):
-            _log.warning("adapter %s does not load: %s", adapter, outcome)
-            error = outcome if isinstance(outcome, AdapterUnavailable) else _unloadable(outcome)
-            return self._scheduler.adapter_failed(adapter, error)
-        assert adapter not in self._ready, "an adapter was loaded twice for one claim"
-        self._ready[adapter] = outcome
-        footprint = outcome.footprint(is_encoder_decoder=self._is_encoder_decoder)
-        self._scheduler.adapter_ready(adapter, footprint)
-        self._release_unclaimed()
-        return []
-
-    def _release_unclaimed(self) -> None:
-        """Give the host copies back that are installed by now, or that nobody waits for any more."""
-        if not self._ready:
-            return
-        claims = self._scheduler.claims
-        for adapter in [a for a in self._ready if a not in claims]:
-            del self._ready[adapter]
-            self._host_cache.release(adapter)
-
     def _advance(self) -> None:
         """One step, if there is one to make."""
         began_s = self._clock()
         step = self._scheduler.plan()
-        for adapter in self._scheduler.take_loads():
-            self._host_cache.request(adapter, self._on_loaded)
+        self._copies.fetch()
         if step is None:
             events = self._scheduler.take_events()
             if events:
@@ -260,9 +237,8 @@ class Engine:
         events = self._run(step)
         self._step_began_s = None
         self._num_steps += 1
-        self._release_unclaimed()
-        if self._wanted_unloads:
-            self._unload_idle()
+        self._copies.release_unclaimed()
+        self._copies.unload_idle()
         self._refresh_books()
         if events:
             self._deliver(events)
@@ -296,13 +272,6 @@ class Engine:
     def _on_loaded(self, adapter: AdapterId, outcome: Adapter | Exception) -> None:
         """Called on the host cache's thread."""
         self._inbox.put(Loaded(adapter, outcome))
-
-    def _unload_idle(self) -> None:
-        for adapter in tuple(self._wanted_unloads):
-            is_resident = any(r.adapter == adapter for r in self._scheduler.snapshot().resident)
-            if self._scheduler.evict(adapter) or not is_resident:
-                self._wanted_unloads.discard(adapter)
-                self._host_cache.drop(adapter)
 
     def _end_all(self) -> None:
         error = Unavailable("the server stopped before the request was complete", retry_after_s=_RETRY_S)
@@ -347,8 +316,3 @@ class Engine:
             block_size=self._block_size,
             num_steps=self._num_steps,
         )
-
-
-def _unloadable(cause: Exception) -> AdapterUnavailable:
-    reason = cause.message if isinstance(cause, ServeError) else type(cause).__name__
-    return AdapterUnavailable(f"the adapter does not load: {reason}; upload it again or ask the operator")

@@ -11,6 +11,7 @@ from peft_serve.adapters.records import CheckpointFiles, HeadFacts
 from peft_serve.config import Settings
 from peft_serve.engine.client import EngineThread
 from peft_serve.metrics import Metrics
+from peft_serve.rendering.templates import ChatTemplates
 from peft_serve.text import TextCodec
 
 
@@ -49,3 +50,4 @@ class ServerParts:
     metrics: Metrics
     clock: Callable[[], float]  # monotonic seconds
     check_base: Callable[[], bool]  # whether the base's weights are still those it was started with
+    templates: ChatTemplates | None = None  # runs adapters' own chat templates; None: they are not used

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from peft_serve.model.pools import KVPool, places_of
-from peft_serve.model.ragged import Cached, Fresh, Plan, RelativeBias
+from peft_serve.model.ragged import Bias, Cached, Fresh, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,16 +26,28 @@ class Terms:
     scaling: float
     softcap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma-2)
     window: int | None = None  # a token reads itself and the window - 1 positions before it
-    bias: RelativeBias | None = None
+    bias: Bias | None = None
+    sinks_H: Tensor | None = None  # a score of each head that takes its share and gives nothing (gpt-oss)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the softmax is over scores and mask alone."""
+        return self.softcap is None and self.sinks_H is None
 
 
-def attend_fresh(group: Fresh, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, terms: Terms) -> Tensor:
-    """Rows whose keys and values are all in this step. Gives [R * M, H, D]."""
+def attend_fresh(group: Fresh, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: int, terms: Terms) -> Tensor:
+    """Rows whose keys and values are all in this step, or in front of it. Gives [R * M, H, D]."""
+    if not group.is_causal and terms.window is not None:
+        raise ValueError("attention over a window in both directions is not served")
     rows, length = group.num_rows, group.num_tokens
     num_heads, num_kv_heads = q_THD.shape[1], k_TKD.shape[1]
     k, v = (x[group.where].view(rows, length, num_kv_heads, -1).transpose(1, 2) for x in (k_TKD, v_TKD))
+    if group.front is not None:
+        assert not group.is_causal, "only an encoder's rows have something in front"
+        assert terms.bias is None, "and only where scores depend on no distance"
+        k, v = (_behind(x, front, layer) for x, front in ((k, group.front.keys_LHPD), (v, group.front.values_LHPD)))
     is_windowed = group.is_causal and terms.window is not None and terms.window < length
-    if terms.bias is None and terms.softcap is None and not is_windowed:
+    if terms.bias is None and terms.is_plain and not is_windowed:
         q = q_THD[group.where].view(rows, length, num_heads, -1).transpose(1, 2)
         out = scaled_dot_product_attention(
             q, k, v, is_causal=group.is_causal, scale=terms.scaling, enable_gqa=num_heads != num_kv_heads
@@ -43,6 +55,11 @@ def attend_fresh(group: Fresh, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, term
         return out.transpose(1, 2).flatten(0, 1)
     mask = group.mask(terms.window if is_windowed else None, terms.bias, q_THD)
     return _attend_masked(q_THD[group.where], k, v, mask, terms, rows)
+
+
+def _behind(own_RKMD: Tensor, front_LKPD: Tensor, layer: int) -> Tensor:
+    """Each row's own behind what all rows have in front."""
+    return torch.cat((front_LKPD[layer].expand(len(own_RKMD), -1, -1, -1), own_RKMD), dim=2)
 
 
 def attend_cached(group: Cached, q_THD: Tensor, pool: KVPool, layer: int, terms: Terms) -> Tensor:
@@ -62,14 +79,25 @@ def _attend_masked(q_NHD: Tensor, k_RKCD: Tensor, v_RKCD: Tensor, mask: Tensor, 
         mask = mask.view(mask.shape[0], num_kv_heads, group * length, -1)
     elif length > 1 and group > 1:
         mask = mask.repeat(1, 1, group, 1)
-    if terms.softcap is None:
+    if terms.is_plain:
         out = scaled_dot_product_attention(q, k_RKCD, v_RKCD, attn_mask=mask, scale=terms.scaling)
     else:
         scores = q @ k_RKCD.transpose(2, 3) * terms.scaling
-        scores = torch.tanh(scores / terms.softcap) * terms.softcap + mask
-        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v_RKCD
+        if terms.softcap is not None:
+            scores = torch.tanh(scores / terms.softcap) * terms.softcap
+        out = _shares(scores + mask, terms.sinks_H).to(q.dtype) @ v_RKCD
     by_head = out.view(num_rows, num_kv_heads, group, length, -1)
     return by_head.permute(0, 3, 1, 2, 4).reshape(num_tokens, num_heads, -1)
+
+
+def _shares(scores_RKNC: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """The softmax in float32, of the keys alone where a sink takes a share."""
+    if sinks_H is None:
+        return torch.softmax(scores_RKNC, dim=-1, dtype=torch.float32)
+    rows, heads, queries, _ = scores_RKNC.shape
+    by_query = sinks_H.repeat_interleave(heads * queries // len(sinks_H)).view(1, heads, queries, 1)
+    with_sink = torch.cat((scores_RKNC, by_query.expand(rows, -1, -1, -1).to(scores_RKNC.dtype)), dim=-1)
+    return torch.softmax(with_sink, dim=-1, dtype=torch.float32)[..., :-1]
 
 
 def attend_reference(
@@ -86,6 +114,9 @@ def attend_reference(
         row_k, row_v = (x[at : at + span.num_tokens] for x in (k_TKD, v_TKD))
         for i in range(span.num_tokens):
             place, first, stop = span.start + i, 0, span.num_tokens
+            if i == 0 and span.front is not None:
+                fronts = (span.front.keys_LHPD[layer], span.front.values_LHPD[layer])
+                row_k, row_v = (torch.cat((f.transpose(0, 1), x)) for f, x in zip(fronts, (row_k, row_v), strict=True))
             if span.blocks:
                 assert pool is not None, "rows with blocks need a pool"
                 stop = span.num_source or place + 1
@@ -93,8 +124,8 @@ def attend_reference(
                     first = max(0, stop - terms.window)
                 places = places_of(span.blocks, first, stop - first, pool.block_size)
                 row_k, row_v = (x[places] for x in pool.layer(layer))
-            relative = torch.arange(first, stop, device=q_THD.device) - place
-            bias = None if terms.bias is None else terms.bias.of(relative)
+            keys = torch.arange(first, stop, device=q_THD.device)
+            bias = None if terms.bias is None else terms.bias.of(keys - place, keys)
             out[at + i] = _one_token(q_THD[at + i], row_k, row_v, bias, terms)
         at += span.num_tokens
     return out
@@ -108,4 +139,7 @@ def _one_token(q_HD: Tensor, k_CKD: Tensor, v_CKD: Tensor, bias_HC: Tensor | Non
         scores = terms.softcap * torch.tanh(scores / terms.softcap)
     if bias_HC is not None:
         scores = scores + bias_HC.float()
-    return torch.einsum("hc,chd->hd", scores.softmax(-1), v).to(q_HD.dtype)
+    if terms.sinks_H is not None:
+        scores = torch.cat((scores, terms.sinks_H.float()[:, None]), dim=-1)
+    shares = scores.softmax(-1)[:, : len(v)]
+    return torch.einsum("hc,chd->hd", shares, v).to(q_HD.dtype)

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_serve.adapters.base import BaseShape, SiteKind, SiteSpec
-from peft_serve.model.families.family import Family
+from peft_serve.adapters.base import HAS_WEIGHT, BaseShape, SiteKind, SiteSpec
+from peft_serve.adapters.heads import own_facts
+from peft_serve.model.families.family import Family, SharesModules
 from peft_serve.model.families.registry import family_of
+from peft_serve.model.quantised import dense, stored_tensors
+from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
 
 
@@ -31,6 +34,9 @@ class ResidentBase:
         self.runs: Family = family_of(model)
         self.runs.prepare()
         self.adapted = AdaptedSites(model, stream_of=self.runs.stream_of)
+        self.runs.attention.watched = self.adapted.beside_attention
+        if isinstance(self.runs, SharesModules):
+            self.runs.share(self.adapted.share)
         self._specs = {
             path: spec
             for path, spec in self.adapted.specs.items()
@@ -66,11 +72,29 @@ class ResidentBase:
     @property
     def tied(self) -> tuple[frozenset[str], ...]:
         by_weight: dict[int, set[str]] = {}
-        for path in self._specs:
+        for path, spec in self._specs.items():
+            if spec.kind not in HAS_WEIGHT:
+                continue
             weight = self.model.get_submodule(path).weight
             if isinstance(weight, Tensor):
                 by_weight.setdefault(id(weight), set()).add(path)
         return tuple(frozenset(paths) for paths in by_weight.values() if len(paths) > 1)
+
+    @property
+    def body_prefix(self) -> str:
+        return str(self.model.base_model_prefix)
+
+    @property
+    def beside_body(self) -> frozenset[str]:
+        modules = (path for path, spec in self._specs.items() if spec.kind is not SiteKind.SUBLAYER)
+        return frozenset(path for path in modules if self.runs.stream_of(path) is Stream.HEAD)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the outputs of the base's own task head are called, if it has one."""
+        facts = own_facts(self)
+        names = getattr(self.model.config, "id2label", None) or {}
+        return () if facts is None else tuple(str(names.get(i, f"LABEL_{i}")) for i in range(facts.num_labels))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -79,6 +103,12 @@ class ResidentBase:
         if given is None:
             return frozenset()
         return frozenset(given) if isinstance(given, list | tuple) else frozenset({int(given)})
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that fills up short rows, if there is one; sequence heads of decoders leave it out."""
+        given = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return None if given is None else int(given)
 
     @property
     def decoder_start_ids(self) -> tuple[int, ...]:
@@ -104,39 +134,42 @@ class ResidentBase:
         """The id that ends an answer of full length (BART's `forced_eos_token_id`)."""
         return self._forced("forced_eos_token_id")
 
+    @property
+    def banned_ids(self) -> tuple[int, ...]:
+        """Ids that no answer may hold: `suppress_tokens`, and `bad_words_ids` of one id (Marian's padding)."""
+        words = [word[0] for word in self._generation("bad_words_ids") or () if len(word) == 1]
+        ids = {int(i) for i in (*words, *(self._generation("suppress_tokens") or ()))}
+        return tuple(sorted(i for i in ids - self.eos_ids if 0 <= i < self.shape.vocab_size))
+
     def _forced(self, key: str) -> int | None:
         given = self._generation(key)
         given = given[0] if isinstance(given, list | tuple) else given
         return None if given is None else int(given)
 
     def _generation(self, key: str) -> Any:
-        given = getattr(self.model.generation_config, key, None)
+        given = getattr(getattr(self.model, "generation_config", None), key, None)  # a reader has none
         return getattr(self.model.config, key, None) if given is None else given
 
     def weight(self, path: str) -> Tensor:
         kind = self._specs[path].kind
-        weight: Tensor = _parameter(self.model.get_submodule(path), "weight").detach().float()
+        weight = dense(self.model.get_submodule(path), "weight")
         return weight.T if kind in (SiteKind.CONV1D, SiteKind.EMBEDDING) else weight
 
     def parameter(self, path: str, name: str) -> Tensor:
-        return _parameter(self.model.get_submodule(path), name).detach().float()
+        return dense(self.model.get_submodule(path), name)
 
     def bias(self, path: str) -> Tensor | None:
         if not self._specs[path].has_bias:
             return None
-        return _parameter(self.model.get_submodule(path), "bias").detach().float()
+        return dense(self.model.get_submodule(path), "bias")
 
     def fingerprint(self) -> str:
-        """A digest of every weight and buffer, by name. Reads all of them: not for the serving path."""
+        """A digest of every weight and buffer, by name, packed ones as they are stored.
+
+        Reads all of them: not for the serving path.
+        """
         digest = hashlib.sha256()
-        state = [*self.model.named_parameters(), *self.model.named_buffers()]
-        for name, tensor in sorted(state, key=lambda item: item[0]):
+        for name, tensor in sorted(stored_tensors(self.model), key=lambda item: item[0]):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return f"sha256:{digest.hexdigest()}"
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    tensor = getattr(module, name)
-    assert isinstance(tensor, Tensor), f"{type(module).__name__} has no tensor {name!r}"
-    return tensor

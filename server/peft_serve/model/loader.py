@@ -15,18 +15,31 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
+from peft_serve.adapters.heads import task_of_class
+from peft_serve.adapters.primitives import HeadTask
 from peft_serve.model.base import ResidentBase
-from peft_serve.model.families.registry import is_known
+from peft_serve.model.families.registry import is_encoder, is_encoder_kind, is_known
+from peft_serve.model.quantised import loading_options, settle
 from peft_serve.model.self_check import difference, probe, tolerance
 
 _DEMOS: Final = Path(__file__).parent.parent / "demo"
 DEMO_NAMES: Final = ("demo-llama", "demo-t5")
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+
+_WITH_HEADS: Final[Mapping[HeadTask, Any]] = {
+    HeadTask.SEQUENCE: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    HeadTask.TOKENS: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    HeadTask.SPANS: MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
 
 _log = logging.getLogger(__name__)
 
@@ -61,10 +74,12 @@ def load_base(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    quantisation: str | None = None,
     on_progress: Callable[[str], None] = _log.info,
 ) -> ResidentBase:
     """Load `demo-llama`, `demo-t5`, a folder or a hub id, and check it against itself.
 
+    `quantisation` names a `Quantisation` to load plain weights in; weights that are saved quantised say theirs.
     `on_progress` is told what happens now, in words. Raises `NotServable`.
     """
     on_device = resolve_device(device) if isinstance(device, str) else device
@@ -72,7 +87,13 @@ def load_base(
     on_progress(f"reading the configuration of {source}")
     config = _read_config(source, location)
     on_progress(f"loading the weights of {source}")
-    model = _read_model(source, location, config, resolve_dtype(dtype, on_device)).to(on_device)
+    in_dtype = resolve_dtype(dtype, on_device)
+    try:
+        options = loading_options(config, quantisation, in_dtype, on_device)
+    except ValueError as error:
+        raise NotServable(f"{source}: {error}") from error
+    model = _read_model(source, location, config, in_dtype, options)
+    model = model if options else model.to(on_device)  # what is quantised was put there
     on_progress(f"checking {source} against itself")
     return wrap(model, name=Path(source).name if Path(source).is_dir() else source, on_progress=on_progress)
 
@@ -82,6 +103,10 @@ def wrap(model: PreTrainedModel, *, name: str, on_progress: Callable[[str], None
     kind = model.config.model_type
     model.requires_grad_(False)
     model.eval()
+    try:
+        settle(model)
+    except ValueError as error:
+        raise NotServable(f"{name}: {error}") from error
     try:
         probes = probe(model)
         base = ResidentBase(model, name=name)
@@ -93,11 +118,17 @@ def wrap(model: PreTrainedModel, *, name: str, on_progress: Callable[[str], None
     allowed = tolerance(base.dtype)
     if not measured <= allowed:
         raise NotServable(
-            f"{name}: with rows side by side its logits differ by {measured:.1e} from the model's own, more "
+            f"{name}: with rows side by side its values differ by {measured:.1e} from the model's own, more "
             f"than the {allowed:.0e} that rounding explains; a model of type {kind!r} "
             f"{'cannot be served in this dtype, try --dtype float32' if is_known(kind) else 'is not supported'}"
         )
-    on_progress(f"{name}: largest difference to the model's own logits {measured:.1e}")
+    if is_known(kind):
+        on_progress(f"{name}: largest difference to the model's own values {measured:.1e}")
+    else:
+        on_progress(
+            f"{name}: this kind of model ({kind}) is not among those tested with peft-serve; "
+            f"its values agree to {measured:.1e}"
+        )
     return base
 
 
@@ -133,12 +164,14 @@ def _read_config(source: str, location: str) -> PreTrainedConfig:
     return config
 
 
-def _read_model(source: str, location: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+def _read_model(
+    source: str, location: str, config: PreTrainedConfig, dtype: torch.dtype, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    mapping = _mapping_for(config)
     if type(config) not in mapping:
         raise NotServable(
             f"{source}: model type {config.model_type!r} has no language-modelling head in transformers; "
-            "use a causal or a sequence-to-sequence language model"
+            "use a causal or a sequence-to-sequence language model, or a text encoder"
         )
     try:
         model, report = mapping[type(config)].from_pretrained(
@@ -146,18 +179,48 @@ def _read_model(source: str, location: str, config: PreTrainedConfig, dtype: tor
             config=config,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="eager",
+            attn_implementation=_own_attention(config),
             output_loading_info=True,
+            **options,
         )
+    except ImportError as error:
+        raise NotServable(f"{source}: {_first_line(error)}; quantised bases need peft-serve[quantised]") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise NotServable(
             f"{source}: its weights cannot be loaded from safetensors files: {_first_line(error)}"
         ) from error
     missing = sorted(report["missing_keys"])
+    if missing and is_encoder(config) and all(key.startswith("pooler.") for key in missing):
+        model.pooler = None  # trained without one: what the library made up here is of no use
+        missing = []
     if missing:
         raise NotServable(f"{source}: {len(missing)} weights are missing, {missing[0]} first; the files are incomplete")
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _mapping_for(config: PreTrainedConfig) -> Any:
+    """The library's table of classes to load: with the head of a task, as a body alone, or to generate text."""
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    if config.is_encoder_decoder:
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if is_encoder_kind(config.model_type) and getattr(config, "is_decoder", False):
+        raise NotServable(f"a {config.model_type} model that was made a decoder (is_decoder) is not served")
+    task = task_of_class(named)
+    if task is not None:
+        return _WITH_HEADS[task]
+    is_body = type(config) in MODEL_MAPPING and MODEL_MAPPING[type(config)].__name__ == named
+    if is_encoder(config) or (is_body and not config.tie_word_embeddings):
+        return MODEL_MAPPING
+    return MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _own_attention(config: PreTrainedConfig) -> str:
+    """The library's attention that a model is measured against: the plain one, but for a Falcon with slopes.
+
+    That one is trained and used with the other, and the plain one adds its slopes twice.
+    """
+    return "sdpa" if config.model_type == "falcon" and config.alibi else "eager"
 
 
 def _first_line(error: Exception) -> str:

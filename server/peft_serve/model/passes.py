@@ -17,7 +17,7 @@ from peft_serve.model.base import ResidentBase
 from peft_serve.model.families.family import ReadsPrompts, ReadsSources
 from peft_serve.model.pools import KVPool
 from peft_serve.model.ragged import Span, plan_cross, plan_self, plan_source
-from peft_serve.model.routing import Stream
+from peft_serve.model.routing import Stream, acting_runs
 
 
 class Passes:
@@ -42,7 +42,7 @@ class Passes:
         lengths: list[int] = []
         for row, part in zip(new, embedded, strict=True):
             prompt = prompt_of(row.slot)
-            whole = part if prompt is None else torch.cat((prompt.to(part.dtype), part))
+            whole = part if prompt is None else family.behind(prompt, part)
             assert len(whole) == row.num_source, f"{row.request}: num_source does not count its soft prompt"
             parts.append(whole)
             lengths.append(len(whole))
@@ -57,8 +57,8 @@ class Passes:
 
         `source` is what `encode` gave for these rows. None if nothing is kept.
         """
-        self._route(Stream.TARGET, ((row.slot, len(row.tokens)) for row in rows))
-        self._route(Stream.HEAD, ((row.slot, keep.get(i, 0)) for i, row in enumerate(rows)))
+        self._route(Stream.TARGET, (run for row in rows for run in _runs_of_last(row, len(row.tokens))))
+        self._route(Stream.HEAD, (run for i, row in enumerate(rows) for run in _runs_of_last(row, keep.get(i, 0))))
         tokens = self._ids(t for row in rows for t in row.tokens)
         positions = self._ids(row.start + i for row in rows for i in range(len(row.tokens)))
         kept: list[int] = []
@@ -100,21 +100,13 @@ class Passes:
         return works
 
     def _route(self, stream: Stream, counts: Iterable[tuple[int, int]]) -> None:
-        self._base.adapted.route(stream, runs_of(counts))
+        self._base.adapted.route(stream, counts)
 
     def _ids(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.long, device=self._base.device)
 
 
-def runs_of(counts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours of one slot joined: (slot, tokens), slots ascending, without the empty ones."""
-    runs: list[tuple[int, int]] = []
-    for slot, num_tokens in counts:
-        if not num_tokens:
-            continue
-        if runs and runs[-1][0] == slot:
-            runs[-1] = (slot, runs[-1][1] + num_tokens)
-        else:
-            assert not runs or runs[-1][0] < slot, "rows of a step are sorted by slot"
-            runs.append((slot, num_tokens))
-    return runs
+def _runs_of_last(row: Row, num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """(slot, tokens) of the row's last tokens; those before the row's adapter acts are the base's."""
+    first = row.start + len(row.tokens) - num_tokens
+    return acting_runs(row.slot, num_tokens, row.active_from - first)

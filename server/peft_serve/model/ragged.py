@@ -24,6 +24,24 @@ _MAX_PADDING_BLOCKS = 32
 """Rows share a group while padding costs each of them less than this, or less than its own context."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Front:
+    """Keys and values that a row of an encoder reads before its own: an adapter's prefix."""
+
+    keys_LHPD: Tensor
+    values_LHPD: Tensor
+    advances_positions: bool = True  # the tokens behind it count their positions from its end
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys_LHPD.shape[2]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions it takes from the tokens behind it."""
+        return self.num_tokens if self.advances_positions else 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """One row, as attention sees it."""
@@ -32,6 +50,7 @@ class Span:
     start: int = 0  # context position of the first of them
     blocks: tuple[int, ...] = ()
     num_source: int = 0  # length of its cross-attention context
+    front: Front | None = None  # what it reads before its own tokens, on an encoder
 
     @property
     def stop(self) -> int:
@@ -45,9 +64,31 @@ class RelativeBias:
     table_HX: Tensor  # X = 2 * far + 1
     far: int  # from this distance on the bias no longer changes
 
-    def of(self, relative: Tensor) -> Tensor:
-        """The bias [H, ...] of key position - query position [...]."""
+    def of(self, relative: Tensor, _places_C: Tensor) -> Tensor:
+        """The bias [H, ..., C] of key position - query position [..., C]."""
         return self.table_HX[:, relative.clamp(-self.far, self.far) + self.far]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlopeBias:
+    """Scores that grow with the position of the key, by head (ALiBi, arXiv:2108.12409).
+
+    Adding one number to all scores of a query changes nothing, so the key's own position does as well as its
+    distance. Models round that product in a dtype of their own, that of `slopes_H`, and then divide it.
+    """
+
+    slopes_H: Tensor
+    divisor: float = 1.0
+
+    def of(self, relative: Tensor, places_C: Tensor) -> Tensor:
+        """The bias [H, ..., C] of keys at positions `places_C`, for as many queries as `relative` [..., C] has."""
+        by_key_HC = (self.slopes_H[:, None] * places_C).float() / self.divisor
+        shape = (by_key_HC.shape[0], *(1 for _ in relative.shape[:-1]), by_key_HC.shape[1])
+        return by_key_HC.view(shape).expand(-1, *relative.shape)
+
+
+Bias = RelativeBias | SlopeBias
+"""What a layer adds to the scores of its keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +98,7 @@ class Group:
     where: slice | Tensor  # their tokens in the step's line, row after row
     num_rows: int
     num_tokens: int  # of each row
-    masks: dict[tuple[int | None, RelativeBias | None], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, Bias | None], Tensor] = field(default_factory=dict)
     # memo of `mask`: the layers of a step ask for the same few
 
 
@@ -66,14 +107,15 @@ class Fresh(Group):
     """Rows whose whole context is in this step: keys and values need not be read back."""
 
     is_causal: bool
+    front: Front | None = None  # the same one for every row
 
-    def mask(self, window: int | None, bias: RelativeBias | None, like: Tensor) -> Tensor:
+    def mask(self, window: int | None, bias: Bias | None, like: Tensor) -> Tensor:
         """What is added to the scores: [1, 1 or H, M, M] of `like`'s dtype and device."""
         key = (window, bias)
         if key not in self.masks:
             place = torch.arange(self.num_tokens, device=like.device)
             relative = place[None, :] - place[:, None]
-            self.masks[key] = _additive(relative[None], window, bias, like.dtype, is_causal=self.is_causal)
+            self.masks[key] = _additive(relative[None], place, window, bias, like.dtype, self.is_causal)
         return self.masks[key]
 
 
@@ -85,14 +127,14 @@ class Cached(Group):
     last_RM: Tensor  # the last context position each token may read
     block_size: int
 
-    def mask(self, window: int | None, bias: RelativeBias | None, like: Tensor) -> Tensor:
+    def mask(self, window: int | None, bias: Bias | None, like: Tensor) -> Tensor:
         """What is added to the scores: [R, 1 or H, M, C] of `like`'s dtype."""
         key = (window, bias)
         if key not in self.masks:
             num_positions = self.blocks.shape[0] // self.num_rows * self.block_size
             place = torch.arange(num_positions, device=self.last_RM.device)
             relative = place - self.last_RM[..., None]
-            self.masks[key] = _additive(relative, window, bias, like.dtype, is_causal=True)
+            self.masks[key] = _additive(relative, place, window, bias, like.dtype, is_causal=True)
         return self.masks[key]
 
 
@@ -113,14 +155,22 @@ class Plan:
 
 
 def _additive(
-    relative_RMC: Tensor, window: int | None, bias: RelativeBias | None, dtype: torch.dtype, *, is_causal: bool
+    relative_RMC: Tensor,
+    places_C: Tensor,
+    window: int | None,
+    bias: Bias | None,
+    dtype: torch.dtype,
+    is_causal: bool,
 ) -> Tensor:
-    """Bias where a token may read, -inf where it may not. `relative` is key position - last readable one."""
+    """Bias where a token may read, -inf where it may not.
+
+    `relative` is key position - last readable one, `places_C` are the key positions.
+    """
     shape = relative_RMC.shape
     if bias is None:
         mask = torch.zeros((shape[0], 1, *shape[1:]), dtype=dtype, device=relative_RMC.device)
     else:
-        mask = bias.of(relative_RMC).to(dtype).transpose(0, 1).contiguous()
+        mask = bias.of(relative_RMC, places_C).to(dtype).transpose(0, 1).contiguous()
     if is_causal:
         hidden = relative_RMC > 0
         if window is not None:
@@ -143,9 +193,10 @@ def plan_self(spans: Sequence[Span], *, block_size: int, device: torch.device) -
     )
 
 
-def plan_source(lengths: Sequence[int], *, device: torch.device) -> Plan:
-    """Attention in both directions inside each row: an encoder."""
-    spans = tuple(Span(num_tokens=n) for n in lengths)
+def plan_source(lengths: Sequence[int], *, device: torch.device, fronts: Sequence[Front | None] | None = None) -> Plan:
+    """Attention in both directions inside each row, and over what stands in front of it: an encoder."""
+    each = fronts or [None] * len(lengths)
+    spans = tuple(Span(num_tokens=n, front=front) for n, front in zip(lengths, each, strict=True))
     return Plan(spans=spans, fresh=tuple(_fresh(list(_placed(spans)), is_causal=False, device=device)))
 
 
@@ -181,11 +232,17 @@ def _begun(span: Span, block_size: int) -> list[int]:
 
 
 def _fresh(placed: Sequence[tuple[int, Span]], *, is_causal: bool, device: torch.device) -> Iterator[Fresh]:
-    by_length: dict[int, list[int]] = {}
+    alike: dict[tuple[int, Front | None], list[int]] = {}
     for at, span in placed:
-        by_length.setdefault(span.num_tokens, []).append(at)
-    for length, starts in by_length.items():
-        yield Fresh(where=_where(starts, length, device), num_rows=len(starts), num_tokens=length, is_causal=is_causal)
+        alike.setdefault((span.num_tokens, span.front), []).append(at)
+    for (length, front), starts in alike.items():
+        yield Fresh(
+            where=_where(starts, length, device),
+            num_rows=len(starts),
+            num_tokens=length,
+            is_causal=is_causal,
+            front=front,
+        )
 
 
 def _cached(

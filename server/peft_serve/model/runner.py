@@ -16,9 +16,13 @@ from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import AdapterId, Install, Row, RowResult, Step, StepResult
 from peft_serve.errors import ServeError
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.encoder_pass import EncoderPass
+from peft_serve.model.families.family import ReadsStates
+from peft_serve.model.heads import Heads
 from peft_serve.model.passes import Passes
 from peft_serve.model.pools import KVPool, KVShape
 from peft_serve.model.prefixes import VirtualTokens
+from peft_serve.model.readings import Ask, Rows, read
 from peft_serve.model.sampler import Chosen, Sampler, score
 
 
@@ -58,7 +62,9 @@ class StepRunner:
         self._cross_pool = None if cross is None else _pool(base, cross, num_cross_blocks, block_size)
         self._passes = Passes(base, pool=self._pool, cross_pool=self._cross_pool)
         self._virtual = VirtualTokens(base, self._passes, self._pool)
-        self._sampler = Sampler()
+        self._encoder = EncoderPass(base, self._virtual) if base.shape.is_encoder else None
+        self._heads = Heads(base)
+        self._sampler = Sampler(banned=base.banned_ids)
         self._occupied: set[int] = set()
 
     @torch.inference_mode()
@@ -95,6 +101,7 @@ class StepRunner:
             self._occupied.remove(slot)
             self._base.adapted.remove(slot)
             self._virtual.remove(slot)
+            self._heads.drop(slot)
 
     def _install(self, install: Install) -> str | None:
         """Put an adapter into its slot; the reason if that fails, and then the slot is empty."""
@@ -103,6 +110,8 @@ class StepRunner:
             self._base.adapted.install(install.slot, adapter)
             self._occupied.add(install.slot)
             self._virtual.place(install, adapter)
+            if adapter.head is not None:
+                self._heads.put(install.slot, adapter.head)
         except (ServeError, ValueError, LookupError, RuntimeError) as error:
             self._remove(install.slot)
             return str(error)
@@ -111,18 +120,40 @@ class StepRunner:
     def _run_rows(self, rows: Sequence[Row]) -> list[RowResult]:
         if not rows:
             return []
+        if self._encoder is not None:
+            return self._read_whole(self._encoder, rows)
         keep = {i: max(len(row.wanted), row.draw is not None) for i, row in enumerate(rows)}
         source = self._passes.encode(rows, self._virtual.of)
         logits = self._passes.decode(rows, source, keep)
+        readings = self._read_decoded(rows)
         kept: list[_Kept] = []
         for i, count in keep.items():
             if count:
                 kept.append(_Kept(i, kept[-1].last + 1 if kept else 0, count))
         if logits is None:
-            return [RowResult(request=row.request, branch=row.branch) for row in rows]
+            return [_result(row, None, (), readings.get(i, ())) for i, row in enumerate(rows)]
         chosen = self._choose(rows, kept, logits)
         scores = self._score(rows, kept, logits)
-        return [_result(row, chosen.get(i), scores.get(i, ())) for i, row in enumerate(rows)]
+        return [_result(row, chosen.get(i), scores.get(i, ()), readings.get(i, ())) for i, row in enumerate(rows)]
+
+    def _read_whole(self, encoder: EncoderPass, rows: Sequence[Row]) -> list[RowResult]:
+        asks = []
+        for row, states in zip(rows, encoder.run(rows), strict=True):
+            assert row.reading is not None, f"{row.request}: an encoder's row reads something"
+            asks.append(
+                Ask(slot=row.slot, reading=row.reading, states_SD=states.states_SD, num_virtual=states.num_virtual)
+            )
+        return [_result(row, None, (), given) for row, given in zip(rows, read(self._heads, asks), strict=True)]
+
+    def _read_decoded(self, rows: Sequence[Row]) -> dict[int, Rows]:
+        """The readings of a decoder's rows, by their place; a family without readable states gives none."""
+        family = self._base.runs
+        if not any(row.reading for row in rows) or not isinstance(family, ReadsStates):
+            return {}
+        states = torch.split(family.states(), [len(row.tokens) for row in rows])
+        wanting = [(i, row.reading) for i, row in enumerate(rows) if row.reading is not None]
+        asks = [Ask(slot=rows[i].slot, reading=reading, states_SD=states[i]) for i, reading in wanting]
+        return {i: given for (i, _), given in zip(wanting, read(self._heads, asks), strict=True)}
 
     def _choose(self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor) -> dict[int, Chosen]:
         drawing = [(k, draw) for k in kept if (draw := rows[k.row].draw) is not None]
@@ -143,9 +174,9 @@ class StepRunner:
         return {k.row: tuple(next(each) for _ in wanted) for k, wanted in wanting}
 
 
-def _result(row: Row, chosen: Chosen | None, scores: tuple[tuple[float, ...], ...]) -> RowResult:
+def _result(row: Row, chosen: Chosen | None, scores: tuple[tuple[float, ...], ...], readings: Rows = ()) -> RowResult:
     if chosen is None:
-        return RowResult(request=row.request, branch=row.branch, scores=scores)
+        return RowResult(request=row.request, branch=row.branch, scores=scores, readings=readings)
     return RowResult(
         request=row.request,
         branch=row.branch,

@@ -38,14 +38,21 @@ class Chosen:
 class Sampler:
     """Chooses tokens. It keeps nothing between calls."""
 
+    def __init__(self, banned: Sequence[int] = ()) -> None:
+        """`banned` are ids that the base never says, unless an id is forced."""
+        self._banned = list(banned)
+
     def choose(self, logits_NV: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
         """One token for each row; `draws` is parallel to the rows."""
         assert len(draws) == logits_NV.shape[0], "a draw for each row"
         if not draws:
             return []
         scores_NV = logits_NV
+        if self._banned:
+            scores_NV = logits_NV.clone()
+            scores_NV[:, self._banned] = _NEVER
         if any(_is_edited(draw) for draw in draws):
-            scores_NV = edited(logits_NV.float(), draws)
+            scores_NV = edited(scores_NV.float(), draws)
         tokens = scores_NV.argmax(-1).tolist()
         sampled = [row for row, draw in enumerate(draws) if is_sampled(draw.params)]
         if sampled:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_serve.core import BASE, AdapterId, Draw, Install, Request, Row, Step
+from peft_serve.core import BASE, AdapterId, Draw, Install, Reading, Request, Row, Step
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.tracked import Branch, Tracked
 
@@ -84,11 +84,14 @@ class StepDraft:
             tokens=tuple(tracked.tokens[start:end]),
             start=tracked.prefix + start,
             blocks=tracked.table,
-            draw=_draw(tracked) if is_last and not choices else None,
+            draw=_draw(tracked) if is_last and not choices and tracked.request.reading is None else None,
             wanted=(tuple(choice[0] for choice in choices),) if is_last and choices else (),
             source=source,
             cross_blocks=tracked.cross_blocks,
             num_source=tracked.num_source,
+            active_from=tracked.active_from,
+            reading=_reading(tracked.request, is_first=start == 0, is_last=is_last),
+            segments=tracked.request.segments if source else tracked.request.segments[start:end],
         )
         self._append(tracked, row, num_tokens + len(source))
         self._has_source = self._has_source or bool(source)
@@ -110,6 +113,7 @@ class StepDraft:
             branch=index + 1,
             cross_blocks=tracked.cross_blocks,
             num_source=tracked.num_source,
+            active_from=tracked.active_from,
         )
         self._append(tracked, row, end - done)
         self._copies.extend(branch.copies)
@@ -136,6 +140,15 @@ class StepDraft:
 def _slot_of(tracked: Tracked) -> int:
     assert tracked.lease is not None, f"request {tracked.id} is in a step without a lease"
     return tracked.lease.slot
+
+
+def _reading(request: Request, *, is_first: bool, is_last: bool) -> Reading | None:
+    """What this part of the prompt is read for: readings of one position want the part that holds it."""
+    if request.reading is Reading.FIRST:
+        return request.reading if is_first else None
+    if request.reading in (Reading.SEQUENCE, Reading.LAST):
+        return request.reading if is_last else None
+    return request.reading
 
 
 def _draw(tracked: Tracked) -> Draw:

@@ -10,13 +10,15 @@ class Limits:
     """What a step may hold, and how many requests may run and wait."""
 
     max_rows: int  # requests that run at the same time, and rows of one step
-    max_step_tokens: int  # tokens of one step; the source of one encoder-decoder request may exceed it
+    max_step_tokens: int  # tokens of one step; the source of one request may exceed it
     max_step_adapters: int  # distinct adapters of one step, the base not counted
     max_step_rank: int  # sum of their ranks; a single adapter above it runs alone
     max_queue: int  # requests that wait; one more is refused
     block_size: int  # positions in a KV block
     max_context: int  # positions of a request, the adapter's KV prefix counted
     is_encoder_decoder: bool = False
+    is_encoder: bool = False  # requests read their prompt, whole and in one step, and keep nothing on the device
+    pad_id: int | None = None  # a sequence is read at its last token that is not this one (a decoder's heads)
     affinity_age_s: float = 0.5  # a waiting request is overtaken by ones of the step's adapters until this age
     max_loads: int = 16  # adapters asked for, or ready on the host, that are not in a slot yet
 

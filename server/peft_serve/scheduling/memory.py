@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from peft_serve.core import Footprint
 from peft_serve.errors import PromptTooLong
+from peft_serve.scheduling.activation import active_from
 from peft_serve.scheduling.blocks import BlockLedger, Fork
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.residency import Residency
@@ -70,12 +71,15 @@ class Memory:
         """Lease the seated adapter and take the blocks that `has_room` saw."""
         tracked.lease = self._slots.acquire(tracked.adapter)
         tracked.prefix, tracked.rank = footprint.num_prefix_tokens, footprint.max_rank
+        prompt = tracked.tokens[: tracked.num_prompt]
+        tracked.active_from = active_from(prompt, footprint.start, prefix=tracked.prefix)
         prefix = self._residency.prefix(tracked.adapter)
         fork = self._extend(prefix, tracked.prefix, tracked.num_positions)
         assert fork is not None, f"no blocks for request {tracked.id}: ask has_room first"
         tracked.table, tracked.copies = fork.blocks, fork.copies
-        if self._cross_blocks is not None:
+        if tracked.source_is_pending:
             tracked.num_source = footprint.num_source_tokens + len(tracked.request.prompt)
+        if self._cross_blocks is not None:
             cross = self._cross_blocks.allocate(self._num_cross_blocks(tracked, footprint))
             assert cross is not None, f"no blocks for the source of {tracked.id}: ask has_room first"
             tracked.cross_blocks = cross
@@ -115,7 +119,8 @@ class Memory:
         self._blocks.release(tracked.table)
         if self._cross_blocks is not None:
             self._cross_blocks.release(tracked.cross_blocks)
-            tracked.source_is_pending = True
+        tracked.source_is_pending = self._limits.is_encoder_decoder or self._limits.is_encoder
+        tracked.readings.clear()
         tracked.table = tracked.cross_blocks = ()
         tracked.copies = ()
         tracked.num_computed = 0
@@ -150,11 +155,16 @@ class Memory:
 
     def _require_context(self, tracked: Tracked, footprint: Footprint) -> None:
         # a choice's last token is scored but never computed; a drawn token has a position of its own
-        longest = max((len(choice) - 1 for choice in tracked.request.choices), default=1)
+        draws = 0 if tracked.request.reading is not None else 1
+        longest = max((len(choice) - 1 for choice in tracked.request.choices), default=draws)
         num_positions = footprint.num_prefix_tokens + len(tracked.tokens) + longest
+        num_virtual = footprint.num_prefix_tokens
+        if self._limits.is_encoder:
+            num_virtual = footprint.num_source_tokens
+            num_positions = num_virtual + len(tracked.request.prompt)
         if num_positions > self._limits.max_context:
             raise PromptTooLong(
-                f"request {tracked.id} needs {num_positions} positions ({footprint.num_prefix_tokens} of them "
+                f"request {tracked.id} needs {num_positions} positions ({num_virtual} of them "
                 f"the adapter's); the context has {self._limits.max_context} (max_model_len): shorten it"
             )
 

@@ -1,7 +1,7 @@
 """The outcome: what a step's results mean for the requests whose rows they are.
 
-Appends drawn tokens, collects scores, and ends the requests that are through. Rows of requests that ended while
-the step ran are passed over.
+Appends drawn tokens, collects scores and readings, and ends the requests that are through. Rows of requests that
+ended while the step ran are passed over.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from peft_serve.core import (
     AdapterId,
     Event,
     FinishReason,
+    Reading,
+    ReadingEvent,
     RequestState,
     Row,
     RowResult,
@@ -19,7 +21,7 @@ from peft_serve.core import (
     StepResult,
     TokenEvent,
 )
-from peft_serve.errors import AdapterUnavailable
+from peft_serve.errors import AdapterUnavailable, InvalidParameter
 from peft_serve.scheduling.draft import Flight
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.memory import Memory
@@ -71,7 +73,9 @@ class Outcome:
             tracked.num_computed += len(row.tokens)
             if row.source:
                 tracked.source_is_pending = False
-        if row.draw is not None:
+        if tracked.request.reading is not None:
+            yield from self._commit_reading(tracked, row, given)
+        elif row.draw is not None:
             yield from self._commit_token(tracked, given)
         elif row.wanted:
             if not row.branch:
@@ -94,6 +98,19 @@ class Outcome:
             yield self._roster.finish(tracked, FinishReason.EOS)
         elif index + 1 >= params.max_new_tokens or tracked.num_positions >= self._limits.max_context:
             yield self._roster.finish(tracked, FinishReason.LENGTH)
+
+    def _commit_reading(self, tracked: Tracked, row: Row, given: RowResult) -> Iterator[Event]:
+        if row.reading is not None and not given.readings:
+            error = InvalidParameter(f"{tracked.adapter} has no head for the reading '{row.reading}', nor has its base")
+            yield self._roster.finish(tracked, FinishReason.FAILED, error)
+            return
+        if row.reading is Reading.MEAN:
+            tracked.readings[:] = [_joint_mean(tracked, row, given.readings[0])]
+        else:
+            tracked.readings.extend(given.readings)
+        if tracked.is_read:
+            yield ReadingEvent(request=tracked.request.id, rows=tuple(tracked.readings))
+            yield self._roster.finish(tracked, FinishReason.READ)
 
     def _commit_branch(self, tracked: Tracked, row: Row, given: RowResult) -> None:
         index = row.branch - 1
@@ -121,3 +138,12 @@ class Outcome:
             token_logprobs=scores,
         )
         yield self._roster.finish(tracked, FinishReason.EOS)
+
+
+def _joint_mean(tracked: Tracked, row: Row, mean: tuple[float, ...]) -> tuple[float, ...]:
+    """The mean over all tokens so far, of the mean over those before the row and that over the row's."""
+    if not tracked.readings:
+        return mean
+    num_all, num_new = tracked.num_computed, len(row.tokens)
+    before = tracked.readings[0]
+    return tuple((a * (num_all - num_new) + b * num_new) / num_all for a, b in zip(before, mean, strict=True))

@@ -91,7 +91,7 @@ class Planner:
         for tracked in running:
             if draft.is_full:
                 return
-            if tracked.num_left == 0:
+            if tracked.is_read:
                 self._serve_choices(draft, tracked)
             elif not tracked.is_decoding and draft.has_tokens_for(tracked):
                 draft.add_row(tracked)

@@ -61,7 +61,7 @@ class Roster:
         if request.id in self._requests:
             raise ValueError(f"request id {request.id} is in use: ids must be unique")
         self.queue.require_room(self._clock())
-        tracked = track(request, seq=self._num_seen, is_encoder_decoder=self._limits.is_encoder_decoder)
+        tracked = track(request, self._limits, seq=self._num_seen)
         self._num_seen += 1
         if self._residency.is_asked(tracked.adapter):
             tracked.move(RequestState.LOADING)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from peft_serve.core import BASE, BASE_SLOT, AdapterId, Footprint
 from peft_serve.errors import AdapterUnavailable
 
+_PINNED_RETRY_S = 30.0  # pins are for operators to lift
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
@@ -205,7 +207,8 @@ class SlotLedger:
         if len(pinned) >= self._num_slots or pinned_bytes + num_bytes > self._max_bytes:
             raise AdapterUnavailable(
                 f"adapter {adapter} needs a slot and {num_bytes} bytes on the device; {len(pinned)} pinned "
-                "adapters leave no room: unpin one, or start the server with more (device_adapter_bytes)"
+                "adapters leave no room: unpin one, or start the server with more (device_adapter_bytes)",
+                retry_after_s=_PINNED_RETRY_S,
             )
 
     def _victims_for(self, num_bytes: int) -> list[_Seat] | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from peft_serve.core import TRANSITIONS, AdapterId, Request, RequestId, RequestState
+from peft_serve.core import TRANSITIONS, AdapterId, Reading, Request, RequestId, RequestState
+from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.slots import Lease
 
 
@@ -29,7 +30,10 @@ class Branch:
 
 @dataclass(slots=True, eq=False)
 class Tracked:
-    """A request with its books. `tokens` is the decoder's stream: its prompt, then what was drawn."""
+    """A request with its books. `tokens` is the decoder's stream: its prompt, then what was drawn.
+
+    On an encoder it is empty, and the prompt is the source.
+    """
 
     request: Request
     seq: int  # order of arrival
@@ -38,6 +42,7 @@ class Tracked:
     state: RequestState = RequestState.WAITING
     num_computed: int = 0  # tokens whose KV is in the table
     prefix: int = 0  # positions of the adapter's KV prefix, while running
+    active_from: int = 0  # context position of the first token that the adapter acts on
     rank: int = 0
     lease: Lease | None = None
     table: tuple[int, ...] = ()
@@ -49,6 +54,7 @@ class Tracked:
     open_choices: list[int] = field(default_factory=list)  # to be branched, the next one last
     first_scores: tuple[float, ...] = ()  # log-probabilities of each choice's first token
     scored: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    readings: list[tuple[float, ...]] = field(default_factory=list)  # of the tokens computed so far
     first_step_s: float | None = None
     last_step: int = -1
 
@@ -75,6 +81,11 @@ class Tracked:
         return len(self.tokens) - self.num_computed
 
     @property
+    def is_read(self) -> bool:
+        """Whether everything there is to read has been through the model."""
+        return self.num_left == 0 and not self.source_is_pending
+
+    @property
     def is_decoding(self) -> bool:
         """Whether the next row is one drawn token."""
         return self.num_computed == len(self.tokens) - 1 and len(self.tokens) > self.num_prompt
@@ -85,22 +96,51 @@ class Tracked:
         self.state = state
 
 
-def track(request: Request, *, seq: int, is_encoder_decoder: bool) -> Tracked:
+def track(request: Request, limits: Limits, *, seq: int) -> Tracked:
     """A record for a new request. Raises `ValueError` for a request no step could serve."""
-    stream = request.decoder_prompt if is_encoder_decoder else request.prompt
+    stream = request.decoder_prompt if limits.is_encoder_decoder else request.prompt
     if not request.prompt or not stream:
         raise ValueError(f"request {request.id} has no tokens to start from: give at least one")
+    _require_purpose(request, limits)
+    if limits.is_encoder:
+        stream = ()
+    elif request.reading is Reading.SEQUENCE:
+        stream = _without_padding(stream, limits.pad_id)
     if not all(request.choices):
         raise ValueError(f"request {request.id} has a choice without tokens: give each at least one")
-    if not request.choices and request.sampling.max_new_tokens < 1:
+    draws = not request.choices and request.reading is None
+    if draws and request.sampling.max_new_tokens < 1:
         raise ValueError(f"request {request.id} asks for no token: max_new_tokens must be at least 1")
-    if not request.choices and request.sampling.do_sample and request.sampling.seed is None:
+    if draws and request.sampling.do_sample and request.sampling.seed is None:
         raise ValueError(f"request {request.id} samples without a seed: draw one at admission")
     return Tracked(
         request=request,
         seq=seq,
         tokens=list(stream),
         num_prompt=len(stream),
-        source_is_pending=is_encoder_decoder,
+        source_is_pending=limits.is_encoder_decoder or limits.is_encoder,
         open_choices=[i for i, choice in reversed(list(enumerate(request.choices))) if len(choice) > 1],
     )
+
+
+def _without_padding(tokens: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
+    """The tokens up to the one that transformers' `...ForSequenceClassification` of a decoder reads.
+
+    What follows it is never looked at: attention is causal.
+    """
+    end = len(tokens)
+    while end > 1 and tokens[end - 1] == pad_id:
+        end -= 1
+    return tokens[:end]
+
+
+def _require_purpose(request: Request, limits: Limits) -> None:
+    """Raise `ValueError` when the base cannot do what the request is for."""
+    if limits.is_encoder and request.reading is None:
+        raise ValueError(f"request {request.id} asks an encoder for text: give it a reading")
+    if limits.is_encoder_decoder and request.reading is not None:
+        raise ValueError(f"request {request.id} asks an encoder-decoder for a reading: it only generates")
+    if request.reading is not None and request.choices:
+        raise ValueError(f"request {request.id} has choices and a reading: give one of them")
+    if request.segments and len(request.segments) != len(request.prompt):
+        raise ValueError(f"request {request.id} has {len(request.segments)} segments: give one for each prompt token")

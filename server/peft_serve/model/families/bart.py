@@ -6,7 +6,7 @@ replaced by one that reads the positions of the step.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,33 @@ _TABLE = "embed_positions"
 class StepPositions(nn.Module):
     """A table of position embeddings, read at positions that are set before the pass."""
 
-    def __init__(self, table: nn.Embedding) -> None:
+    def __init__(self, table_PD: Tensor, offset: int) -> None:
         super().__init__()
-        self.weight = table.weight
-        self._offset = int(getattr(table, "offset", 0))
+        if isinstance(table_PD, nn.Parameter):
+            self.weight = table_PD  # under the name it has in the model
+        else:
+            self.register_buffer("weights", table_PD, persistent=False)
+        self._table_PD = table_PD
+        self._offset = offset
         self.positions = torch.zeros(0, dtype=torch.long)
 
     def forward(self, *_: object, **__: object) -> Tensor:
         """Embeddings [1, T, d], whatever the model thinks the positions are."""
-        return embedding(self.positions + self._offset, self.weight)[None]
+        return embedding(self.positions + self._offset, self._table_PD)[None]
+
+
+def _step_positions(stack: nn.Module) -> StepPositions:
+    """Of the table of a stack: learned (BART), or computed once and kept (Marian, Pegasus, M2M100)."""
+    table: Any = getattr(stack, _TABLE, None)
+    if isinstance(table, nn.Embedding):
+        return StepPositions(table.weight, int(getattr(table, "offset", 0)))
+    if isinstance(getattr(table, "weights", None), Tensor) and hasattr(table, "padding_idx"):
+        return StepPositions(table.weights, int(table.padding_idx) + 1)  # places are counted behind the padding's
+    raise TypeError(f"{type(stack).__name__} keeps its positions in no table called {_TABLE!r}")
 
 
 class Bart(EncoderDecoder):
-    """BART, mBART and models built like them."""
+    """BART, mBART, Marian, Pegasus, M2M100 and models built like them."""
 
     cross_names: ClassVar[frozenset[str]] = frozenset({"encoder_attn"})
     unadaptable: ClassVar[frozenset[str]] = frozenset({_TABLE})
@@ -43,10 +57,7 @@ class Bart(EncoderDecoder):
         super().__init__(model)
         self._positions: dict[nn.Module, StepPositions] = {}
         for stack in (self._encoder, self._decoder):
-            table = getattr(stack, _TABLE, None)
-            if not isinstance(table, nn.Embedding):
-                raise TypeError(f"{type(stack).__name__} keeps its positions in no table called {_TABLE!r}")
-            self._positions[stack] = StepPositions(table)
+            self._positions[stack] = _step_positions(stack)
 
     def _shape(self) -> BaseShape:
         config = self._config
@@ -71,5 +82,6 @@ class Bart(EncoderDecoder):
         self._positions[stack].positions = positions
 
     def _project(self, hidden_1ND: Tensor) -> Tensor:
-        bias: Tensor = self._model.final_logits_bias
-        return super()._project(hidden_1ND) + bias
+        bias: Tensor | None = getattr(self._model, "final_logits_bias", None)
+        logits = super()._project(hidden_1ND)
+        return logits if bias is None else logits + bias

@@ -62,6 +62,8 @@ class EncoderDecoder:
         self.attention = RaggedAttention(self._places())
         nothing = PassThrough(self.cross_cache, dtype=model.dtype, device=model.device)
         self._memory = EncoderDecoderCache(nothing, nothing)
+        is_inner = hasattr(getattr(self._encoder, "embed_tokens", None), "embed_scale")
+        self._outer_scale = 1.0 if is_inner else float(getattr(self._encoder, "embed_scale", 1.0))
         self._no_source = torch.zeros((1, 1, self.shape.hidden_size), dtype=model.dtype, device=model.device)
 
     @property
@@ -106,7 +108,14 @@ class EncoderDecoder:
 
     def embed(self, tokens_S: Tensor) -> Tensor:
         embeddings: Tensor = self._encoder.embed_tokens(tokens_S[None])  # type: ignore[operator]
-        return embeddings[0]
+        return embeddings[0] * self._outer_scale
+
+    def behind(self, prompt_PD: Tensor, embeddings_SD: Tensor) -> Tensor:
+        """Embedded tokens behind a soft prompt, as peft gives them to the encoder.
+
+        An encoder that scales outside its table (Marian) scales nothing it is given, neither prompt nor tokens.
+        """
+        return torch.cat((prompt_PD.to(embeddings_SD.dtype), embeddings_SD / self._outer_scale))
 
     def encode(self, embeddings_SD: Tensor, positions_S: Tensor) -> Tensor:
         self._set_positions(self._encoder, positions_S)

@@ -9,6 +9,7 @@ Shapes: `T` decoder tokens of the step, `S` source tokens, `N` positions whose l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -59,7 +60,7 @@ class Family(Protocol):
         ...
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, source: Tensor | None) -> None:
-        """Run the decoder for its keys and values alone."""
+        """Run the decoder for its keys and values, and its last hidden states, alone."""
         ...
 
     def logits(self, tokens_T: Tensor, positions_T: Tensor, keep_N: Tensor, source: Tensor | None) -> Tensor:
@@ -87,6 +88,60 @@ class ReadsSources(Protocol):
         """The encoder's embeddings [S, d] of token ids."""
         ...
 
+    def behind(self, prompt_PD: Tensor, embeddings_SD: Tensor) -> Tensor:
+        """The embeddings [P + S, d] of a source behind a soft prompt."""
+        ...
+
     def encode(self, embeddings_SD: Tensor, positions_S: Tensor) -> Tensor:
         """Run the encoder over embeddings; gives [1, S, d]."""
+        ...
+
+
+@runtime_checkable
+class ReadsStates(Protocol):
+    """A family of decoders whose last hidden states can be read."""
+
+    def states(self) -> Tensor:
+        """The last hidden states [T, d] of the pass that ran last."""
+        ...
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """A family that is an encoder and nothing else: a row is read in one pass, in both directions."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether its rows are padded to one length, all of them with the same adapter."""
+        ...
+
+    @property
+    def num_positions(self) -> int:
+        """Relative positions that its layers project beside the tokens, in the stream of that name."""
+        ...
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether tokens have types (BERT's first and second sentence)."""
+        ...
+
+    def embed(self, tokens_S: Tensor) -> Tensor:
+        """The embeddings [S, d] of token ids, before positions and types."""
+        ...
+
+    def positions(self, tokens: Sequence[int], *, num_prefix: int, num_prompt: int) -> list[int]:
+        """Where the soft prompt and the tokens of one row stand, behind a prefix of keys and values."""
+        ...
+
+    def read(self, embeddings_SD: Tensor, positions_S: Tensor, segments_S: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The last hidden states [S, d] of rows side by side."""
+        ...
+
+
+@runtime_checkable
+class SharesModules(Protocol):
+    """A family with modules that are called with the tokens of two streams in one pass."""
+
+    def share(self, sharing: Callable[[str, Stream], Callable[[Stream], None]]) -> None:
+        """`sharing` takes a module's path and its second stream, and gives what says whose tokens come next."""
         ...
