@@ -100,3 +100,38 @@ def test_a_kept_stop_string_ends_the_text() -> None:
     assert finder.push("one E") == "one "
     assert finder.push("ND two") == "END"
     assert finder.push("three") == ""
+
+
+def test_a_text_is_encoded_with_where_its_tokens_come_from(codec: TextCodec) -> None:
+    encoded = codec.encode_fully("hé llo")
+    assert encoded.ids == codec.encode("hé llo")
+    assert set(encoded.texts) == {0}
+    assert set(encoded.segments) == {0}
+    assert encoded.offsets[:3] == ((0, 1), (1, 2), (1, 2)), "two bytes of one character"
+    assert encoded.places(0) == list(range(7))
+    assert encoded.places(1) == []
+    pair = codec.encode_fully("ab", "cd")
+    assert (pair.ids, pair.texts) == (codec.encode("abcd"), (0, 0, 1, 1))
+    assert codec.joined(codec.pieces(pair.ids)) == "abcd"
+
+
+def test_a_slow_tokenizer_tells_less() -> None:
+    class Slow:
+        """As the tokenizers of transformers that are written in Python."""
+
+        is_fast = False
+        all_special_ids = (0,)
+
+        def __call__(self, text: str, pair: str | None = None, **_: Any) -> dict[str, list[int]]:
+            first, second = [1] * len(text), [2] * len(pair or "")
+            return {
+                "input_ids": [0, *first, 0, *second],
+                "special_tokens_mask": [1, *[0] * len(first), 1, *[0] * len(second)],
+                "token_type_ids": [0] * (len(first) + 2) + [1] * len(second),
+            }
+
+    encoded = TextCodec(Slow(), is_encoder_decoder=False).encode_fully("ab", "c")
+    assert encoded.texts == (None, 0, 0, None, 1)
+    assert encoded.offsets == ()
+    assert encoded.words == (None,) * 5
+    assert encoded.shortened(4).ids == (0, 1, 0, 2)

@@ -8,24 +8,30 @@ import json
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peft_serve.adapters.catalog import Catalog
+from peft_serve.adapters.combined import parts_of
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.profile import parse_profile
-from peft_serve.adapters.records import CheckpointFiles, Profile, Summary
+from peft_serve.adapters.records import CheckpointFiles, HeadFacts, Profile, Summary
 from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.vocabulary import Vocabulary
 from peft_serve.config import Settings
 from peft_serve.core import (
+    BASE,
     AdapterId,
     Event,
     FinishEvent,
     FinishReason,
+    Reading,
+    ReadingEvent,
     Request,
     RequestId,
     ScoresEvent,
@@ -41,6 +47,7 @@ from peft_serve.text import TextCodec
 BASE_NAME = "tiny-base"
 EOS = 1
 MAX_CONTEXT = 512
+HIDDEN = 6
 LETTERS = "abcdefghijklmnop "
 
 
@@ -78,6 +85,8 @@ class FakeEngine:
         self.cancelled: list[tuple[RequestId, FinishReason]] = []
         self.commands: list[tuple[str, AdapterId]] = []
         self.resident: dict[AdapterId, bool] = {}
+        self.num_labels: dict[AdapterId, int] = {}  # of the heads, by the adapter that brings them; BASE: its own
+        self.reads: Callable[[Request], Sequence[Sequence[float]]] = self._read
 
     def start(self) -> None:
         self._thread.start()
@@ -177,6 +186,9 @@ class FakeEngine:
             error = self.fails_after.get(request.adapter)
         if error is not None:
             return [self._finish(live, FinishReason.FAILED, error)]
+        if request.reading is not None:
+            rows = tuple(tuple(row) for row in self.reads(request))
+            return [ReadingEvent(request=request.id, rows=rows), self._finish(live, FinishReason.READ)]
         if request.choices:
             token_logprobs = tuple(
                 tuple(
@@ -200,6 +212,19 @@ class FakeEngine:
             events.append(self._finish(live, FinishReason.LENGTH))
         return events
 
+    def _read(self, request: Request) -> list[list[float]]:
+        """As many rows, and as wide, as the real engine reads; every value depends on adapter, prompt and place."""
+        num_rows, width = 1, HIDDEN
+        if request.reading in (Reading.TOKENS, Reading.SPANS):
+            num_rows = len(request.prompt)
+        if request.reading is Reading.SPANS:
+            width = 2
+        elif request.reading in (Reading.SEQUENCE, Reading.TOKENS):
+            ids = [BASE] if request.adapter == BASE else [part.id for part in parts_of(request.adapter)]
+            width = next(self.num_labels[id_] for id_ in (*ids, BASE) if id_ in self.num_labels)
+        seen = (request.adapter, request.prompt, request.segments, request.reading)
+        return [[digest_int(seen, i, j) % 1000 / 250 - 2 for j in range(width)] for i in range(num_rows)]
+
     def _finish(self, live: Live, reason: FinishReason, error: Exception | None = None) -> FinishEvent:
         del self._live[live.request.id]
         return FinishEvent(
@@ -217,11 +242,14 @@ class FakeInspected:
     id: AdapterId
     summary: Summary
     profile: Profile
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    cues: tuple[int, ...] = ()
 
 
 def fake_gate(files: CheckpointFiles) -> FakeInspected:
     """Accepts any weights; a config that says `bad` is refused in its words."""
     config = json.loads(files.config)
+    head = config.get("head")
     if "bad" in config:
         raise AdapterInvalid([Refusal("q_proj.lora_A", config["bad"]), Refusal("q_proj.lora_B", "has a twin")])
     return FakeInspected(
@@ -236,8 +264,12 @@ def fake_gate(files: CheckpointFiles) -> FakeInspected:
             num_sites=2,
             modules=("q_proj", "v_proj"),
             num_virtual_tokens=config.get("num_virtual_tokens", 0),
+            head=None if head is None else HeadFacts(*head),
+            num_tasks=config.get("num_tasks", 1),
+            ignores_segments=config.get("ignores_segments", False),
         ),
         profile=Profile() if files.profile is None else parse_profile(files.profile),
+        cues=tuple(config.get("cues", ())),
     )
 
 
@@ -280,6 +312,9 @@ class World:
     def publish(self, name: str, files: dict[str, bytes]) -> AdapterId:
         published = self.catalog.publish(name, checkpoint_files(files))
         self.adapters[name] = published.version.id
+        head = None if published.version.summary is None else published.version.summary.head
+        if head is not None:
+            self.engine.num_labels[published.version.id] = head.num_labels
         return published.version.id
 
     @property
@@ -288,8 +323,15 @@ class World:
 
 
 def make_world(
-    tokenizer: Any, root: Path, *, is_encoder_decoder: bool = False, folders: Sequence[Path] = (), **settings: Any
+    tokenizer: Any,
+    root: Path,
+    *,
+    is_encoder_decoder: bool = False,
+    folders: Sequence[Path] = (),
+    card: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> World:
+    """`card` changes what the base is; `settings` are the server's."""
     codec = TextCodec(tokenizer, is_encoder_decoder=is_encoder_decoder)
     engine = FakeEngine(codec)
     fs = DiskFileSystem()
@@ -301,19 +343,22 @@ def make_world(
         base_name=BASE_NAME,
         now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
     )
-    base = BaseCard(
-        name=BASE_NAME,
-        family="tiny",
-        class_name="TinyForCausalLM",
-        dtype="float32",
-        device="cpu",
-        num_parameters=1000,
-        is_encoder_decoder=is_encoder_decoder,
-        vocab_size=len(tokenizer),
-        max_context=MAX_CONTEXT,
-        eos_ids=frozenset({EOS}),
-        decoder_start=(0,) if is_encoder_decoder else (),
-    )
+    facts: dict[str, Any] = {
+        "name": BASE_NAME,
+        "family": "tiny",
+        "class_name": "TinyForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "num_parameters": 1000,
+        "is_encoder_decoder": is_encoder_decoder,
+        "vocab_size": len(tokenizer),
+        "max_context": MAX_CONTEXT,
+        "eos_ids": frozenset({EOS}),
+        "decoder_start": (0,) if is_encoder_decoder else (),
+    }
+    base = BaseCard(**{**facts, **card})
+    if base.head is not None:
+        engine.num_labels[BASE] = base.head.num_labels
     parts = ServerParts(
         settings=Settings(max_new_tokens=256, max_body_bytes=1 << 20, max_inputs=16, **settings),
         base=base,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 from huggingface_hub import InferenceClient, constants
-from huggingface_hub.errors import OverloadedError, ValidationError
+from huggingface_hub.errors import HfHubHTTPError, OverloadedError, ValidationError
 
 from tests.api.api_fakes import BASE_NAME, World
 
@@ -110,3 +110,53 @@ def test_hugging_face_errors(url: str, world: World) -> None:
     world.engine.max_queue = 0
     with pytest.raises(OverloadedError):
         client.text_generation("hello")
+
+
+def test_openai_embeddings(reading_url: str) -> None:
+    with openai.OpenAI(base_url=f"{reading_url}/v1", api_key="unused", max_retries=0) as client:
+        coded = client.embeddings.create(model="plain", input=["new york", "my order"])  # it asks for base64 by itself
+        plain = client.embeddings.create(model="plain", input=["new york", "my order"], encoding_format="float")
+        assert coded.data[1].embedding == pytest.approx(plain.data[1].embedding)
+        assert coded.model == "plain"
+        assert coded.usage.total_tokens == 8
+        base = client.embeddings.create(model=BASE_NAME, input="new york")
+        assert base.data[0].embedding != coded.data[0].embedding
+        with pytest.raises(openai.BadRequestError) as wrong:
+            client.embeddings.create(model="plain", input="new", dimensions=2)
+        assert wrong.value.param == "dimensions"
+        with pytest.raises(openai.BadRequestError) as encoder:
+            client.completions.create(model="plain", prompt="new")
+        assert "generates no text" in str(encoder.value)
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize("place", ["/classify?adapter={}", "?adapter={}"])
+def test_hugging_face_classification(reading_url: str, place: str) -> None:
+    def client(adapter: str) -> InferenceClient:
+        return InferenceClient(model=reading_url + place.format(adapter))
+
+    moods = client("moods").text_classification("my order", top_k=2)
+    assert len(moods) == 2
+    assert moods[0].score >= moods[1].score
+    entities = client("names").token_classification("anna lives in new york", ignore_labels=[])
+    assert [entity.word for entity in entities] == ["anna", "lives", "in", "new", "york"]
+    assert (entities[1].start, entities[1].end) == (5, 10)
+    groups = client("names").token_classification("anna lives", aggregation_strategy="simple", ignore_labels=[])
+    assert groups[0].entity_group is not None
+    found = client("reader").question_answering(question="who", context="anna lives in york")
+    assert isinstance(found, list)  # the client's own shape for several answers, and for one
+    assert found[0].answer in "anna lives in york"
+    with pytest.raises(HfHubHTTPError) as missing:
+        client("nobody").text_classification("new")
+    assert missing.value.response.status_code == 404
+
+
+@pytest.mark.usefixtures("online")
+def test_hugging_face_features(reading_url: str) -> None:
+    embedded = InferenceClient(model=f"{reading_url}/embed?adapter=plain").feature_extraction(
+        "my order", normalize=True
+    )
+    assert embedded.shape == (1, 6)
+    assert float((embedded**2).sum()) == pytest.approx(1)
+    at_root = InferenceClient(base_url=reading_url).feature_extraction("my order")
+    assert at_root.shape == (1, 6)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from peft_serve.api import fields
 from peft_serve.api.bodies import ChatBody, CompletionBody, Parameters
 from peft_serve.api.json_body import parse_object, validated
-from peft_serve.api.problems import FieldsInvalid
+from peft_serve.api.problems import TGI_PATHS, FieldsInvalid
+from peft_serve.api.reading_bodies import ClassifyBody, ClassifyParameters, EmbedBody, EmbeddingsBody
 from peft_serve.errors import InvalidParameter
 from tests.api.api_fakes import World
 
@@ -42,6 +43,14 @@ FAMILIES = [
         '{{"messages": [{{"role": "user", "content": "x"}}], "{}": {}}}',
         named(ChatBody, fields.CHAT),
     ),
+    (
+        "/classify",
+        '{{"inputs": "x", "parameters": {{"{}": {}}}}}',
+        named(ClassifyParameters, fields.CLASSIFY_PARAMETERS),
+    ),
+    ("/classify", '{{"{}": {}, "parameters": {{"choices": ["a", "b"]}}}}', named(ClassifyBody, fields.CLASSIFY)),
+    ("/embed", '{{"inputs": "x", "{}": {}}}', named(EmbedBody, fields.EMBED)),
+    ("/v1/embeddings", '{{"input": "x", "{}": {}}}', named(EmbeddingsBody, fields.EMBEDDINGS)),
 ]
 
 
@@ -67,7 +76,8 @@ async def test_no_value_of_any_field_is_our_fault(
                 assert answer.status_code == 400
                 assert set(said) == {"error"}
             else:
-                assert said["error_type"] == "validation"
+                assert said["status"] == answer.status_code
+                assert path not in TGI_PATHS or said["error_type"] == "validation"
             assert len(answer.content) < 6000
     assert refused > 5 * len(names)
     assert world.engine.num_live == 0
@@ -79,7 +89,8 @@ BODIES += [b"[" * 200_000, b'{"prompt": "\\ud83d"}', b'{"inputs": ' + b"9" * 10_
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda b: repr(b[:20]))
 async def test_bodies_that_are_no_request(client: httpx.AsyncClient, body: bytes) -> None:
-    for path in ("/generate", "/generate_stream", "/", "/tokenize", "/v1/completions", "/v1/chat/completions"):
+    paths = ("/generate", "/generate_stream", "/", "/tokenize", "/classify", "/embed")
+    for path in (*paths, "/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
         answer = await client.post(path, content=body)
         assert answer.status_code == (400 if path.startswith("/v1") else 422), (path, answer.text)
         assert len(answer.content) < 4000

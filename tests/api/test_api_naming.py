@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peft_serve.api.naming import Mention, agreed_name
 from peft_serve.core import BASE
-from peft_serve.errors import AdapterConflict, InvalidParameter
+from peft_serve.errors import AdapterConflict
 from tests.api.api_fakes import BASE_NAME, World
 
 PLACES: list[tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = [
@@ -123,12 +123,6 @@ async def test_an_unknown_name_is_never_answered_by_the_base(
     assert world.engine.seen == []
 
 
-async def test_combining_adapters_is_refused_by_name(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/generate?adapter=plain+soft", json={"inputs": "x"})
-    assert answer.status_code == 422
-    assert "combine" in answer.json()["detail"]
-
-
 @given(st.lists(st.sampled_from(["", "base", BASE_NAME, "a", "b", " "]), max_size=5))
 def test_the_agreed_name_is_the_only_one_named(names: list[str]) -> None:
     mentions = [Mention(f"place {i}", name) for i, name in enumerate(names)]
@@ -138,8 +132,3 @@ def test_the_agreed_name_is_the_only_one_named(names: list[str]) -> None:
             agreed_name(mentions, BASE_NAME)
     else:
         assert agreed_name(mentions, BASE_NAME) == (named.pop() if named else "base")
-
-
-def test_a_sum_is_no_name() -> None:
-    with pytest.raises(InvalidParameter):
-        agreed_name([Mention("query", "a+b")], BASE_NAME)

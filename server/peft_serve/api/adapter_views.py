@@ -6,7 +6,7 @@ from typing import Any
 
 from peft_serve.adapters.catalog import Published
 from peft_serve.adapters.listing import Entry
-from peft_serve.adapters.records import Summary, Version
+from peft_serve.adapters.records import HeadFacts, Summary, Version
 from peft_serve.core import AdapterId
 from peft_serve.engine.snapshot import EngineSnapshot
 
@@ -23,11 +23,16 @@ def version_view(version: Version) -> dict[str, Any]:
     }
 
 
+def head_view(head: HeadFacts | None) -> dict[str, Any] | None:
+    """A task head: what it computes, and how many labels it has."""
+    return None if head is None else {"task": head.task, "num_labels": head.num_labels}
+
+
 def summary_view(summary: Summary | None) -> dict[str, Any]:
     """What the gate found; nulls for a checkpoint that nobody has used yet."""
     if summary is None:
         names = ("peft_type", "task_type", "base", "rank", "bytes", "num_tensors", "num_sites", "num_virtual_tokens")
-        return dict.fromkeys(names) | {"modules": [], "warnings": []}
+        return dict.fromkeys(names) | {"head": None, "num_tasks": None, "modules": [], "warnings": []}
     return {
         "peft_type": summary.peft_type,
         "task_type": summary.task_type,
@@ -37,6 +42,8 @@ def summary_view(summary: Summary | None) -> dict[str, Any]:
         "num_tensors": summary.num_tensors,
         "num_sites": summary.num_sites,
         "num_virtual_tokens": summary.num_virtual_tokens,
+        "head": head_view(summary.head),
+        "num_tasks": summary.num_tasks,
         "modules": list(summary.modules),
         "warnings": list(summary.warnings),
     }
@@ -73,4 +80,6 @@ def published_view(published: Published) -> dict[str, Any]:
     """The answer to an upload."""
     before = published.previous
     previous = None if before is None else {"version": before.number, "digest": before.id}
-    return version_view(published.version) | {"previous": previous}
+    content = version_view(published.version) | {"previous": previous, "tried": published.proof.is_tried}
+    content["warnings"] += published.proof.warnings
+    return content

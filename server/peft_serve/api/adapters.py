@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from peft_serve.adapters.catalog import Published, etag
+from peft_serve.adapters.combined import is_combined, parts_of
 from peft_serve.adapters.listing import Entry
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.names import check_name
@@ -24,6 +26,7 @@ from peft_serve.api.openapi import UPLOAD_BODY, error_responses
 from peft_serve.api.service import Service
 from peft_serve.api.uploads import Upload, receive_upload
 from peft_serve.core import AdapterId
+from peft_serve.engine.snapshot import EngineSnapshot
 from peft_serve.errors import (
     AdapterInvalid,
     AdapterUnavailable,
@@ -109,7 +112,7 @@ class AdapterRoutes:
         async with self._turns:
             found = await asyncio.to_thread(self._parts.inspect, upload.files)
         ignored = [f"{file} is not read" for file in upload.files.ignored]
-        content = {"digest": found.id, **summary_view(found.summary)}
+        content = {"digest": found.id, **summary_view(found.summary), "tried": False}
         return json_response(content | {"warnings": [*content["warnings"], *ignored]})
 
     async def delete(self, name: str, request: Request) -> Response:
@@ -122,7 +125,7 @@ class AdapterRoutes:
                 raise PreconditionFailed(f"adapter '{name}' is not at what If-Match names; look again")
         ids = {version.id for version in await asyncio.to_thread(catalog.versions, name)}
         in_flight = await asyncio.to_thread(catalog.delete, name)
-        for adapter in ids:
+        for adapter in ids | _made_of(ids, self._parts.engine.snapshot()):
             self._parts.engine.set_pinned(adapter, pinned=False)
             self._parts.engine.unload(adapter)
         if in_flight == 0:
@@ -194,6 +197,7 @@ class AdapterRoutes:
     async def _published(self, name: str, upload: Upload, request: Request, *, dry_run: bool) -> Published:
         create_only = _create_only(request)
         if_match = request.headers.get("if-match")
+        prove = partial(self._service.trial().prove, name)
         try:
             async with self._turns:
                 return await asyncio.to_thread(
@@ -203,6 +207,7 @@ class AdapterRoutes:
                     if_match=if_match,
                     create_only=create_only,
                     dry_run=dry_run,
+                    prove=prove,
                 )
         except ServeError as error:
             self._parts.metrics.observe_upload("refused" if error.status < 500 else "failed")
@@ -227,6 +232,12 @@ class AdapterRoutes:
                 catalog.resolve(name)
             entry = catalog.get(name)
         return entry
+
+
+def _made_of(ids: set[AdapterId], snapshot: EngineSnapshot) -> set[AdapterId]:
+    """The combinations in memory that one of these is a part of."""
+    loaded = {*snapshot.host_adapters, *(resident.adapter for resident in snapshot.resident)}
+    return {each for each in loaded if is_combined(each) and any(part.id in ids for part in parts_of(each))}
 
 
 def _plain(name: str) -> str:

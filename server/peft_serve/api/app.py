@@ -16,13 +16,16 @@ from starlette.responses import HTMLResponse, Response
 from peft_serve import __version__
 from peft_serve.api.adapters import AdapterRoutes
 from peft_serve.api.chats import ChatRoutes
+from peft_serve.api.classify import ClassifyRoutes
 from peft_serve.api.completions import CompletionRoutes
 from peft_serve.api.docs_page import PAGE
+from peft_serve.api.embed import EmbedRoutes
 from peft_serve.api.middleware import Envelope
 from peft_serve.api.native import NativeRoutes
 from peft_serve.api.openapi import describe
 from peft_serve.api.operations import OperationRoutes
 from peft_serve.api.problems import Problem, family_of, problem_of, problem_of_http, response_of
+from peft_serve.api.root import RootRoutes
 from peft_serve.api.service import Service
 from peft_serve.api.tgi import TGIRoutes
 from peft_serve.engine.parts import ServerParts
@@ -30,7 +33,8 @@ from peft_serve.errors import InvalidParameter, ServeError
 
 _DESCRIPTION = (
     "One resident base model, many PEFT adapters in one batch. Name an adapter by `?adapter=`, the header "
-    "`X-Adapter`, the body, or OpenAI's `model`; without a name the base answers."
+    "`X-Adapter`, the body, or OpenAI's `model`; without a name the base answers. `a+b` and `a:0.7+b:0.3` combine "
+    "adapters in one request, and `ensemble` lets several answer it."
 )
 
 
@@ -48,6 +52,8 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.open()
         yield
+        if parts.templates is not None:
+            parts.templates.close()
 
     app = FastAPI(
         title="peft-serve",
@@ -58,7 +64,10 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    families = (NativeRoutes, TGIRoutes, CompletionRoutes, ChatRoutes, AdapterRoutes, OperationRoutes)
+    families = (
+        NativeRoutes, RootRoutes, TGIRoutes, ClassifyRoutes, EmbedRoutes, CompletionRoutes, ChatRoutes, AdapterRoutes,
+        OperationRoutes,
+    )  # fmt: skip
     for family in families:
         app.include_router(family(service).router())
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)

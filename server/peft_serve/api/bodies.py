@@ -7,13 +7,17 @@ These models are the schemas of the OpenAPI page.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
 
 MAX_COUNT: Final = 2**31 - 1
 MAX_SEED: Final = 2**63 - 1
 MIN_TEMPERATURE: Final = 1e-3
+MAX_MEMBERS: Final = 16
+TASK: Final = "which task is meant, of an adapter that holds several"
+ENSEMBLE: Final = "adapters that all answer each input; their scores are averaged"
+ENSEMBLE_BY: Final = "mean: of the scores (default); vote: each member has one"
 
 
 class _FirstError(FailFast):
@@ -31,6 +35,9 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_COUNT)]], FAIL_FAST,
 Stops = Annotated[list[Text], FAIL_FAST]
 Choices = list[str] | dict[str, str]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+TaskId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Members = Annotated[list[Text], FAIL_FAST, Field(min_length=2, max_length=MAX_MEMBERS)]
+EnsembleBy = Literal["mean", "vote"]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
 
@@ -139,6 +146,9 @@ class Parameters(Body):
         default=None, description="answer with one of these; null switches the adapter's off"
     )
     adapter_id: str | None = None
+    task_id: TaskId | None = Field(default=None, description=TASK)
+    ensemble: Members | None = Field(default=None, description=ENSEMBLE)
+    ensemble_by: EnsembleBy | None = Field(default=None, description=ENSEMBLE_BY)
 
     _temperature = field_validator("temperature")(checked_temperature)
     _template = field_validator("template")(checked_template)
@@ -157,6 +167,7 @@ class GenerateBody(Body):
     )
     adapter_id: str | None = None
     model: str | None = None
+    ensemble: Members | None = Field(default=None, description=ENSEMBLE)
 
     _inputs = field_validator("inputs", mode="before")(checked_inputs)
 
@@ -166,6 +177,7 @@ class TokenizeBody(Body):
 
     inputs: str
     add_special_tokens: bool = True
+    adapter_id: str | None = None
 
 
 class StreamOptions(BaseModel):
@@ -194,6 +206,7 @@ class OpenAIBody(Body):
     stream_options: StreamOptions | None = None
 
     adapter_id: str | None = None
+    task_id: TaskId | None = Field(default=None, description=TASK)
     top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT, description="0 or -1 = off")
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     typical_p: Share | None = None

@@ -50,7 +50,7 @@ class ChatRoutes:
         messages = tuple({"role": message.role, "content": message.text} for message in body.messages)
         admitted = Call(
             asks=(Ask(messages=messages, adapter=call.adapter),),
-            explicit=explicit_parameters(body) | _longest(body),
+            explicit=explicit_parameters(body) | _longest(body) | call.task,
             style=Style(
                 defaults=DEFAULTS,
                 max_new_tokens=None,

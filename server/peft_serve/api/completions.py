@@ -49,7 +49,7 @@ class CompletionRoutes:
         )
         admitted = Call(
             asks=tuple(_asks(body, call.adapter)),
-            explicit=explicit_parameters(body),
+            explicit=explicit_parameters(body) | call.task,
             style=Style(
                 defaults=DEFAULTS,
                 max_new_tokens=DEFAULT_MAX_TOKENS,

@@ -54,7 +54,7 @@ PARAMETERS: Final = FieldRules(
         "bad_words_ids": Refused("not served; leave it out", ([],)),
         "max_time": Refused("not served; bound the answer with max_new_tokens"),
         "return_k_alternatives": Refused("not served; use top_n_tokens", (0,)),
-        "merged_adapters": Refused("this server does not combine adapters; name one in adapter_id"),
+        "merged_adapters": Refused("say it in adapter_id: a:0.7+b:0.3"),
         "adapter_source": Refused("adapters are uploaded, by PUT /adapters/{name}; send local", ("local", "")),
         "apply_chat_template": Refused("use POST /v1/chat/completions", (False,)),
     },
@@ -67,7 +67,35 @@ GENERATE: Final = FieldRules(
     ignored=frozenset({"options", "user", "metadata", "priority", "api_token"}),
 )
 
-TOKENIZE: Final = FieldRules(ignored=frozenset({"parameters", "options", "adapter_id", "model"}))
+CLASSIFY: Final = FieldRules(ignored=GENERATE.ignored)
+
+_WHOLE: Final = Refused("a text is read in one pass; send it in parts, or set truncate")
+
+CLASSIFY_PARAMETERS: Final = FieldRules(
+    refused={
+        "stride": _WHOLE,
+        "doc_stride": _WHOLE,
+        "max_seq_len": _WHOLE,
+        "max_question_len": _WHOLE,
+        "is_split_into_words": Refused("texts are split by the base's tokenizer; send them whole", (False,)),
+        "return_all_scores": Refused("all scores are given unless top_k says otherwise; use top_k", (True,)),
+    },
+    ignored=frozenset({"api_token"}),
+    nullable=_NULLABLE,
+)
+
+EMBED: Final = FieldRules(
+    refused={
+        "prompt_name": Refused("named prompts are not served; send the whole text, or a template"),
+        "truncation_direction": Refused("a text is cut at its end; send right", ("right", "Right")),
+        "dimensions": Refused("vectors have the base's own length; leave it out"),
+        "encoding_format": Refused("use POST /v1/embeddings", ("float",)),
+    },
+    ignored=GENERATE.ignored,
+    nullable=frozenset({"template"}),
+)
+
+TOKENIZE: Final = FieldRules(ignored=frozenset({"parameters", "options", "model"}))
 
 _OPENAI_IGNORED: Final = frozenset(
     {
@@ -104,6 +132,11 @@ COMPLETIONS: Final = FieldRules(
     nullable=_NULLABLE,
 )
 
+EMBEDDINGS: Final = FieldRules(
+    ignored=frozenset({"user", "metadata", "request_id", "priority", "cache_salt"}),
+    nullable=frozenset({"template"}),
+)
+
 CHAT: Final = FieldRules(
     refused={
         **_OPENAI_REFUSED,
@@ -117,7 +150,7 @@ CHAT: Final = FieldRules(
         "moderation": Refused("not served; leave it out"),
         "web_search_options": Refused("not served; leave it out"),
         "echo": Refused("the messages are not sent back; send false", (False,)),
-        "chat_template": Refused("the base's own chat template is used; leave it out"),
+        "chat_template": Refused("the adapter's or the base's own chat template is used; leave it out"),
         "best_of": Refused("not served for chats; use n", (1,)),
     },
     ignored=_OPENAI_IGNORED,

@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from peft_serve.api.plan import LOWEST_LOGPROB, Alternative, Answer, Piece, Plan, Score, Token
 from peft_serve.api.problems import IncompleteGeneration
-from peft_serve.core import FinishEvent, FinishReason, ScoresEvent, TokenEvent
+from peft_serve.core import FinishEvent, FinishReason, ReadingEvent, ScoresEvent, TokenEvent
 from peft_serve.engine.client import EngineClient, EventStream
 from peft_serve.errors import Internal, ServeError
 from peft_serve.metrics import Metrics, RequestFigures
-from peft_serve.text import StopFinder, TextCodec
+from peft_serve.text import StopFinder
 
 _OUTCOMES = {FinishReason.CANCELLED: "cancelled", FinishReason.FAILED: "failed"}
 
@@ -33,25 +33,25 @@ class Generation:
         stream: EventStream,
         *,
         client: EngineClient,
-        codec: TextCodec,
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
         self.plan = plan
         self._stream = stream
         self._client = client
-        self._codec = codec
+        self._codec = plan.codec
         self._metrics = metrics
         self._clock = clock
         self._start_s = clock()
         self._first_s: float | None = None
         self._last_s: float | None = None
-        self._decoder = codec.detokenizer(plan.request.prompt)
+        self._decoder = plan.codec.detokenizer(plan.request.prompt)
         self._stops = StopFinder(plan.stops, keep_stop=plan.keep_stop)
         self._tokens: list[Token] = []
         self._decoded = ""  # all text so far
         self._shown = ""  # the part of it that has been shown
         self._scores: tuple[Score, ...] = ()
+        self._rows: tuple[tuple[float, ...], ...] = ()
         self._is_closed = False
         self._is_observed = False
 
@@ -98,6 +98,8 @@ class Generation:
                     token = self._take_scores(event)
                     yield self._conclude(await self._finish(), token, token.text)
                     return
+                elif isinstance(event, ReadingEvent):
+                    self._rows = event.rows
                 elif isinstance(event, FinishEvent):
                     yield self._conclude(event, None, "")
                     return
@@ -185,6 +187,7 @@ class Generation:
             queue_s=finish.queue_s,
             ttft_s=self.ttft_s,
             total_s=self._clock() - self._start_s,
+            rows=self._rows,
         )
         return Piece(token=token, text=text, answer=answer)
 

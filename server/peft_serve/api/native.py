@@ -1,4 +1,4 @@
-"""`POST /generate`, `/generate_stream` and `/`: the native routes, which TGI's and LoRAX' clients call as well.
+"""`POST /generate` and `/generate_stream`: the native routes, which TGI's and LoRAX' clients call as well.
 
 Knows their bodies, answers and events; what runs is `admission`'s business.
 """
@@ -15,10 +15,11 @@ from starlette.responses import Response
 
 from peft_serve.api import fields
 from peft_serve.api.bodies import GenerateBody, Parameters
+from peft_serve.api.ensembles import describe_members, pooled
 from peft_serve.api.generation import Generation
 from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.json_response import json_response
-from peft_serve.api.naming import Mention, agreed_name, mentions_of, model_mention
+from peft_serve.api.naming import Mention, agreed_task, named_adapters, named_members
 from peft_serve.api.openapi import error_responses, json_body
 from peft_serve.api.plan import Answer, Ask, Call, Plan, Token
 from peft_serve.api.problems import Family, body_of, problem_of
@@ -43,6 +44,7 @@ class _Wish:
     is_list: bool
     stream: bool
     details: bool
+    ensemble_by: str = "mean"
 
 
 class NativeRoutes:
@@ -57,7 +59,6 @@ class NativeRoutes:
         routes = (
             ("/generate", self.generate, "Generate from one input or a list of them"),
             ("/generate_stream", self.generate_stream, "Generate as a stream of tokens"),
-            ("/", self.compat_generate, "As /generate, for clients that know no path; answers with a list"),
         )
         for path, endpoint, summary in routes:
             router.add_api_route(
@@ -78,6 +79,7 @@ class NativeRoutes:
         return await self._stream(await self._read(request, stream=True), request)
 
     async def compat_generate(self, request: Request) -> Response:
+        """As `/generate`, for clients that know no path; answers with a list."""
         wish = await self._read(request)
         if wish.stream:
             return await self._stream(wish, request)
@@ -93,49 +95,43 @@ class NativeRoutes:
             raise InvalidParameter("inputs: a stream answers one input; send a string", param="inputs")
         if stream and best_of > 1:
             raise InvalidParameter("best_of: a stream is one answer; send 1", param="best_of")
-        names = self._adapters(request, body, parameters, len(inputs))
+        mentioned = (
+            Mention("parameters.adapter_id", parameters.adapter_id or ""),
+            Mention("adapter_id", body.adapter_id or ""),
+        )
+        members = named_members(request, mentioned, body.adapter, parameters.ensemble, body.ensemble)
+        if members and (stream or best_of > 1):
+            raise InvalidParameter("ensemble: answers whole, and once; leave stream and best_of out", param="ensemble")
+        if members:
+            asks = [Ask(text=text, adapter=name) for text in inputs for name in members]
+        else:
+            base = self._service.parts.base.name
+            names = named_adapters(request, mentioned, body.adapter, body.model, num_inputs=len(inputs), base_name=base)
+            asks = [Ask(text=text, adapter=name) for text, name in zip(inputs, names, strict=True)]
         wants_logprobs = stream or best_of > 1 or bool(parameters.details) or bool(parameters.top_n_tokens)
         call = Call(
-            asks=tuple(Ask(text=text, adapter=name) for text, name in zip(inputs, names, strict=True)),
-            explicit=parameters.model_dump(exclude_unset=True),
+            asks=tuple(asks),
+            explicit=parameters.model_dump(exclude_unset=True) | agreed_task(request, parameters.task_id),
             num_answers=best_of,
             num_logprobs=(parameters.top_n_tokens or 0) if wants_logprobs else None,
+            num_members=max(1, len(members)),
         )
         return _Wish(
             call=call,
             is_list=not isinstance(body.inputs, str),
             stream=stream,
             details=bool(parameters.details),
+            ensemble_by=parameters.ensemble_by or "mean",
         )
-
-    def _adapters(self, request: Request, body: GenerateBody, parameters: Parameters, num_inputs: int) -> list[str]:
-        """The adapter of each input."""
-        base = self._service.parts.base.name
-        shared = (
-            *mentions_of(request),
-            Mention("parameters.adapter_id", parameters.adapter_id or ""),
-            Mention("adapter_id", body.adapter_id or ""),
-        )
-        model = model_mention(body.model, base)
-        own = body.adapter if isinstance(body.adapter, list) else [body.adapter]
-        if isinstance(body.adapter, list) and len(own) != num_inputs:
-            raise InvalidParameter(
-                f"adapter: {len(own)} names for {num_inputs} inputs; give one for each", param="adapter"
-            )
-        if isinstance(body.adapter, list):
-            # In a list a null is a choice: this input is for the base.
-            return [agreed_name((*shared, Mention("adapter", name or "base"), *model), base) for name in own]
-        return [agreed_name((*shared, Mention("adapter", own[0] or ""), *model), base)] * num_inputs
 
     async def _whole(self, wish: _Wish, request: Request, *, always_list: bool = False) -> Response:
         generations = await self._service.open().admit(wish.call)
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)
-        n = wish.call.num_answers
-        content = [
-            _answer(generations[i : i + n], answers[i : i + n], details=wish.details) for i in range(0, len(answers), n)
-        ]
+        n = wish.call.num_answers * wish.call.num_members
+        tell = _ensemble if wish.call.num_members > 1 else _answer
+        content = [tell(generations[i : i + n], answers[i : i + n], wish) for i in range(0, len(answers), n)]
         headers = whole_headers(generations, answers)
         return json_response(content if wish.is_list or always_list else content[0], headers=headers)
 
@@ -157,15 +153,32 @@ def _best_of(parameters: Parameters) -> int:
     return parameters.best_of or parameters.n or 1
 
 
-def _answer(generations: Sequence[Generation], answers: Sequence[Answer], *, details: bool) -> dict[str, Any]:
+def _answer(generations: Sequence[Generation], answers: Sequence[Answer], wish: _Wish) -> dict[str, Any]:
     """The likeliest of the answers to one input; the others are told in its details."""
     order = sorted(range(len(answers)), key=lambda i: -answers[i].mean_logprob)
     best = order[0]
     plan = generations[best].plan
     content = {"generated_text": _text(plan, answers[best]), "adapter": plan.served.describe()}
-    if details:
+    if wish.details:
         others = [_sequence(generations[i].plan, answers[i]) for i in order[1:]]
         content["details"] = _details(plan, answers[best]) | {"best_of_sequences": others or None}
+    return content
+
+
+def _ensemble(generations: Sequence[Generation], answers: Sequence[Answer], wish: _Wish) -> dict[str, Any]:
+    """The choice that the members make together; each member's own is told in the details."""
+    scores = pooled([{s.label: s.score for s in answer.scores} for answer in answers], wish.ensemble_by)
+    best, plan = next(iter(scores)), generations[0].plan
+    content: dict[str, Any] = {
+        "generated_text": plan.prompt_text + best if plan.full_text else best,
+        "adapter": describe_members([generation.plan.served for generation in generations]),
+    }
+    if wish.details:
+        said = next((answer for answer in answers if answer.text == best), answers[0])
+        content["details"] = _details(plan, said) | {
+            "choices": [{"label": label, "score": score} for label, score in scores.items()],
+            "members": [_answer([g], [a], wish) for g, a in zip(generations, answers, strict=True)],
+        }
     return content
 
 

@@ -15,7 +15,7 @@ from peft_serve.api import openai_words as words
 from peft_serve.api.bodies import OpenAIBody
 from peft_serve.api.generation import Generation
 from peft_serve.api.json_response import json_response
-from peft_serve.api.naming import BASE_NAME, Mention, agreed_name, mentions_of, model_mention
+from peft_serve.api.naming import BASE_NAME, Mention, agreed_name, agreed_task, mentions_of, model_mention
 from peft_serve.api.plan import Answer, Piece
 from peft_serve.api.problems import Family, body_of, problem_of
 from peft_serve.api.replies import merged, stream_headers, streamed, whole_headers
@@ -76,6 +76,7 @@ class OpenAICall:
             *model_mention(body.model, base),
         )
         self.adapter = agreed_name(mentions, base)
+        self.task = agreed_task(request, body.task_id)
         self._settings = service.parts.settings
         self._request = request
         self._has_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -10,8 +10,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from peft_serve.api.bodies import ChatBody, CompletionBody, GenerateBody, Parameters, TokenizeBody
+from peft_serve.api.reading_bodies import ClassifyBody, ClassifyParameters, EmbedBody, EmbeddingsBody, EmbedParameters
 
-_MODELS: Final[tuple[type[BaseModel], ...]] = (GenerateBody, Parameters, CompletionBody, ChatBody, TokenizeBody)
+_MODELS: Final[tuple[type[BaseModel], ...]] = (
+    GenerateBody, Parameters, CompletionBody, ChatBody, TokenizeBody, ClassifyBody, ClassifyParameters, EmbedBody,
+    EmbedParameters, EmbeddingsBody,
+)  # fmt: skip
 _REFERENCE: Final = "#/components/schemas/"
 
 _MEANINGS: Final[Mapping[int, str]] = {
@@ -32,10 +36,17 @@ ADAPTER_QUERY: Final = {
     "name": "adapter",
     "in": "query",
     "required": False,
-    "description": "name, name@version or name@sha256:..; the header X-Adapter says the same",
+    "description": "name, name@version or name@sha256:..; a+b or a:0.7+b:0.3 for several together; the header "
+    "X-Adapter says the same",
     "schema": {"type": "string"},
 }
-
+TASK_QUERY: Final = {
+    "name": "task_id",
+    "in": "query",
+    "required": False,
+    "description": "which task is meant, of an adapter that holds several",
+    "schema": {"type": "integer", "minimum": 0},
+}
 
 _ARCHIVE: Final = {"schema": {"type": "string", "format": "binary"}}
 _FORM: Final = {
@@ -78,7 +89,7 @@ def json_body(model: str, example: Mapping[str, Any], *, has_adapter: bool = Fal
     content = {"schema": {"$ref": _REFERENCE + model}, "example": dict(example)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": content}}}
     if has_adapter:
-        extra["parameters"] = [ADAPTER_QUERY]
+        extra["parameters"] = [ADAPTER_QUERY, TASK_QUERY]
     return extra
 
 
@@ -103,7 +114,12 @@ def describe(app: FastAPI) -> dict[str, Any]:
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
     # A body reads its parameters itself, to say what is wrong with them by name.
-    schemas["GenerateBody"]["properties"]["parameters"] = {"$ref": _REFERENCE + "Parameters"}
+    for body, parameters in (
+        ("GenerateBody", "Parameters"),
+        ("ClassifyBody", "ClassifyParameters"),
+        ("EmbedBody", "EmbedParameters"),
+    ):
+        schemas[body]["properties"]["parameters"] = {"$ref": _REFERENCE + parameters}
     schemas["Problem"] = _PROBLEM
     schemas["OpenAIError"] = _OPENAI_ERROR
     return document

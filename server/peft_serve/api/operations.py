@@ -12,13 +12,16 @@ from typing import Final
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from peft_serve.adapters.listing import Entry
 from peft_serve.api import openai_words as words
+from peft_serve.api.abilities import labels_of, reads, tasks_of
+from peft_serve.api.adapter_views import head_view
 from peft_serve.api.json_response import json_response
 from peft_serve.api.naming import MODEL_ALIASES
 from peft_serve.api.openapi import error_responses, openai_error_responses
 from peft_serve.api.service import Service
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
-from peft_serve.errors import Unavailable
+from peft_serve.errors import AdapterInvalid, AdapterUnavailable, Unavailable
 from peft_serve.metrics import CONTENT_TYPE, StateFigures
 
 MAX_STALL_S: Final = 60.0
@@ -95,17 +98,48 @@ class OperationRoutes:
         )
 
     async def models(self) -> Response:
-        base = self._parts.base
         entries = await asyncio.to_thread(self._parts.catalog.list)
-        cards = [self._card(entry.name, parent=base.name) for entry in entries if not entry.problem]
-        return json_response({"object": "list", "data": [self._card(base.name), *cards]})
+        cards = [self._adapter_card(entry) for entry in entries if not entry.problem]
+        return json_response({"object": "list", "data": [self._base_card(), *cards]})
 
     async def model(self, model: str) -> Response:
         base = self._parts.base
         if model == base.name or model in MODEL_ALIASES:
-            return json_response(self._card(base.name))
-        await asyncio.to_thread(self._parts.catalog.get, model)
-        return json_response(self._card(model, parent=base.name))
+            return json_response(self._base_card())
+        entry = await asyncio.to_thread(self._parts.catalog.get, model)
+        return json_response(self._adapter_card(entry) | await asyncio.to_thread(self._adapter_words, model))
+
+    def _base_card(self) -> dict[str, object]:
+        base = self._parts.base
+        return self._card(base.name) | {
+            "tasks": tasks_of(base, None),
+            "head": head_view(base.head),
+            "labels": list(base.labels) or None,
+        }
+
+    def _adapter_card(self, entry: Entry) -> dict[str, object]:
+        """What the list tells: a folder's checkpoint that nobody has used yet is not read for it."""
+        base = self._parts.base
+        summary = None if entry.version is None else entry.version.summary
+        head = None if summary is None else summary.head
+        return self._card(entry.name, parent=base.name) | {"tasks": tasks_of(base, head), "head": head_view(head)}
+
+    def _adapter_words(self, name: str) -> dict[str, object]:
+        """What one adapter is asked by and answers with; nothing of one that cannot be used."""
+        base = self._parts.base
+        try:
+            resolved = self._parts.catalog.resolve(name)
+        except (AdapterUnavailable, AdapterInvalid):
+            return {}
+        profile, head = resolved.profile, resolved.head
+        answering = (head or base.head) if reads(base) else None
+        labels = labels_of(base, answering, profile) if answering else tuple(profile.choices or ())
+        return {
+            "tasks": tasks_of(base, head, has_choices=bool(profile.choices)),
+            "head": head_view(head),
+            "labels": list(labels) or None,
+            "num_tasks": resolved.num_tasks,
+        }
 
     def _card(self, name: str, parent: str | None = None) -> dict[str, object]:
         created, longest = int(self._service.started_s), self._parts.base.max_context

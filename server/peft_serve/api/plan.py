@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Final
 
-from peft_serve.adapters.records import Resolved
+from peft_serve.adapters.records import HeadFacts
 from peft_serve.api.naming import BASE_NAME
-from peft_serve.core import FinishReason, Request
+from peft_serve.api.served import Served
+from peft_serve.core import FinishReason, Reading, Request
+from peft_serve.text import Encoded, TextCodec
 
 LOWEST_LOGPROB: Final = -9999.0
 """What is shown for minus infinity, which JSON cannot say (OpenAI's figure)."""
@@ -20,6 +23,8 @@ class Ask:
 
     adapter: str = BASE_NAME
     text: str | None = None
+    pair: str | None = None  # a second text, or the context of a question
+    is_question: bool = False
     ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
 
@@ -38,34 +43,30 @@ class Style:
         return self.names.get(parameter, parameter)
 
 
+class Purpose(StrEnum):
+    """What a call is for."""
+
+    GENERATE = "generate"
+    CLASSIFY = "classify"  # by a task head, or by scoring choices
+    EMBED = "embed"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One HTTP call: its inputs and what was said explicitly, in the words of `bodies.Parameters`."""
+    """One HTTP call: its inputs and what was said explicitly, in the words of `bodies.Parameters`.
+
+    An ensemble asks each of its members for every input: the asks of one input stand side by side.
+    """
 
     asks: tuple[Ask, ...]
     explicit: Mapping[str, Any]
     style: Style = field(default_factory=Style)
     num_answers: int = 1  # independent answers to each input
     num_logprobs: int | None = None  # None: no log-probabilities; 0: of the chosen tokens; n: and n alternatives
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """Who answers: a version of an adapter, or the base."""
-
-    name: str
-    resolved: Resolved | None = None
-
-    @property
-    def method(self) -> str:
-        return "base" if self.resolved is None else self.resolved.peft_type
-
-    def describe(self) -> dict[str, Any]:
-        """The `adapter` member of a native answer."""
-        if self.resolved is None:
-            return {"name": BASE_NAME, "version": None, "digest": None, "peft_type": None}
-        r = self.resolved
-        return {"name": r.name, "version": r.number, "digest": r.id, "peft_type": r.peft_type}
+    purpose: Purpose = Purpose.GENERATE
+    pooling: Reading = Reading.MEAN  # of an embedding
+    cuts: bool = False  # an input that is too long for a reading is cut, not refused
+    num_members: int = 1  # of the ensemble that answers each input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +75,15 @@ class Plan:
 
     request: Request
     served: Served
+    codec: TextCodec  # that reads the prompt and writes the answer
     prompt_text: str
-    labels: tuple[str, ...] = ()  # of the request's choices
+    pair_text: str = ""  # the second text of a reading
+    labels: tuple[str, ...] = ()  # of the request's choices, or of the head's outputs
     stops: tuple[str, ...] = ()
     keep_stop: bool = True
     full_text: bool = False  # the answer begins with the prompt
+    head: HeadFacts | None = None  # what a reading for labels is read by
+    encoded: Encoded | None = None  # where the tokens of a reading come from
     release: Callable[[], None] = lambda: None  # gives the adapter back; called once
 
 
@@ -123,6 +128,7 @@ class Answer:
     queue_s: float
     ttft_s: float | None
     total_s: float
+    rows: tuple[tuple[float, ...], ...] = ()  # what was read, of a request that generates nothing
 
     @property
     def mean_logprob(self) -> float:

@@ -53,8 +53,13 @@ class Prompt:
     labels: tuple[str, ...] = ()
 
 
-async def make_prompt(codec: TextCodec, ask: Ask, asking: Asking, explicit: Mapping[str, Any]) -> Prompt:
-    """The prompt of `ask`; raises BadRequest and InvalidParameter."""
+async def make_prompt(
+    codec: TextCodec, ask: Ask, asking: Asking, explicit: Mapping[str, Any], chat: str | None = None
+) -> Prompt:
+    """The prompt of `ask`; `chat` are its messages if they are rendered already.
+
+    Raises BadRequest and InvalidParameter.
+    """
     if ask.ids is not None:
         if explicit.get("choices"):
             raise InvalidParameter(
@@ -63,10 +68,10 @@ async def make_prompt(codec: TextCodec, ask: Ask, asking: Asking, explicit: Mapp
         # Whoever sends ids has done the adapter's templating already.
         ids = _truncated(ask.ids, asking.truncate)
         return Prompt(text=codec.decode(ids), ids=ids)
-    num_chars = len(ask.text or "") + sum(len(m.get("content") or "") for m in ask.messages or ())
+    num_chars = len(chat or "") + len(ask.text or "") + sum(len(m.get("content") or "") for m in ask.messages or ())
     if num_chars * (1 + len(asking.choices or ())) > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(_tokenised, codec, ask, asking)
-    return _tokenised(codec, ask, asking)
+        return await asyncio.to_thread(_tokenised, codec, ask, asking, chat)
+    return _tokenised(codec, ask, asking, chat)
 
 
 def check_known(ids: Sequence[int], vocab_size: int) -> None:
@@ -79,9 +84,9 @@ def check_known(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _tokenised(codec: TextCodec, ask: Ask, asking: Asking) -> Prompt:
+def _tokenised(codec: TextCodec, ask: Ask, asking: Asking, chat: str | None) -> Prompt:
     if ask.messages is not None and asking.template is None:
-        text = codec.chat_prompt(ask.messages)
+        text = codec.chat_prompt(ask.messages) if chat is None else chat
         ids = codec.encode_chat(text)
     else:
         text = _words(ask)

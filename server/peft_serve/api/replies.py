@@ -141,7 +141,7 @@ def served_headers(generations: Sequence[Generation]) -> dict[str, str]:
         "x-adapter": ",".join(names),
         "x-prompt-tokens": str(sum(len(generation.plan.request.prompt) for generation in generations)),
     }
-    versions = dict.fromkeys(str(one.resolved.number) for one in served if one.resolved is not None)
+    versions = dict.fromkeys(one.versions for one in served if one.versions is not None)
     if versions:
         headers["x-adapter-version"] = ",".join(versions)
     return headers

@@ -12,6 +12,7 @@ from typing import Final
 
 from peft_serve import __version__
 from peft_serve.api.admission import Admission
+from peft_serve.api.trial import Trial
 from peft_serve.core import AdapterId
 from peft_serve.engine.client import EngineClient
 from peft_serve.engine.parts import ServerParts
@@ -29,6 +30,7 @@ class Service:
         self.started_s = now()
         self._draw_bits = draw_bits
         self._admission: Admission | None = None
+        self._trial: Trial | None = None
         self._names: dict[AdapterId, str] = {}
         card = parts.base
         seen = f"{__version__} {card.name} {card.class_name} {card.dtype} {card.num_parameters}"
@@ -37,9 +39,17 @@ class Service:
     def open(self) -> Admission:
         """The way in; called on the event loop's thread, first when the application starts."""
         if self._admission is None:
-            client = EngineClient(self.parts.engine, asyncio.get_running_loop())
+            loop = asyncio.get_running_loop()
+            client = EngineClient(self.parts.engine, loop)
             self._admission = Admission(self.parts, client, self._draw_bits, learn=self.learn)
+            self._trial = Trial(self.parts, client, loop, new_id=self.new_id, learn=self.learn)
         return self._admission
+
+    def trial(self) -> Trial:
+        """What tries uploads out; called on the event loop's thread."""
+        self.open()
+        assert self._trial is not None, "it is made with the way in"
+        return self._trial
 
     def new_id(self, prefix: str = "") -> str:
         """An id that is not given twice."""

@@ -11,9 +11,12 @@ from starlette.responses import Response
 
 from peft_serve import __version__
 from peft_serve.api import fields
+from peft_serve.api.abilities import generates, pipeline_tag, tasks_of
+from peft_serve.api.adapter_views import head_view
 from peft_serve.api.bodies import TokenizeBody
 from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.json_response import json_response
+from peft_serve.api.naming import BASE_NAME, Mention, agreed_name, mentions_of
 from peft_serve.api.openapi import error_responses, json_body
 from peft_serve.api.service import Service
 from peft_serve.errors import InvalidParameter
@@ -37,8 +40,8 @@ class TGIRoutes:
             self.tokenize,
             methods=["POST"],
             summary="The tokens of a text, with their places in the decoded text",
-            openapi_extra=json_body("TokenizeBody", _EXAMPLE),
-            responses=error_responses(413, 415, 422),
+            openapi_extra=json_body("TokenizeBody", _EXAMPLE, has_adapter=True),
+            responses=error_responses(400, 404, 413, 415, 422, 503),
         )
         router.add_api_route(
             "/info", self.info, methods=["GET"], summary="The base model and the limits of this server"
@@ -49,7 +52,10 @@ class TGIRoutes:
         body = validated(TokenizeBody, await read_object(request), fields.TOKENIZE)
         parts = self._service.parts
         most = max(CONTEXTS_TO_TOKENIZE * parts.base.max_context, LEAST_TO_TOKENIZE)
-        return json_response(await asyncio.to_thread(tokens_of, parts.codec, body, most))
+        mentions = (*mentions_of(request), Mention("adapter_id", body.adapter_id or ""))
+        name = agreed_name(mentions, parts.base.name)
+        codec = parts.codec if name == BASE_NAME else await self._service.open().codec_of(name)
+        return json_response(await asyncio.to_thread(tokens_of, codec, body, most))
 
     async def info(self) -> Response:
         parts = self._service.parts
@@ -60,11 +66,11 @@ class TGIRoutes:
                 "model_sha": None,
                 "model_dtype": base.dtype,
                 "model_device_type": base.device,
-                "model_pipeline_tag": "text2text-generation" if base.is_encoder_decoder else "text-generation",
+                "model_pipeline_tag": pipeline_tag(base),
                 "max_concurrent_requests": settings.max_rows + settings.max_queue,
                 "max_best_of": settings.max_inputs,
                 "max_stop_sequences": settings.max_stop_sequences,
-                "max_input_tokens": base.max_context - (0 if base.is_encoder_decoder else 1),
+                "max_input_tokens": base.max_context - (1 if generates(base) and not base.is_encoder_decoder else 0),
                 "max_total_tokens": base.max_context,
                 "max_new_tokens": settings.max_new_tokens,
                 "max_client_batch_size": settings.max_inputs,
@@ -81,6 +87,10 @@ class TGIRoutes:
                     "class": base.class_name,
                     "num_parameters": base.num_parameters,
                     "is_encoder_decoder": base.is_encoder_decoder,
+                    "is_encoder": base.is_encoder,
+                    "tasks": tasks_of(base, None),
+                    "head": head_view(base.head),
+                    "labels": list(base.labels) or None,
                 },
             }
         )

@@ -1,0 +1,1 @@
+"""Chat templates of strangers, run in a process of their own."""
