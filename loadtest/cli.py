@@ -13,7 +13,7 @@ from loadtest.options import add_common, read_options
 from loadtest.report import Report, load_report, log_entry
 from loadtest.stage import Stage
 from loadtest.trace import Trace, TraceSpec, build_trace
-from loadtest.workloads import overhead, replay, sweep, w1, w4, w5
+from loadtest.workloads import overhead, replay, sweep, w1, w4, w5, w11
 
 Workload = Callable[[Stage, Namespace], Report]
 
@@ -70,6 +70,8 @@ def _parser() -> ArgumentParser:
     add("w4", "closed loop: distinct, uniform, skewed, identical", lambda stage, _: w4.run(stage))
     _add_w5(add("w5", "the same trace on this server and on peft's own loops", _w5))
     _add_overhead(add("overhead", "base-only traffic on a server with adapters against one without", _overhead))
+    timed = add("terms", "W11: a decode step by kind of term, in this process", _terms)
+    timed.add_argument("--term", action="append", default=[], help="only this kind (repeatable)")
     played = add("replay", "play a saved trace", _replay)
     played.add_argument("trace", type=Path)
     played.add_argument("--closed", action="store_true", help="closed loop with --concurrency in flight")
@@ -112,6 +114,10 @@ def _add_overhead(parser: ArgumentParser) -> None:
 
 def _overhead(stage: Stage, parsed: Namespace) -> Report:
     return overhead.run(stage, a_arguments=tuple(parsed.a_arg), b_arguments=tuple(parsed.b_arg), repeats=parsed.repeats)
+
+
+def _terms(stage: Stage, parsed: Namespace) -> Report:
+    return w11.run(stage, tuple(parsed.term))
 
 
 def _replay(stage: Stage, parsed: Namespace) -> Report:
