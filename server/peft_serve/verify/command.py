@@ -80,7 +80,7 @@ def _compare(
     files: CheckpointFiles, model: str, texts: list[str], max_new_tokens: int, progress: Console
 ) -> list[Comparison]:
     if not generates(files):
-        raise BadRequest("this adapter has a task head; only adapters that generate text can be verified this way")
+        raise BadRequest("this is no peft adapter that generates text, and only those can be verified this way")
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(model=model, dtype="float32", device="cpu", store=Path(folder))
         parts, engine = build(settings, lambda line: progress.print(f"  {line}", highlight=False))

@@ -74,6 +74,6 @@ def _base(location: str) -> Any:
 
 
 def generates(files: CheckpointFiles) -> bool:
-    """Whether the adapter is for text generation, which is what this oracle runs."""
-    task = json.loads(files.config).get("task_type")
-    return task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+    """Whether peft has the adapter's method and it is for text generation, which is what this oracle runs."""
+    config = json.loads(files.config)
+    return "peft_type" in config and config.get("task_type") in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles
+from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.api.app import create_app
 from peft_serve.engine.parts import ServerParts
 from peft_serve.errors import BadRequest
@@ -60,13 +60,8 @@ def _answer(body: dict[str, Any]) -> Answer:
 def _archive(files: CheckpointFiles) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in (
-            (CONFIG_FILE, files.config),
-            (WEIGHTS_FILE, files.weights),
-            (PROFILE_FILE, files.profile),
-        ):
-            if content is not None:
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+        for name, content in files.contents().items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
