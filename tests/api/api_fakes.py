@@ -144,6 +144,7 @@ class FakeEngine:
         return EngineSnapshot(
             state=self.state,
             resident=tuple(resident),
+            pinned=frozenset(each.adapter for each in resident if each.is_pinned),
             stalled_s=self.stalled_s,
             num_slots=8,
             block_size=16,

@@ -275,3 +275,13 @@ async def test_folders_are_served_read_only(tiny_tokenizer: Any, tmp_path: Path)
         models = (await client.get("/v1/models")).json()["data"]
         assert [card["id"] for card in models] == [BASE_NAME, "good"]
     world.engine.stop()
+
+
+async def test_pins_leave_one_slot_to_everybody_else(client: httpx.AsyncClient, world: World) -> None:
+    for i in range(8):  # as many as there are slots
+        assert (await put(client, f"kept-{i}", f"number {i}")).status_code == 201
+    answers = [await client.post(f"/adapters/kept-{i}/pin") for i in range(8)]
+    assert [answer.status_code for answer in answers] == [202] * 7 + [412]
+    assert "--max-resident-adapters" in answers[-1].json()["detail"]
+    assert (await client.post("/adapters/kept-0/pin")).status_code == 202, "it has its slot already"
+    assert (await client.get("/adapters/kept-0")).json()["pinned"]

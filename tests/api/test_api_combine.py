@@ -118,10 +118,11 @@ REFUSED = [
     ("plain+plain@1", 422, "stand for the same files"),
     ("plain:0+soft", 422, "a weight is a number"),
     ("plain:x", 422, "a weight is a number"),
+    ("plain@sha256:00", 422, "a digest is written whole"),
     ("plain:1e3+soft", 422, "a weight is a number"),
     ("+".join(f"n{i}" for i in range(9)), 422, "at most 8"),
-    ("plain+", 404, "does not exist"),
-    ("+", 422, "twice"),
+    ("plain+", 422, "nothing beside"),
+    ("+", 422, "nothing beside"),
 ]
 
 
@@ -208,8 +209,8 @@ async def test_a_task_is_named_in_every_place(client: httpx.AsyncClient, world: 
 async def test_tasks_have_a_range(client: httpx.AsyncClient, world: World) -> None:
     world.publish("many", checkpoint("many", num_tasks=3))
     cases = [
-        ("many", "", "holds 3 tasks and say which is meant; send 0 to 2"),
-        ("many", "&task_id=3", "3 is none of them; send 0 to 2"),
+        ("many", "", "holds 3 tasks and the request names none; send task_id 0 to 2"),
+        ("many", "&task_id=3", "3 is none of them; send task_id 0 to 2"),
         ("plain", "&task_id=1", "plain holds one task"),
         ("base", "&task_id=1", "base holds one task"),
         ("plain%2Bsoft", "&task_id=1", "holds one task"),
@@ -276,6 +277,8 @@ async def test_members_answer_together(reading: httpx.AsyncClient, encoder: Worl
     shares = [each["score"] for each in (await reading.post("/classify", json=votes)).json()[0]]
     assert sorted(shares, reverse=True) == shares
     assert set(shares) <= {0.0, 0.5, 1.0}
+    beside = await reading.post("/classify", json={"inputs": "new", "ensemble": members, "ensemble_by": "vote"})
+    assert beside.json() == (await reading.post("/classify", json=votes)).json()
 
 
 async def test_choices_can_be_made_together(client: httpx.AsyncClient, world: World) -> None:
@@ -295,6 +298,9 @@ async def test_choices_can_be_made_together(client: httpx.AsyncClient, world: Wo
     assert len({request.adapter for request in world.engine.seen}) == 3
     classified = (await client.post("/classify", json={"inputs": "Where is it?", "ensemble": members})).json()
     assert classified == [[{"label": c["label"], "score": c["score"]} for c in told["details"]["choices"]]]
+    voted = (await client.post("/generate", json={**body, "ensemble_by": "vote"})).json()["details"]["choices"]
+    assert sum(choice["score"] for choice in voted) == pytest.approx(1)
+    assert all((3 * choice["score"]) % 1 == pytest.approx(0) for choice in voted)
     plain = await client.post("/generate", json={**body, "inputs": ["a", "b"], "parameters": {}})
     assert [set(one) for one in plain.json()] == [{"generated_text", "adapter"}] * 2
 

@@ -287,3 +287,36 @@ async def test_unload_gives_back_both_tiers_and_pin_keeps(house: House) -> None:
     assert resident == {second: True}
     assert first not in snapshot.host_adapters
     assert "sha256:3" in snapshot.host_adapters
+
+
+async def test_pins_that_fill_the_device_fail_the_others_and_nobody_else(house: House) -> None:
+    """An adapter that is loaded and finds no seat gives its host copy back, as often as it is asked for."""
+    client = EngineClient(house.engine, asyncio.get_running_loop())
+    house.engine.start()
+    kept = [AdapterId(f"sha256:{i}") for i in range(4)]  # as many as there are slots
+    for i, adapter in enumerate(kept):
+        await collect(client, request(i, adapter))
+        house.engine.set_pinned(adapter, pinned=True)
+    for i in range(3):
+        last = (await collect(client, request(50 + i, AdapterId("sha256:30"))))[-1]
+        assert isinstance(last, FinishEvent)
+        assert isinstance(last.error, AdapterUnavailable)
+        assert last.error.retry_after_s is not None
+    assert house.engine.snapshot().state is EngineState.RUNNING
+    assert house.engine.snapshot().pinned == set(kept)
+    events = await collect(client, request(90, kept[0]))
+    assert isinstance(events[-1], FinishEvent)
+    assert events[-1].reason is not FinishReason.FAILED
+    house.scheduler.check()
+
+
+async def test_an_adapter_that_is_asked_for_again_before_its_copy_is_given_back(house: House) -> None:
+    client = EngineClient(house.engine, asyncio.get_running_loop())
+    house.engine.start()
+    for i in range(40):
+        adapter = AdapterId(f"sha256:{i % 9}")
+        first = client.submit(request(i, adapter))
+        first.close()
+        assert isinstance((await collect(client, request(1000 + i, adapter)))[-1], FinishEvent)
+    assert house.engine.snapshot().state is EngineState.RUNNING
+    house.scheduler.check()

@@ -182,7 +182,7 @@ def _check_budget(adapter: Adapter, base: Base, limits: GateLimits) -> None:
             Refusal(
                 WEIGHTS_FILE,
                 f"takes {footprint.num_bytes} bytes when compiled; this server takes {limits.max_adapter_bytes} "
-                "(--max-adapter-bytes)",
+                "(the smaller of --max-adapter-bytes and --device-adapter-bytes)",
             )
         )
     if refusals:

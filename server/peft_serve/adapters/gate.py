@@ -64,7 +64,7 @@ def inspect(
     verdict = Verdict()
     if files.num_bytes > limits.max_adapter_bytes:
         reason = f"has {files.num_bytes} bytes; this server takes at most {limits.max_adapter_bytes}"
-        verdict.refuse(WEIGHTS_FILE, f"{reason} (--max-adapter-bytes)")
+        verdict.refuse(WEIGHTS_FILE, f"{reason} (the smaller of --max-adapter-bytes and --device-adapter-bytes)")
         verdict.settle()
     if is_adapterhub(files.config, limits):
         return _inspect_hub(files, base, limits, verdict)

@@ -103,7 +103,13 @@ def parse_expression(text: str) -> tuple[Term, ...]:
 
     Raises InvalidParameter for what is no expression; a text without `+` and without a weight is one term as it is.
     """
-    terms = tuple(_term(part, text) for part in text.split("+"))
+    parts = text.split("+")
+    if len(parts) > 1 and not all(part.strip() for part in parts):
+        raise InvalidParameter(
+            f"adapter {shown(text)}: there is nothing beside a '+'; write a+b, and %2B for the plus in an address",
+            param="adapter",
+        )
+    terms = tuple(_term(part, text) for part in parts)
     if len(terms) > MAX_PARTS:
         raise InvalidParameter(
             f"adapter: {len(terms)} adapters in one request; this server combines at most {MAX_PARTS}", param="adapter"
@@ -117,6 +123,10 @@ def parse_expression(text: str) -> tuple[Term, ...]:
 
 def _term(part: str, text: str) -> Term:
     found = _TERM.fullmatch(part)
+    if "@sha256:" in part and (found is None or "@sha256:" not in found["ref"]):
+        raise InvalidParameter(
+            f"adapter {shown(text)}: a digest is written whole, sha256: and 64 hexadecimal digits", param="adapter"
+        )
     if found is None or found["weight"] is None:
         return Term(ref=part)  # a name that cannot be is refused like one that does not exist
     weight = float(found["weight"]) if _WEIGHT.fullmatch(found["weight"]) else math.nan

@@ -31,4 +31,6 @@ class Spending:
                 self._num_bytes += tensor.numel() * itemsize
         if self._num_bytes > self._max_bytes:
             reason = f"takes more than {self._max_bytes} bytes when compiled, which is all this server takes"
-            raise AdapterInvalid([Refusal(WEIGHTS_FILE, f"{reason} (--max-adapter-bytes)")])
+            raise AdapterInvalid(
+                [Refusal(WEIGHTS_FILE, f"{reason} (the smaller of --max-adapter-bytes and --device-adapter-bytes)")]
+            )

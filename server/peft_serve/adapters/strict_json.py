@@ -36,9 +36,9 @@ def parse_object(content: bytes, *, name: str, max_bytes: int, max_depth: int = 
     except _RejectedError as error:
         raise MalformedUpload(f"{name}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise MalformedUpload(f"{name} is not valid JSON; upload the file as peft wrote it") from error
+        raise MalformedUpload(f"{name} is not valid JSON; upload the file as it was saved") from error
     if not isinstance(value, dict):
-        raise MalformedUpload(f"{name} must hold one JSON object; upload the file as peft wrote it")
+        raise MalformedUpload(f"{name} must hold one JSON object; upload the file as it was saved")
     _check_contents(value, name, max_depth)
     return value
 

@@ -71,9 +71,10 @@ def entry_view(entry: Entry, snapshot: EngineSnapshot) -> dict[str, Any]:
 def residency_view(adapter: AdapterId | None, snapshot: EngineSnapshot) -> dict[str, Any]:
     """The fastest place the adapter is in."""
     resident = next((r for r in snapshot.resident if r.adapter == adapter), None)
+    is_pinned = adapter in snapshot.pinned
     if resident is not None:
-        return {"residency": "device", "pinned": resident.is_pinned}
-    return {"residency": "host" if adapter in snapshot.host_adapters else "disk", "pinned": False}
+        return {"residency": "device", "pinned": is_pinned}
+    return {"residency": "host" if adapter in snapshot.host_adapters else "disk", "pinned": is_pinned}
 
 
 def published_view(published: Published) -> dict[str, Any]:

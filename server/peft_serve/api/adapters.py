@@ -111,9 +111,7 @@ class AdapterRoutes:
         upload = await self._receive(request)
         async with self._turns:
             found = await asyncio.to_thread(self._parts.inspect, upload.files)
-        ignored = [f"{file} is not read" for file in upload.files.ignored]
-        content = {"digest": found.id, **summary_view(found.summary), "tried": False}
-        return json_response(content | {"warnings": [*content["warnings"], *ignored]})
+        return json_response({"digest": found.id, **summary_view(found.summary), "tried": False})
 
     async def delete(self, name: str, request: Request) -> Response:
         catalog, name = self._parts.catalog, _plain(name)
@@ -134,6 +132,13 @@ class AdapterRoutes:
 
     async def pin(self, name: str) -> Response:
         adapter = await self._id_of(name)
+        snapshot = self._parts.engine.snapshot()
+        others = snapshot.pinned - {adapter}
+        if len(others) + 1 >= snapshot.num_slots:
+            raise PreconditionFailed(
+                f"adapter '{name}' cannot be pinned: {len(others)} of {snapshot.num_slots} slots are pinned, and one "
+                "must stay free for everybody else; unpin another, or start with more (--max-resident-adapters)"
+            )
         self._parts.engine.load(adapter)
         self._parts.engine.set_pinned(adapter, pinned=True)
         return await self._entry(name, status=202)
@@ -148,7 +153,7 @@ class AdapterRoutes:
 
     async def unload(self, name: str) -> Response:
         adapter = await self._id_of(name)
-        if any(each.adapter == adapter and each.is_pinned for each in self._parts.engine.snapshot().resident):
+        if adapter in self._parts.engine.snapshot().pinned:
             raise PreconditionFailed(f"adapter '{name}' is pinned; POST /adapters/{name}/unpin first")
         self._parts.engine.unload(adapter)
         return await self._entry(name, status=202)
@@ -186,7 +191,6 @@ class AdapterRoutes:
         dry_run = _flag(request, "dry_run")
         published = await self._published(name, upload, request, dry_run=dry_run)
         content = published_view(published)
-        content["warnings"] += [f"{file} is not read" for file in upload.files.ignored]
         if dry_run:
             return json_response(content | {"dry_run": True})
         self._parts.metrics.observe_upload("created" if published.created else "unchanged")

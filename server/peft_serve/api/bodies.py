@@ -168,6 +168,7 @@ class GenerateBody(Body):
     adapter_id: str | None = None
     model: str | None = None
     ensemble: Members | None = Field(default=None, description=ENSEMBLE)
+    ensemble_by: EnsembleBy | None = Field(default=None, description=ENSEMBLE_BY)
 
     _inputs = field_validator("inputs", mode="before")(checked_inputs)
 

@@ -93,6 +93,8 @@ class ClassifyRoutes:
             base = self._service.parts.base.name
             names = named_adapters(request, mentioned, body.adapter, body.model, num_inputs=len(inputs), base_name=base)
             asks = [_ask(each, name) for each, name in zip(inputs, names, strict=True)]
+        if parameters.ensemble_by is None:
+            parameters = parameters.model_copy(update={"ensemble_by": body.ensemble_by})
         said = {name: getattr(parameters, name) for name in _EXPLICIT if name in parameters.model_fields_set}
         call = Call(
             asks=tuple(asks),

@@ -121,7 +121,7 @@ class NativeRoutes:
             is_list=not isinstance(body.inputs, str),
             stream=stream,
             details=bool(parameters.details),
-            ensemble_by=parameters.ensemble_by or "mean",
+            ensemble_by=parameters.ensemble_by or body.ensemble_by or "mean",
         )
 
     async def _whole(self, wish: _Wish, request: Request, *, always_list: bool = False) -> Response:

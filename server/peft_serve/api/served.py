@@ -87,10 +87,10 @@ class Served:
         if resolved.num_tasks == 1:
             return Part(id=resolved.id, weight=part.weight)
         if task_id is None or task_id >= resolved.num_tasks:
-            asked = "say which is meant" if task_id is None else f"{task_id} is none of them"
+            asked = "the request names none" if task_id is None else f"{task_id} is none of them"
             raise InvalidParameter(
                 f"task_id: adapter '{resolved.name}' holds {resolved.num_tasks} tasks and {asked}; "
-                f"send 0 to {resolved.num_tasks - 1}",
+                f"send task_id 0 to {resolved.num_tasks - 1}",
                 param="task_id",
             )
         return Part(id=resolved.id, weight=part.weight, task=task_id)

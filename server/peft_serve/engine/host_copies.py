@@ -55,7 +55,8 @@ class HostCopies:
             # A combination that cannot be is the caller's to put right; broken files are not.
             is_told = isinstance(outcome, AdapterUnavailable | InvalidParameter)
             return self._scheduler.adapter_failed(adapter, outcome if is_told else _unloadable(outcome))
-        assert adapter not in self._ready, "an adapter was loaded twice for one claim"
+        if adapter in self._ready:  # its waiters went and others came before the first copy was given back
+            self._host_cache.release(adapter)
         self._ready[adapter] = outcome
         self._scheduler.adapter_ready(adapter, self._footprint_of(outcome))
         self.release_unclaimed()

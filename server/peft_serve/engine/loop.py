@@ -98,7 +98,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Admit a request. Raises `Unavailable` unless the engine runs, `QueueFull` when too many wait."""
         if self._state is not EngineState.RUNNING:
-            raise Unavailable(f"the server is {self._state}; try again shortly", retry_after_s=_RETRY_S)
+            way_out = "it must be restarted" if self._state is EngineState.DEAD else "try again shortly"
+            raise Unavailable(f"the server is {self._state}; {way_out}", retry_after_s=_RETRY_S)
         with self._lock:
             num_waiting = self._num_arriving + self._books.num_waiting
             if num_waiting >= self._max_queue:
@@ -227,6 +228,7 @@ class Engine:
         step = self._scheduler.plan()
         self._copies.fetch()
         if step is None:
+            self._copies.release_unclaimed()
             events = self._scheduler.take_events()
             if events:
                 self._deliver(events)
@@ -307,6 +309,7 @@ class Engine:
             running_adapters=books.running_adapters,
             waiting_adapters=books.waiting_adapters,
             resident=books.resident,
+            pinned=books.pinned,
             host_adapters=self._host_cache.resident(),
             device_bytes=books.device_bytes,
             host_bytes=host.num_bytes,

@@ -29,6 +29,7 @@ class EngineSnapshot:
     running_adapters: tuple[AdapterId, ...] = ()
     waiting_adapters: tuple[AdapterId, ...] = ()
     resident: tuple[Resident, ...] = ()
+    pinned: frozenset[AdapterId] = frozenset()  # on the device, or to be kept there once they are
     host_adapters: tuple[AdapterId, ...] = ()
     device_bytes: int = 0
     host_bytes: int = 0

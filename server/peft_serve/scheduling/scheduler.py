@@ -178,6 +178,7 @@ class Scheduler:
             waiting_adapters=queue.adapters,
             running_adapters=tuple({tracked.adapter: None for tracked in self._roster.running.values()}),
             resident=self._slots.resident(),
+            pinned=self._slots.pinned,
             device_bytes=self._slots.num_bytes,
             num_slots=self._slots.num_slots,
             num_blocks=self._blocks.capacity,

@@ -105,7 +105,7 @@ class SlotLedger:
         Raises `AdapterUnavailable` when waiting cannot help: too large, or pins are in the way.
         """
         assert self._find(adapter) is None, f"adapter {adapter} has a slot already"
-        self._require_possible(adapter, footprint.num_bytes)
+        self._require_possible(footprint.num_bytes)
         victims = self._victims_for(footprint.num_bytes)
         if victims is None:
             return None
@@ -130,6 +130,11 @@ class SlotLedger:
 
     def unpin(self, adapter: AdapterId) -> None:
         self._pinned.discard(adapter)
+
+    @property
+    def pinned(self) -> frozenset[AdapterId]:
+        """Every adapter that is pinned, on the device or not."""
+        return frozenset(self._pinned)
 
     def is_pinned(self, adapter: AdapterId) -> bool:
         return adapter in self._pinned
@@ -196,17 +201,17 @@ class SlotLedger:
         self._free.append(seat.slot)
         self._num_bytes -= seat.num_bytes
 
-    def _require_possible(self, adapter: AdapterId, num_bytes: int) -> None:
+    def _require_possible(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes or self._num_slots == 0:
             raise AdapterUnavailable(
-                f"adapter {adapter} needs {num_bytes} bytes on the device; this server was started with "
+                f"the adapter needs {num_bytes} bytes on the device; this server was started with "
                 f"{self._num_slots} slots and {self._max_bytes} bytes (device_adapter_bytes)"
             )
         pinned = [seat for seat in self._seats.values() if seat.adapter in self._pinned]
         pinned_bytes = sum(seat.num_bytes for seat in pinned)
         if len(pinned) >= self._num_slots or pinned_bytes + num_bytes > self._max_bytes:
             raise AdapterUnavailable(
-                f"adapter {adapter} needs a slot and {num_bytes} bytes on the device; {len(pinned)} pinned "
+                f"the adapter needs a slot and {num_bytes} bytes on the device; {len(pinned)} pinned "
                 "adapters leave no room: unpin one, or start the server with more (device_adapter_bytes)",
                 retry_after_s=_PINNED_RETRY_S,
             )

@@ -18,6 +18,7 @@ class Snapshot:
     waiting_adapters: tuple[AdapterId, ...]  # someone waits for it
     running_adapters: tuple[AdapterId, ...]  # someone runs on it, the base included
     resident: tuple[Resident, ...]  # adapters with a slot, least recently used first
+    pinned: frozenset[AdapterId]  # to be kept on the device whenever they are there
     device_bytes: int  # that these take
     num_slots: int
     num_blocks: int  # KV blocks that can be held
