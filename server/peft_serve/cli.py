@@ -29,6 +29,7 @@ from peft_serve.engine.watch import BaseWatch
 from peft_serve.errors import ServeError
 from peft_serve.verify.command import app as adapters_app
 
+_KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that they are not cut under a request
 _WATCH_S = 300.0  # between two readings of the base's weights, which cost a read of all of them
 
 app = typer.Typer(
@@ -117,6 +118,7 @@ def run_server(parts: ServerParts, engine: Engine, console: Console) -> None:
             host=settings.host,
             port=settings.port,
             log_level="warning",
+            timeout_keep_alive=_KEEP_ALIVE_S,
             access_log=False,
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
             server_header=False,
@@ -159,6 +161,8 @@ def _ready_text(parts: ServerParts, port: int) -> str:
     host = parts.settings.host if parts.settings.host not in ("0.0.0.0", "::") else "localhost"
     url = f"http://{host}:{port}"
     where, inputs = f"{url}/generate", "The weather today"
+    if parts.base.is_encoder:
+        where = f"{url}/embed" if parts.base.head is None else f"{url}/classify"
     if shipped_adapters(parts.settings.model) is not None:
         where = f"{url}/generate?adapter=twitter-complaints"
         inputs = "@support my order is three weeks late and nobody answers"

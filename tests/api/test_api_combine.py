@@ -318,6 +318,7 @@ async def test_what_is_no_ensemble_is_refused(client: httpx.AsyncClient, world: 
         ("/classify", {"ensemble": ["complaints", "three"], "adapter_id": "plain"}, 400, "as well"),
         ("/classify", {"ensemble": ["a", "b"], "parameters": {"ensemble": ["a", "c"]}}, 400, "as well"),
         ("/classify", {"ensemble": ["complaints", "nobody"]}, 404, "nobody"),
+        ("/classify", {"ensemble": ["complaints", "complaints"]}, 422, "twice"),
         ("/classify", {"ensemble": ["complaints"] * 17}, 422, "ensemble"),
     ]
     for path, body, status, reason in cases:

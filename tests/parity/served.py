@@ -34,7 +34,7 @@ class ServedModel:
             self.parts = replace(self.parts, codec=self._codec)
         self.engine.start()
         self._server = uvicorn.Server(
-            uvicorn.Config(create_app(self.parts), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+            uvicorn.Config(create_app(self.parts), host="127.0.0.1", port=0, log_level="warning", timeout_keep_alive=75)
         )
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

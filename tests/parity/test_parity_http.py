@@ -97,21 +97,21 @@ def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) ->
             files, model = make_checkpoint(method, base_kind, seed=100 + at, base=lively_base(base_kind))
             if first_task(model):
                 with_tasks.add(name)
-            for i, prompt in enumerate(PROMPTS):
-                expected[name, i] = oracle_tokens(model, prompt)
+            for i in (at % 2, 2 + at % 2):  # peft alone takes most of the time here: two prompts of the four for each
+                expected[name, i] = oracle_tokens(model, PROMPTS[i])
             content, kind = (as_zip(files), "zip") if at % 2 else (as_tar(files), "gzip")
             answer = served.client.put(
                 f"/adapters/{name}", content=content, headers={"content-type": f"application/{kind}"}
             )
             assert answer.status_code == 201, (method, answer.text)
             served.client.post(f"/adapters/{name}/load")  # so that rows need not wait for each other's adapters
-        calls = [(name, i) for i in range(len(PROMPTS)) for name in ["base", *names.values()]]
+        calls = sorted(expected, key=lambda call: call[1])
         given = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in calls], frozenset(with_tasks)))
         metrics = served.client.get("/metrics").text
     answers = dict(zip(calls, given, strict=True))
     assert {call: tokens for call, tokens in answers.items() if tokens != expected[call]} == {}
     # The adapters must matter, or equality would say nothing.
-    moved = {name for name in names.values() if any(expected[name, i] != expected["base", i] for i in range(4))}
+    moved = {name for (name, i), tokens in expected.items() if tokens != expected["base", i]}
     assert len(moved) >= 0.8 * len(names)
     buckets = [line for line in metrics.splitlines() if line.startswith("peft_serve_step_distinct_adapters_bucket")]
     few = next(float(line.rsplit(" ", 1)[1]) for line in buckets if 'le="4.0"' in line)

@@ -79,3 +79,18 @@ def test_verdict_tells_equal_from_different_and_idle() -> None:
     is_equal, sentence = verdict([compared((9,), (9,))])
     assert is_equal
     assert "changes nothing" in sentence
+
+
+def test_one_task_of_several(tmp_path: Path) -> None:
+    save_tiny_base("llama", tmp_path / "base")
+    files, _ = make_checkpoint("poly", "llama", seed=5, base=lively_base("llama"))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_bytes(files.config)
+    (folder / WEIGHTS_FILE).write_bytes(files.weights)
+    asked = ["verify", str(folder), "--model", str(tmp_path / "base"), "--prompt", "t09 t30 t12"]
+    result = CliRunner().invoke(app, [*asked, "--task-id", "1"], env=NARROW)
+    assert result.exit_code == 0, result.output
+    unsaid = CliRunner().invoke(app, asked, env=NARROW)
+    assert unsaid.exit_code == 2
+    assert "task_id" in unsaid.output

@@ -107,4 +107,6 @@ def named_members(
         raise AdapterConflict(
             f"ensemble: {place} names adapters as well; name all who answer in ensemble", param="ensemble"
         )
+    if len(set(named[0])) < len(named[0]):
+        raise InvalidParameter("ensemble: names an adapter twice; each member has one voice", param="ensemble")
     return named[0]

@@ -74,13 +74,13 @@ async def make_prompt(
     return _tokenised(codec, ask, asking, chat)
 
 
-def check_known(ids: Sequence[int], vocab_size: int) -> None:
+def check_known(ids: Sequence[int], vocab_size: int, *, param: str = "prompt") -> None:
     """Raise InvalidParameter for an id beyond the base's embedding: the step it is in would fail for every row."""
     largest = max(ids)
     if largest >= vocab_size:
         raise InvalidParameter(
-            f"prompt: token id {largest} is not in the vocabulary of {vocab_size} entries; see POST /tokenize",
-            param="prompt",
+            f"{param}: token id {largest} is not in the vocabulary of {vocab_size} entries; see POST /tokenize",
+            param=param,
         )
 
 

@@ -78,7 +78,7 @@ class ReadingPlans:
         text = _templated(call, ask, profile, head)
         codec = await self._codecs.of(served)
         encoded = await self._encoded(call, ask, text, served, codec)
-        check_known(encoded.ids, self._parts.base.vocab_size)
+        check_known(encoded.ids, self._parts.base.vocab_size, param="input")
         has_segments = self._parts.base.is_encoder and any(encoded.segments) and not served.ignores_segments
         request = Request(
             id=self._new_id(),

@@ -68,6 +68,9 @@ def _checked_text(value: Any) -> Classified:
                 return Question(**fields)
             if fields.keys() <= {"text", "text_pair"} and "text" in fields:
                 return TextPair(**fields)
+        empty = [name for name, text in fields.items() if text == ""]
+        if empty:
+            raise ValueError(f"{empty[0]} is empty")
     raise ValueError(
         'Input should be a string, {"text", "text_pair"}, {"question", "context"}, or a list of one of them'
     )

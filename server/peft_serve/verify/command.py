@@ -46,6 +46,7 @@ def verify(
     adapters: Annotated[list[Path] | None, typer.Option(help="folders of checkpoints")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to compare on; may be repeated")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1024, help="tokens of each answer")] = 16,
+    task_id: Annotated[int | None, typer.Option(min=0, help="which task of an adapter that holds several")] = None,
 ) -> None:
     """Run an adapter's prompts through peft and through the server, in float32, and print the comparison.
 
@@ -59,7 +60,7 @@ def verify(
         base_name = Path(model).name if Path(model).is_dir() else model
         root = store or default_store(base_name)
         files = find_checkpoint(name, store=root, folders=folders, base_name=base_name, fs=DiskFileSystem())
-        comparisons = _compare(files, model, _texts(files, prompt), max_new_tokens, Console(stderr=True))
+        comparisons = _compare(files, model, _texts(files, prompt), max_new_tokens, task_id, Console(stderr=True))
     except (ServeError, ValueError, OSError) as error:
         console.print(f"[red]not verified:[/red] {error}")
         raise typer.Exit(2) from None
@@ -77,7 +78,7 @@ def _texts(files: CheckpointFiles, prompts: Sequence[str] | None) -> list[str]:
 
 
 def _compare(
-    files: CheckpointFiles, model: str, texts: list[str], max_new_tokens: int, progress: Console
+    files: CheckpointFiles, model: str, texts: list[str], max_new_tokens: int, task_id: int | None, progress: Console
 ) -> list[Comparison]:
     if not generates(files):
         raise BadRequest("this is no peft adapter that generates text, and only those can be verified this way")
@@ -86,13 +87,14 @@ def _compare(
         parts, engine = build(settings, lambda line: progress.print(f"  {line}", highlight=False))
         engine.start()
         try:
-            given, plain = asyncio.run(served.ask(parts, files, texts, max_new_tokens=max_new_tokens))
+            given, plain = asyncio.run(served.ask(parts, files, texts, max_new_tokens=max_new_tokens, task_id=task_id))
         finally:
             engine.stop()
         progress.print("  asking peft")
         oracle = Oracle(model, files)
+        eos_ids = sorted(parts.base.eos_ids)
         expected = [
-            oracle.answer(parts.codec.encode(text), max_new_tokens=max_new_tokens, eos_ids=sorted(parts.base.eos_ids))
+            oracle.answer(parts.codec.encode(text), max_new_tokens=max_new_tokens, eos_ids=eos_ids, task_id=task_id)
             for text in texts
         ]
     each = zip(texts, expected, given, plain, strict=True)

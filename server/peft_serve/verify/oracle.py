@@ -40,8 +40,11 @@ class Oracle:
         self._is_encoder_decoder = bool(base.config.is_encoder_decoder)
 
     @torch.no_grad()
-    def answer(self, prompt: Sequence[int], *, max_new_tokens: int, eos_ids: Sequence[int]) -> Answer:
+    def answer(
+        self, prompt: Sequence[int], *, max_new_tokens: int, eos_ids: Sequence[int], task_id: int | None = None
+    ) -> Answer:
         """Greedy tokens after the prompt, an end-of-sequence id included."""
+        task = {} if task_id is None else {"task_ids": torch.tensor([task_id])}
         ids = torch.tensor([list(prompt)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -55,6 +58,7 @@ class Oracle:
                 pad_token_id=0,
                 return_dict_in_generate=True,
                 output_logits=True,
+                **task,
             )
         start = 1 if self._is_encoder_decoder else len(prompt)
         tokens = made.sequences[0, start:].tolist()

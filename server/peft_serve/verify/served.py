@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import tarfile
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ NAME = "verified"
 
 
 async def ask(
-    parts: ServerParts, files: CheckpointFiles, texts: Sequence[str], *, max_new_tokens: int
+    parts: ServerParts, files: CheckpointFiles, texts: Sequence[str], *, max_new_tokens: int, task_id: int | None = None
 ) -> tuple[list[Answer], list[Answer]]:
     """Answers of the adapter and of the base, all of them in flight together so that they share batches.
 
@@ -35,14 +36,16 @@ async def ask(
             f"/adapters/{NAME}", content=_archive(files), headers={"content-type": "application/x-tar"}
         )
         _require(uploaded, "the adapter")
-        names = [NAME] * len(texts) + ["base"] * len(texts)
         parameters = {"max_new_tokens": max_new_tokens, "details": True, "template": None, "choices": None}
-        answer = await client.post(
-            "/generate", json={"inputs": [*texts, *texts], "adapter": names, "parameters": parameters}
+        body = {"inputs": list(texts), "parameters": parameters}
+        task = {} if task_id is None else {"task_id": str(task_id)}
+        given, plain = await asyncio.gather(
+            client.post("/generate", params={"adapter": NAME, **task}, json=body),
+            client.post("/generate", json=body),
         )
-        _require(answer, "a prompt")
-    answers = [_answer(each) for each in answer.json()]
-    return answers[: len(texts)], answers[len(texts) :]
+        _require(given, "a prompt")
+        _require(plain, "a prompt")
+    return [_answer(each) for each in given.json()], [_answer(each) for each in plain.json()]
 
 
 def _require(response: httpx.Response, what: str) -> None:
