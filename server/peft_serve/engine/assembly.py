@@ -211,31 +211,9 @@ def _make_engine(
         return load_combined(adapter, load_part, base, limits)
 
     sizes = _kv_sizes(settings, base)
-    block_size = settings.block_size
-    is_encoder_decoder = base.shape.is_encoder_decoder
-    scheduler = Scheduler(
-        Limits(
-            max_rows=settings.max_rows,
-            max_step_tokens=settings.max_step_tokens,
-            max_step_adapters=settings.max_step_adapters,
-            max_step_rank=4 * settings.max_rank,
-            max_queue=settings.max_queue,
-            block_size=block_size,
-            max_context=_max_context(settings, base),
-            is_encoder_decoder=is_encoder_decoder,
-            is_encoder=base.shape.is_encoder,
-            pad_id=base.pad_id,
-            affinity_age_s=_AFFINITY_AGE_S,
-        ),
-        slots=SlotLedger(num_slots=settings.max_resident_adapters, max_bytes=settings.device_adapter_bytes),
-        blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size),
-        cross_blocks=(
-            BlockLedger(num_blocks=sizes.num_cross_blocks, block_size=block_size) if is_encoder_decoder else None
-        ),
-        clock=time.monotonic,
-    )
+    block_size, shape = settings.block_size, base.shape
     return Engine(
-        scheduler=scheduler,
+        scheduler=_make_scheduler(settings, base, sizes),
         make_runner=lambda adapters: StepRunner(
             base,
             num_blocks=sizes.num_blocks,
@@ -254,10 +232,36 @@ def _make_engine(
         draw_seed=_seed_source(),
         max_queue=settings.max_queue,
         footprint_of=lambda adapter: adapter.footprint(
-            is_encoder_decoder=is_encoder_decoder, is_encoder=base.shape.is_encoder
+            is_encoder_decoder=shape.is_encoder_decoder, is_encoder=shape.is_encoder
         ),
         block_size=block_size,
         on_thread_start=lambda: _claim_threads(num_threads),
+    )
+
+
+def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes) -> Scheduler:
+    block_size, shape = settings.block_size, base.shape
+    cross_blocks = None
+    if shape.is_encoder_decoder:
+        cross_blocks = BlockLedger(num_blocks=sizes.num_cross_blocks, block_size=block_size)
+    return Scheduler(
+        Limits(
+            max_rows=settings.max_rows,
+            max_step_tokens=settings.max_step_tokens,
+            max_step_adapters=settings.max_step_adapters,
+            max_step_rank=4 * settings.max_rank,
+            max_queue=settings.max_queue,
+            block_size=block_size,
+            max_context=_max_context(settings, base),
+            is_encoder_decoder=shape.is_encoder_decoder,
+            is_encoder=shape.is_encoder,
+            pad_id=base.pad_id,
+            affinity_age_s=_AFFINITY_AGE_S,
+        ),
+        slots=SlotLedger(num_slots=settings.max_resident_adapters, max_bytes=settings.device_adapter_bytes),
+        blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size),
+        cross_blocks=cross_blocks,
+        clock=time.monotonic,
     )
 
 
