@@ -116,6 +116,7 @@ class Request:
     reading: Reading | None = None  # not None = read one pass over the prompt, do not generate
     segments: tuple[int, ...] = ()  # token type of each prompt token (BERT's second sentence: 1); empty = all 0
     arrival_s: float = 0.0
+    deadline_s: float | None = None  # on the clock of `arrival_s`: end it, unless its first step comes before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +127,11 @@ class Footprint:
     max_rank: int = 0  # the largest low-rank rank over all sites
     num_prefix_tokens: int = 0  # KV positions in front of the (decoder's) tokens: a prefix, or a soft prompt
     num_source_tokens: int = 0  # soft-prompt embeddings in front of the encoder's tokens
+    num_cross_tokens: int = 0  # encoder-decoder: KV positions in front of the encoded source
+    num_unplaced: int = 0  # of the positions in front, those that take none from the tokens behind them
     start: tuple[int, ...] = ()  # ids whose last occurrence in the prompt switches the adapter on; empty: always on
+    kv_key: str | None = None  # adapters with one key give the same keys and values; None: no other does
+    is_causal: bool = True  # keys and values of a token depend on no token behind it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +166,10 @@ class Row:
     branch: int = 0  # which continuation of the request this is (choices are scored side by side)
     source: tuple[int, ...] = ()  # encoder-decoder: ids to encode in this step, in the row's first step only
     cross_blocks: tuple[int, ...] = ()  # encoder-decoder: where the cross-attention KV is kept
-    num_source: int = 0  # encoder-decoder: length of the cross-attention KV, soft prompt included
+    num_source: int = 0  # encoder-decoder: length of the cross-attention KV, soft prompt and prefix included
+    num_unplaced: int = 0  # context positions in front that count for no token: its position id is that much less
     active_from: int = 0  # context position of the first token the adapter acts on; the ones before are the base's
+    prompt: tuple[int, int] = (0, 0)  # context positions [first, last) of the request's own prompt on the decoder
     reading: Reading | None = None  # what to read from this row's tokens
     segments: tuple[int, ...] = ()  # token type of each token the row brings; empty = all 0
 
@@ -255,6 +262,7 @@ class FinishEvent:
     queue_s: float = 0.0  # from arrival to its first step
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when the request began
 
 
 Event = TokenEvent | ScoresEvent | ReadingEvent | FinishEvent

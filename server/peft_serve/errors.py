@@ -15,6 +15,7 @@ ServeError
 |-- PromptTooLong         422  prompt + new tokens beyond the context (400 on /v1)
 |-- AdapterInvalid        422  a readable adapter that is refused, one reason a place (400 on /v1)
 |-- QueueFull             429  with Retry-After
+|   `-- DeadlineMissed    429  would be, or was, not begun in the time it was to wait
 |-- Internal              500
 |-- Unavailable           503  starting, draining or dead, with Retry-After
 |   `-- AdapterUnavailable 503 this adapter's files are corrupt, missing or do not load
@@ -115,6 +116,10 @@ class AdapterInvalid(ServeError):
 
 class QueueFull(ServeError):
     status, code = 429, "overloaded"
+
+
+class DeadlineMissed(QueueFull):
+    code = "deadline_missed"
 
 
 class Internal(ServeError):

@@ -26,6 +26,7 @@ from peft_serve.core import (
     Step,
     StepResult,
 )
+from peft_serve.scheduling.activation import active_from
 from peft_serve.scheduling.limits import Limits
 
 VOCABULARY = 11
@@ -76,8 +77,18 @@ def pooled(reading: Reading, states: Sequence[tuple[float, ...]]) -> tuple[tuple
     return tuple(states)
 
 
+def actor(adapter: AdapterId, footprint: Footprint) -> AdapterId:
+    """By what an adapter is known to those who read its cells: some are one and the same to them."""
+    return AdapterId(footprint.kv_key or adapter)
+
+
 def prefix_cells(adapter: AdapterId, footprint: Footprint) -> list[Cell]:
-    return [("prefix", adapter, place) for place in range(footprint.num_prefix_tokens)]
+    return [("prefix", actor(adapter, footprint), place) for place in range(footprint.num_prefix_tokens)]
+
+
+def token_cells(who: AdapterId, tokens: Sequence[int], *, start: int, active_from: int) -> list[Cell]:
+    """Tokens from context position `start` on; the adapter acts on those from `active_from` on."""
+    return [("token", who if start + i >= active_from else BASE, token) for i, token in enumerate(tokens)]
 
 
 def source_cells(adapter: AdapterId, footprint: Footprint, source: Sequence[int]) -> list[Cell]:
@@ -129,7 +140,9 @@ class FakeModel:
 
     def _write_row(self, row: Row) -> None:
         adapter = self.slots[row.slot]
-        self._write(self._cells, row.blocks, row.start, [("token", adapter, token) for token in row.tokens])
+        who = actor(adapter, self._footprints[adapter])
+        cells = token_cells(who, row.tokens, start=row.start, active_from=row.active_from)
+        self._write(self._cells, row.blocks, row.start, cells)
         if row.source:
             cells = source_cells(adapter, self._footprints[adapter], row.source)
             assert len(cells) == row.num_source
@@ -210,8 +223,12 @@ def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: i
         own = limits.blocks_for(num_prefix + num_tokens) - num_prefix // size
         return limits.blocks_for(num_prefix) + own
 
-    def history() -> list[Cell]:
-        return [*prefix_cells(adapter, footprint), *(("token", adapter, token) for token in stream)]
+    who = actor(adapter, footprint)
+    begin = active_from(stream, footprint.start, prefix=num_prefix)
+
+    def history(choice: Sequence[int] = ()) -> list[Cell]:
+        tokens = token_cells(who, [*stream, *choice], start=num_prefix, active_from=begin)
+        return [*prefix_cells(adapter, footprint), *tokens]
 
     longest = max((len(choice) - 1 for choice in request.choices), default=1)
     start = num_prefix + len(stream)
@@ -223,10 +240,7 @@ def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: i
         return Answer(
             reason=FinishReason.EOS,
             logprobs=tuple(
-                sum(
-                    score(adapter, [*history(), *(("token", adapter, t) for t in choice[:i])], source, token)
-                    for i, token in enumerate(choice)
-                )
+                sum(score(adapter, history(choice[:i]), source, token) for i, token in enumerate(choice))
                 for choice in request.choices
             ),
         )
@@ -253,7 +267,9 @@ def _read_alone(request: Request, reading: Reading, footprint: Footprint, limits
     else:
         own = limits.blocks_for(virtual + len(prompt)) - virtual // limits.block_size
         is_too_long = limits.blocks_for(virtual) + own > capacity
-        cells = [*prefix_cells(adapter, footprint), *(("token", adapter, token) for token in prompt)]
+        begin = active_from(prompt, footprint.start, prefix=virtual)
+        tokens = token_cells(actor(adapter, footprint), prompt, start=virtual, active_from=begin)
+        cells = [*prefix_cells(adapter, footprint), *tokens]
         segments = request.segments or (0,) * len(prompt)
         states = [state(adapter, cells[: virtual + i + 1], virtual + i, (segments[i],)) for i in range(len(prompt))]
     if is_too_long or virtual + len(prompt) > limits.max_context:

@@ -74,7 +74,7 @@ def test_every_row_of_a_request_says_the_same(name: str, adapter: str, prefix: i
 
 
 def test_a_preempted_request_starts_again_at_the_same_token() -> None:
-    world = World(some_limits(), footprints=FOOTPRINTS, num_blocks=8)
+    world = World(some_limits(prefix_caching=False), footprints=FOOTPRINTS, num_blocks=8)
     sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
     old = world.submit(PLAIN, range(9), sampling=sampling)
     young = world.submit(LATE, (1, 2, *START, 4), sampling=sampling)

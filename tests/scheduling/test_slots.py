@@ -7,6 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from peft_serve.adapters.eviction import CostAware, EvictionPolicy, LeastRecentlyUsed
+from peft_serve.adapters.lookups import Lookup
 from peft_serve.core import BASE, BASE_SLOT, AdapterId, Footprint
 from peft_serve.errors import AdapterUnavailable
 from peft_serve.scheduling.slots import Lease, SlotLedger
@@ -121,14 +123,58 @@ def test_a_leased_adapter_cannot_be_dropped() -> None:
     assert ledger.drop(B) == 2, "a pin does not keep what is not there"
 
 
+def test_a_request_hits_unless_its_adapter_was_seated_for_it() -> None:
+    lookups: list[Lookup] = []
+    ledger = SlotLedger(num_slots=2, max_bytes=30, on_lookup=lookups.append)
+    ledger.acquire(BASE).release()
+    ledger.place(A, sized(10))
+    ledger.acquire(A).release()
+    ledger.acquire(A).release()
+    assert lookups == [
+        Lookup(tier="device", adapter=A, is_hit=False, num_bytes=10),
+        Lookup(tier="device", adapter=A, is_hit=True, num_bytes=10),
+    ]
+
+
+def test_by_cost_the_one_that_is_used_more_stays() -> None:
+    ledger = SlotLedger(num_slots=2, max_bytes=30, policy=CostAware(lambda _adapter, _bytes: 1.0))
+    for adapter, num_uses in ((A, 3), (B, 1)):
+        ledger.place(adapter, sized(10))
+        for _ in range(num_uses):
+            ledger.acquire(adapter).release()
+    assert list(ledger.idle()) == [B, A]
+    assert [one.adapter for one in ledger.resident()] == [A, B], "shown in order of use, whatever the policy"
+    placement = ledger.place(C, sized(10))
+    assert placement is not None
+    assert placement.evicted == ((2, B),)
+
+
+@pytest.mark.parametrize(("to_make_room", "order"), [(True, [B, C]), (False, [C, B])])
+def test_only_evictions_for_room_age_the_others(to_make_room: bool, order: list[AdapterId]) -> None:
+    """B was used twice before A left; C comes after it, worth more than B only if A's room was wanted."""
+    ledger = SlotLedger(num_slots=3, max_bytes=30, policy=CostAware(lambda _adapter, _bytes: 1.0))
+    for adapter, num_uses in ((A, 3), (B, 2)):
+        ledger.place(adapter, sized(10))
+        for _ in range(num_uses):
+            ledger.acquire(adapter).release()
+    ledger.evict(A, to_make_room=to_make_room)
+    ledger.place(C, sized(10))
+    ledger.acquire(C).release()
+    assert list(ledger.idle()) == order
+
+
 class SlotMachine(RuleBasedStateMachine):
     """A model of the ledger: what is where, how often leased, in order of use."""
 
     SIZES = (1, 4, 7, 12, 3, 9)
 
+    @staticmethod
+    def policy() -> EvictionPolicy:
+        return LeastRecentlyUsed()
+
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = SlotLedger(num_slots=3, max_bytes=20)
+        self.ledger = SlotLedger(num_slots=3, max_bytes=20, policy=self.policy())
         self.leases: list[Lease] = []
         self.pinned: set[AdapterId] = set()
         self.order: list[AdapterId] = []
@@ -138,6 +184,10 @@ class SlotMachine(RuleBasedStateMachine):
 
     def is_idle(self, adapter: AdapterId) -> bool:
         return adapter not in self.pinned and all(lease.adapter != adapter for lease in self.leases)
+
+    def check_order(self, evicted: list[AdapterId]) -> None:
+        idle = [adapter for adapter in self.order if self.is_idle(adapter)]
+        assert evicted == idle[: len(evicted)], "the least recently used leave first"
 
     def use(self, adapter: AdapterId) -> None:
         self.order.remove(adapter)
@@ -159,6 +209,7 @@ class SlotMachine(RuleBasedStateMachine):
         assert (placement is not None) == could_fit
         if placement is None:
             return
+        self.check_order([evicted for _, evicted in placement.evicted])
         for slot, evicted in placement.evicted:
             assert self.is_idle(evicted)
             assert self.slots.pop(evicted) == slot
@@ -206,3 +257,18 @@ class SlotMachine(RuleBasedStateMachine):
 
 TestSlotMachine = SlotMachine.TestCase
 TestSlotMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class CostSlotMachine(SlotMachine):
+    """The same books under the other policy; who leaves first is that policy's own test."""
+
+    @staticmethod
+    def policy() -> EvictionPolicy:
+        return CostAware(lambda adapter, num_bytes: 1.0 + int(adapter) * num_bytes % 5)
+
+    def check_order(self, evicted: list[AdapterId]) -> None:
+        assert all(self.is_idle(adapter) for adapter in evicted)
+
+
+TestCostSlotMachine = CostSlotMachine.TestCase
+TestCostSlotMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

@@ -27,9 +27,10 @@ from peft_serve.core import (
     Step,
     TokenEvent,
 )
-from peft_serve.errors import AdapterUnavailable, InvalidParameter, PromptTooLong, QueueFull
+from peft_serve.errors import AdapterUnavailable, DeadlineMissed, InvalidParameter, PromptTooLong, QueueFull
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.order import Order
 from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
 from tests.scheduling.fake_model import Answer, FakeModel, alone
@@ -85,6 +86,7 @@ class World:
         max_bytes: int = 60,
         num_blocks: int = 40,
         num_cross_blocks: int = 12,
+        order: Order | None = None,
     ) -> None:
         self.limits = limits or some_limits()
         is_seq2seq = self.limits.is_encoder_decoder
@@ -96,7 +98,7 @@ class World:
         size = self.limits.block_size
         self.blocks = BlockLedger(num_blocks=num_blocks, block_size=size)
         self.cross = BlockLedger(num_blocks=num_cross_blocks, block_size=size) if is_seq2seq else None
-        self.scheduler = Scheduler(self.limits, self.slots, self.blocks, self.cross, lambda: self.now_s)
+        self.scheduler = Scheduler(self.limits, self.slots, self.blocks, self.cross, lambda: self.now_s, order)
         self.model = FakeModel(num_slots=num_slots, block_size=size, footprints=self.footprints)
         self.requests: dict[RequestId, Request] = {}
         self.tokens: dict[RequestId, list[int]] = defaultdict(list)
@@ -119,6 +121,7 @@ class World:
         sampling: SamplingParams | None = None,
         reading: Reading | None = None,
         segments: Sequence[int] = (),
+        max_wait_s: float | None = None,
     ) -> RequestId:
         is_seq2seq = self.limits.is_encoder_decoder
         request = Request(
@@ -132,9 +135,14 @@ class World:
             reading=reading,
             segments=tuple(segments),
             arrival_s=self.now_s,
+            deadline_s=None if max_wait_s is None else self.now_s + max_wait_s,
         )
         self.requests[request.id] = request
-        self.scheduler.submit(request)
+        try:
+            self.scheduler.submit(request)
+        except DeadlineMissed:
+            del self.requests[request.id]
+            raise
         self.scheduler.check()
         return request.id
 
@@ -189,12 +197,16 @@ class World:
 
     def drain(self) -> None:
         """Run until nothing is left; then nothing may be held."""
+        self.drain_requests()
+        self.check_empty()
+
+    def drain_requests(self) -> None:
+        """Run until every request has ended."""
         for _ in range(200 + 100 * len(self.requests)):
             self.load_all()
             if not self.step() and not self.scheduler.has_work:
                 break
         assert not self.scheduler.has_work, "requests are left over"
-        self.check_empty()
 
     def check_empty(self) -> None:
         self.scheduler.check()

@@ -1,12 +1,14 @@
-"""Blocks: who holds which piece of the KV cache.
+"""Blocks: who holds which piece of the KV cache, and which pieces can be read again.
 
-Owns the books of the KV blocks: a free list and a reference count a block. Block 0 is padding and is never
-given. Knows no tensors and no requests: whoever holds a block holds one reference to it and releases it.
+Owns the books of the KV blocks: a free list, a reference count a block, and the *label* of a block whose content
+is known. A labelled block that nobody holds is free, and is found by its label until it is given to somebody else;
+the one that was let go first is given first. Block 0 is padding and is never given. Knows no tensors, no requests
+and no meaning of a label: whoever holds a block holds one reference to it and releases it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +35,9 @@ class BlockLedger:
         self._block_size = block_size
         self._free = list(range(num_blocks - 1, PADDING_BLOCK, -1))
         self._references = [0] * num_blocks
+        self._labels: dict[int, bytes] = {}
+        self._labelled: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # labelled, held by nobody, first to be given first
 
     @property
     def num_blocks(self) -> int:
@@ -46,35 +51,69 @@ class BlockLedger:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that nobody holds, labelled or not."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_labelled(self) -> int:
+        return len(self._labels)
 
     @property
     def usage(self) -> float:
         """Share of the capacity that is held, from 0 to 1."""
-        return 1.0 - len(self._free) / self.capacity
+        return 1.0 - self.num_free / self.capacity
+
+    def is_held(self, block: int) -> bool:
+        return self._references[block] > 0
 
     def allocate(self, num_blocks: int) -> tuple[int, ...] | None:
         """Fresh blocks, one reference each; None (and nothing changed) when there are not so many."""
-        if num_blocks > len(self._free):
+        if num_blocks > self.num_free:
             return None
-        blocks = tuple(self._free.pop() for _ in range(num_blocks))
+        blocks = tuple(self._free.pop() if self._free else self._unlabelled() for _ in range(num_blocks))
         for block in blocks:
             self._references[block] = 1
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more reference to each block."""
+        """One more reference to each block; a labelled one may have had none."""
         for block in blocks:
-            assert self._references[block] > 0, f"block {block} is shared but nobody holds it"
+            assert self._references[block] > 0 or block in self._idle, f"block {block} is shared but nobody holds it"
+            self._idle.pop(block, None)
             self._references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block; the last one frees it."""
-        for block in blocks:
+        """One reference less to each block; the last one frees it.
+
+        Of labelled blocks the last of the table will be given away first: the ones before it are of use without it.
+        """
+        for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} is released but nobody holds it"
             self._references[block] -= 1
-            if self._references[block] == 0:
+            if self._references[block] > 0:
+                continue
+            if block in self._labels:
+                self._idle[block] = None
+            else:
                 self._free.append(block)
+
+    def label(self, block: int, label: bytes) -> None:
+        """Say what a held block contains from now on, so that `find` gives it. One block a label: others stay plain."""
+        assert self._references[block] > 0, f"block {block} is labelled but nobody holds it"
+        assert block not in self._labels, f"block {block} has a label: its content does not change"
+        if label not in self._labelled:
+            self._labels[block] = label
+            self._labelled[label] = block
+
+    def find(self, labels: Iterable[bytes]) -> tuple[int, ...]:
+        """The blocks with these labels, up to the first that there is none for. Nobody holds them for it: `share`."""
+        blocks = []
+        for label in labels:
+            block = self._labelled.get(label)
+            if block is None:
+                break
+            blocks.append(block)
+        return tuple(blocks)
 
     def fork(self, table: Sequence[int], num_positions: int) -> Fork | None:
         """A table that reads the same first `num_positions` and may be written from there on.
@@ -96,9 +135,19 @@ class BlockLedger:
         """Assert that the books are consistent, and equal to what `holders` say they hold, if given."""
         assert self._references[PADDING_BLOCK] == 0, "the padding block was given away"
         held = {block for block, count in enumerate(self._references) if count > 0}
-        assert len(self._free) == len(set(self._free)), "a block is free twice"
-        assert not held & set(self._free), "a block is free and held"
-        assert len(held) + len(self._free) == self.capacity, "a block is lost"
+        free = {*self._free, *self._idle}
+        assert self.num_free == len(free), "a block is free twice"
+        assert not held & free, "a block is free and held"
+        assert len(held) + len(free) == self.capacity, "a block is lost"
+        assert self._idle.keys() <= self._labels.keys(), "an idle block has no label"
+        assert not self._labels.keys() & set(self._free), "a labelled block is among the plain ones"
+        assert {label: block for block, label in self._labels.items()} == self._labelled, "labels and index differ"
         if holders is not None:
             counts = Counter(block for blocks in holders for block in blocks)
             assert counts == {block: self._references[block] for block in held}, "a reference has no holder"
+
+    def _unlabelled(self) -> int:
+        """The labelled block that was let go first, without its label."""
+        block, _ = self._idle.popitem(last=False)
+        del self._labelled[self._labels.pop(block)]
+        return block

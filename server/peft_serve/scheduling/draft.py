@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from peft_serve.core import BASE, AdapterId, Draw, Install, Reading, Request, Row, Step
 from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.step_time import StepLoad
 from peft_serve.scheduling.tracked import Branch, Tracked
 
 
@@ -18,6 +19,7 @@ class Flight:
 
     step: Step
     owners: tuple[Tracked, ...]  # parallel to step.rows
+    load: StepLoad
 
 
 class StepDraft:
@@ -89,7 +91,9 @@ class StepDraft:
             source=source,
             cross_blocks=tracked.cross_blocks,
             num_source=tracked.num_source,
+            num_unplaced=tracked.num_unplaced,
             active_from=tracked.active_from,
+            prompt=tracked.prompt_positions,
             reading=_reading(tracked.request, is_first=start == 0, is_last=is_last),
             segments=tracked.request.segments if source else tracked.request.segments[start:end],
         )
@@ -113,7 +117,9 @@ class StepDraft:
             branch=index + 1,
             cross_blocks=tracked.cross_blocks,
             num_source=tracked.num_source,
+            num_unplaced=tracked.num_unplaced,
             active_from=tracked.active_from,
+            prompt=tracked.prompt_positions,
         )
         self._append(tracked, row, end - done)
         self._copies.extend(branch.copies)
@@ -129,7 +135,12 @@ class StepDraft:
             installs=installs,
             copies=tuple(self._copies),
         )
-        return Flight(step=step, owners=tuple(entry[4] for entry in rows))
+        load = StepLoad(
+            num_tokens=step.num_tokens,
+            sum_rank=sum(self._ranks.values()),
+            num_positions=sum(row.start + len(row.tokens) for row in step.rows),
+        )
+        return Flight(step=step, owners=tuple(entry[4] for entry in rows), load=load)
 
     def _append(self, tracked: Tracked, row: Row, num_tokens: int) -> None:
         self._rows.append((row.slot, tracked.seq, row.branch, row, tracked))

@@ -15,11 +15,12 @@ class Limits:
     max_step_rank: int  # sum of their ranks; a single adapter above it runs alone
     max_queue: int  # requests that wait; one more is refused
     block_size: int  # positions in a KV block
-    max_context: int  # positions of a request, the adapter's KV prefix counted
+    max_context: int  # positions of a request, the adapter's KV prefix counted where it takes any
     is_encoder_decoder: bool = False
     is_encoder: bool = False  # requests read their prompt, whole and in one step, and keep nothing on the device
     pad_id: int | None = None  # a sequence is read at its last token that is not this one (a decoder's heads)
     affinity_age_s: float = 0.5  # a waiting request is overtaken by ones of the step's adapters until this age
+    prefix_caching: bool = True  # full KV blocks are found again by the tokens and the adapter they hold
     max_loads: int = 16  # adapters asked for, or ready on the host, that are not in a slot yet
 
     def __post_init__(self) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from peft_serve.core import Footprint
 from peft_serve.errors import PromptTooLong
-from peft_serve.scheduling.activation import active_from
 from peft_serve.scheduling.blocks import BlockLedger, Fork
 from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.prefix_cache import PrefixCache
 from peft_serve.scheduling.residency import Residency
 from peft_serve.scheduling.slots import SlotLedger
 from peft_serve.scheduling.tracked import Branch, Tracked
@@ -29,12 +29,14 @@ class Memory:
         blocks: BlockLedger,
         cross_blocks: BlockLedger | None,
         residency: Residency,
+        cache: PrefixCache,
     ) -> None:
         self._limits = limits
         self._slots = slots
         self._blocks = blocks
         self._cross_blocks = cross_blocks
         self._residency = residency
+        self._cache = cache
 
     def require_possible(self, tracked: Tracked, footprint: Footprint) -> None:
         """Raise `PromptTooLong` for a request that no wait can make fit."""
@@ -59,7 +61,9 @@ class Memory:
 
     def has_room(self, tracked: Tracked, footprint: Footprint) -> bool:
         """Whether all blocks of the tokens known so far, and of a prefix still to install, are there now."""
+        tracked.learn(footprint)
         num_blocks = self._num_own_blocks(tracked, footprint)
+        num_blocks -= sum(map(self._blocks.is_held, self._cache.find(tracked)))
         if not self._residency.is_seated(tracked.adapter):
             num_blocks += self._residency.num_prefix_blocks(footprint)
         if num_blocks > self._residency.num_available(besides=tracked.adapter):
@@ -69,20 +73,37 @@ class Memory:
 
     def open(self, tracked: Tracked, footprint: Footprint) -> None:
         """Lease the seated adapter and take the blocks that `has_room` saw."""
+        tracked.learn(footprint)
         tracked.lease = self._slots.acquire(tracked.adapter)
-        tracked.prefix, tracked.rank = footprint.num_prefix_tokens, footprint.max_rank
-        prompt = tracked.tokens[: tracked.num_prompt]
-        tracked.active_from = active_from(prompt, footprint.start, prefix=tracked.prefix)
-        prefix = self._residency.prefix(tracked.adapter)
-        fork = self._extend(prefix, tracked.prefix, tracked.num_positions)
-        assert fork is not None, f"no blocks for request {tracked.id}: ask has_room first"
-        tracked.table, tracked.copies = fork.blocks, fork.copies
+        self._begin(tracked)
         if tracked.source_is_pending:
-            tracked.num_source = footprint.num_source_tokens + len(tracked.request.prompt)
+            in_front = footprint.num_source_tokens + footprint.num_cross_tokens
+            tracked.num_source = in_front + len(tracked.request.prompt)
         if self._cross_blocks is not None:
             cross = self._cross_blocks.allocate(self._num_cross_blocks(tracked, footprint))
             assert cross is not None, f"no blocks for the source of {tracked.id}: ask has_room first"
             tracked.cross_blocks = cross
+
+    def _begin(self, tracked: Tracked) -> None:
+        """The table: the adapter's prefix, what is found of the tokens in the cache, and fresh blocks for the rest."""
+        prefix, num_kept = self._residency.prefix(tracked.adapter), tracked.prefix
+        found = self._cache.find(tracked)
+        self._blocks.share(found)
+        if found:
+            whole = prefix[: tracked.prefix // self._limits.block_size]
+            prefix, num_kept = whole + found, (len(whole) + len(found)) * self._limits.block_size
+        fork = self._extend(prefix, num_kept, tracked.num_positions)
+        assert fork is not None, f"no blocks for request {tracked.id}: ask has_room first"
+        self._blocks.release(found)
+        tracked.table, tracked.copies = fork.blocks, fork.copies
+        tracked.num_computed = num_kept - tracked.prefix
+        tracked.num_labelled = len(found)
+        if tracked.first_step_s is None:
+            tracked.num_cached = tracked.num_computed
+
+    def keep(self, tracked: Tracked) -> None:
+        """A row of the request has run: the blocks it filled can be found again."""
+        self._cache.keep(tracked)
 
     def secure(self, tracked: Tracked) -> bool:
         """Make sure that the running request has the blocks of a next row; False while there are none."""
@@ -123,7 +144,7 @@ class Memory:
         tracked.readings.clear()
         tracked.table = tracked.cross_blocks = ()
         tracked.copies = ()
-        tracked.num_computed = 0
+        tracked.num_computed = tracked.num_labelled = 0
         tracked.lease.release()
         tracked.lease = None
 
@@ -162,6 +183,8 @@ class Memory:
         if self._limits.is_encoder:
             num_virtual = footprint.num_source_tokens
             num_positions = num_virtual + len(tracked.request.prompt)
+        num_positions -= footprint.num_unplaced
+        num_virtual -= footprint.num_unplaced
         if num_positions > self._limits.max_context:
             raise PromptTooLong(
                 f"request {tracked.id} needs {num_positions} positions ({num_virtual} of them "
@@ -181,4 +204,5 @@ class Memory:
         return self._limits.blocks_for(start + longest - 1) - start // self._limits.block_size
 
     def _num_cross_blocks(self, tracked: Tracked, footprint: Footprint) -> int:
-        return self._limits.blocks_for(footprint.num_source_tokens + len(tracked.request.prompt))
+        in_front = footprint.num_source_tokens + footprint.num_cross_tokens
+        return self._limits.blocks_for(in_front + len(tracked.request.prompt))

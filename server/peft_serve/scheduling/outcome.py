@@ -71,6 +71,7 @@ class Outcome:
             self._commit_branch(tracked, row, given)
         else:
             tracked.num_computed += len(row.tokens)
+            self._memory.keep(tracked)
             if row.source:
                 tracked.source_is_pending = False
         if tracked.request.reading is not None:
@@ -86,6 +87,7 @@ class Outcome:
         assert given.token is not None, f"request {tracked.id} drew no token"
         index = tracked.num_outputs
         tracked.tokens.append(given.token)
+        self._roster.note_token(tracked)
         yield TokenEvent(
             request=tracked.request.id,
             index=index,
@@ -96,7 +98,7 @@ class Outcome:
         params = tracked.request.sampling
         if given.token in tracked.request.eos_ids and not params.ignore_eos:
             yield self._roster.finish(tracked, FinishReason.EOS)
-        elif index + 1 >= params.max_new_tokens or tracked.num_positions >= self._limits.max_context:
+        elif index + 1 >= params.max_new_tokens or tracked.num_placed >= self._limits.max_context:
             yield self._roster.finish(tracked, FinishReason.LENGTH)
 
     def _commit_reading(self, tracked: Tracked, row: Row, given: RowResult) -> Iterator[Event]:

@@ -1,7 +1,7 @@
 """The planner: who runs in the next step.
 
 Order of service: requests that decode, one token each; requests in the middle of their prompt or of scoring
-their choices, oldest first; then the queue, oldest first. A waiting request that cannot start yet is overtaken
+their choices, oldest first; then the queue in its `Order`. A waiting request that cannot start yet is overtaken
 only by requests whose adapter the step carries anyway, and only while it is younger than `affinity_age_s`.
 A request whose adapter is still on its way is overtaken by everyone.
 
@@ -18,6 +18,7 @@ from peft_serve.errors import ServeError
 from peft_serve.scheduling.draft import Flight, StepDraft
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.memory import Memory
+from peft_serve.scheduling.order import Order
 from peft_serve.scheduling.residency import Residency
 from peft_serve.scheduling.roster import Roster
 from peft_serve.scheduling.tracked import Tracked
@@ -32,20 +33,23 @@ class Planner:
         roster: Roster,
         memory: Memory,
         residency: Residency,
+        order: Order,
         clock: Callable[[], float],
     ) -> None:
         self._limits = limits
         self._roster = roster
         self._memory = memory
         self._residency = residency
+        self._order = order
         self._clock = clock
         self._num_steps = 0
 
     def plan(self, failures: list[FinishEvent]) -> Flight | None:
         """The next step, None when nobody can run. Requests that can never run end up in `failures`."""
         now_s = self._clock()
+        failures += self._roster.end_late(now_s)
         may_admit = self._secure_running()
-        if may_admit:
+        if may_admit and self._order.is_by_arrival:
             self._start_overdue(now_s, failures)
         draft = StepDraft(self._limits, self._num_steps)
         self._serve_running(draft)
@@ -137,7 +141,7 @@ class Planner:
     def _admit(self, draft: StepDraft, now_s: float, failures: list[FinishEvent]) -> None:
         """Start waiting requests while the step has room, each with its first row."""
         is_held = False
-        for tracked in list(self._roster.queue):
+        for tracked in self._order.line(self._roster.queue):
             if draft.is_full or len(self._roster.running) >= self._limits.max_rows:
                 return
             footprint = self._residency.footprint(tracked.adapter)

@@ -28,6 +28,7 @@ class WaitingQueue:
         self._max_queue = max_queue
         self._order: list[Tracked] = []
         self._by_adapter: dict[AdapterId, dict[int, Tracked]] = {}
+        self.num_tokens = 0  # that those who wait want computed
         self._finished_s: deque[float] = deque(maxlen=_NUM_FINISHES)
 
     def __len__(self) -> int:
@@ -44,6 +45,11 @@ class WaitingQueue:
     def adapters(self) -> tuple[AdapterId, ...]:
         """Adapters that someone waits for."""
         return tuple(self._by_adapter)
+
+    @property
+    def num_waiters(self) -> tuple[int, ...]:
+        """How many wait for each of `adapters`."""
+        return tuple(map(len, self._by_adapter.values()))
 
     def waiters(self, adapter: AdapterId) -> Sequence[Tracked]:
         """Who waits for the adapter, oldest first."""
@@ -69,12 +75,14 @@ class WaitingQueue:
     def push(self, tracked: Tracked) -> None:
         """Put a request at its place in the order of arrival."""
         insort(self._order, tracked, key=_seq)
+        self.num_tokens += len(tracked.tokens)
         self._by_adapter.setdefault(tracked.adapter, {})[tracked.seq] = tracked
 
     def remove(self, tracked: Tracked) -> None:
         index = bisect_left(self._order, tracked.seq, key=_seq)
         assert self._order[index] is tracked, f"request {tracked.id} is not in the queue"
         del self._order[index]
+        self.num_tokens -= len(tracked.tokens)
         waiters = self._by_adapter[tracked.adapter]
         del waiters[tracked.seq]
         if not waiters:
@@ -87,9 +95,13 @@ class WaitingQueue:
         indexed = sorted(seq for waiters in self._by_adapter.values() for seq in waiters)
         assert indexed == seqs, "the queue's index by adapter is wrong"
         assert all(self._by_adapter.values()), "the queue's index keeps an empty entry"
+        assert self.num_tokens == sum(len(tracked.tokens) for tracked in self._order), "tokens do not add up"
+
+    def gap_s(self, now_s: float) -> float:
+        """The mean time from one end of a request to the next, lately; 0 before there were two."""
+        if len(self._finished_s) < 2:
+            return 0.0
+        return (now_s - self._finished_s[0]) / len(self._finished_s)
 
     def _retry_after_s(self, now_s: float) -> float:
-        if len(self._finished_s) < 2:
-            return _MIN_RETRY_S
-        gap_s = (now_s - self._finished_s[0]) / len(self._finished_s)
-        return min(max(len(self._order) * gap_s, _MIN_RETRY_S), _MAX_RETRY_S)
+        return min(max(len(self._order) * self.gap_s(now_s), _MIN_RETRY_S), _MAX_RETRY_S)

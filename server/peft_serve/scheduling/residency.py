@@ -126,7 +126,7 @@ class Residency:
         return sum(len(b) for a, b in self._prefixes.items() if a != besides and self._slots.is_pinned(a))
 
     def make_free(self, num_blocks: int) -> bool:
-        """Have so many blocks free, emptying idle adapters' slots if need be (least recently used first)."""
+        """Have so many blocks free, emptying idle adapters' slots if need be (in the eviction policy's order)."""
         if self._blocks.num_free >= num_blocks:
             return True
         if self.num_available() < num_blocks:
@@ -134,14 +134,14 @@ class Residency:
         for adapter in [a for a in self._slots.idle() if a in self._prefixes]:
             if self._blocks.num_free >= num_blocks:
                 break
-            self.evict(adapter)
+            self.evict(adapter, to_make_room=True)
         return True
 
     # -- the way out
 
-    def evict(self, adapter: AdapterId) -> bool:
+    def evict(self, adapter: AdapterId, *, to_make_room: bool = False) -> bool:
         """Empty the adapter's slot with the next step; False while it is leased or pinned, or has none."""
-        slot = self._slots.evict(adapter)
+        slot = self._slots.evict(adapter, to_make_room=to_make_room)
         if slot is None:
             return False
         self._clear(adapter, slot)

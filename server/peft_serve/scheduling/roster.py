@@ -8,7 +8,7 @@ Whatever the way out, `finish` gives everything back: the slot lease, the blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from peft_serve.core import (
     AdapterId,
@@ -19,8 +19,10 @@ from peft_serve.core import (
     RequestId,
     RequestState,
 )
+from peft_serve.scheduling.forecast import Forecast, too_late
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.memory import Memory
+from peft_serve.scheduling.order import Order
 from peft_serve.scheduling.queue import WaitingQueue
 from peft_serve.scheduling.residency import Residency
 from peft_serve.scheduling.tracked import Tracked, track
@@ -29,8 +31,18 @@ from peft_serve.scheduling.tracked import Tracked, track
 class Roster:
     """Requests by id, the queue, and who runs (oldest first)."""
 
-    def __init__(self, limits: Limits, memory: Memory, residency: Residency, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        memory: Memory,
+        residency: Residency,
+        order: Order,
+        forecast: Forecast,
+        clock: Callable[[], float],
+    ) -> None:
         self._limits = limits
+        self._order = order
+        self._forecast = forecast
         self._memory = memory
         self._residency = residency
         self._clock = clock
@@ -57,12 +69,19 @@ class Roster:
         return [tracked for tracked in self.by_arrival if tracked.adapter == adapter]
 
     def add(self, request: Request) -> None:
-        """Queue a new request. Raises `QueueFull`, and `ValueError` for one that cannot be told apart or run."""
+        """Queue a new request.
+
+        Raises `QueueFull`; `DeadlineMissed` for one that would wait longer than it is to; `ValueError` for one that
+        cannot be told apart or run.
+        """
         if request.id in self._requests:
             raise ValueError(f"request id {request.id} is in use: ids must be unique")
-        self.queue.require_room(self._clock())
+        now_s = self._clock()
+        self.queue.require_room(now_s)
         tracked = track(request, self._limits, seq=self._num_seen)
+        self._forecast.require_in_time(tracked, self.queue, num_running=len(self.running), now_s=now_s)
         self._num_seen += 1
+        self._order.note_arrival(tracked, self.queue)
         if self._residency.is_asked(tracked.adapter):
             tracked.move(RequestState.LOADING)
         self._requests[request.id] = tracked
@@ -74,6 +93,17 @@ class Roster:
         self.queue.remove(tracked)
         self._memory.open(tracked, footprint)
         self.running[tracked.id] = tracked
+        if tracked.first_step_s is None:
+            self._order.note_start(tracked)
+
+    def note_token(self, tracked: Tracked) -> None:
+        """A running request has been given a token."""
+        self._order.note_token(tracked)
+
+    def end_late(self, now_s: float) -> Iterator[FinishEvent]:
+        """End the requests that were to run by now and have not been begun."""
+        for tracked in self._forecast.expired(now_s):
+            yield self.finish(tracked, FinishReason.FAILED, too_late(tracked))
 
     def preempt(self, tracked: Tracked) -> None:
         """Send a running request back to its place in the queue; its tokens stay and are computed again."""
@@ -99,6 +129,7 @@ class Roster:
             queue_s=max(0.0, started_s - tracked.request.arrival_s),
             num_prompt_tokens=len(tracked.request.prompt),
             num_output_tokens=tracked.num_outputs,
+            num_cached_tokens=tracked.num_cached,
         )
 
     def check(self) -> None:

@@ -27,14 +27,18 @@ from peft_serve.core import (
 )
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.draft import Flight
+from peft_serve.scheduling.forecast import Forecast
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.memory import Memory
+from peft_serve.scheduling.order import ArrivalOrder, Order
 from peft_serve.scheduling.outcome import Outcome
 from peft_serve.scheduling.planner import Planner
+from peft_serve.scheduling.prefix_cache import PrefixCache
 from peft_serve.scheduling.residency import Residency
 from peft_serve.scheduling.roster import Roster
 from peft_serve.scheduling.slots import SlotLedger
 from peft_serve.scheduling.snapshot import Snapshot
+from peft_serve.scheduling.step_time import StepTimeModel
 
 
 class Scheduler:
@@ -47,7 +51,9 @@ class Scheduler:
         blocks: BlockLedger,
         cross_blocks: BlockLedger | None,
         clock: Callable[[], float],
+        order: Order | None = None,
     ) -> None:
+        """`order` is that of the queue; oldest first unless given."""
         if limits.is_encoder_decoder != (cross_blocks is not None):
             raise ValueError("an encoder-decoder base needs cross_blocks, a decoder-only base must have none")
         self._limits = limits
@@ -55,11 +61,17 @@ class Scheduler:
         self._blocks = blocks
         self._cross_blocks = cross_blocks
         self._residency = Residency(limits, slots, blocks)
-        self._memory = Memory(limits, slots, blocks, cross_blocks, self._residency)
-        self._roster = Roster(limits, self._memory, self._residency, clock)
-        self._planner = Planner(limits, self._roster, self._memory, self._residency, clock)
+        is_cached = limits.prefix_caching and not (limits.is_encoder or limits.is_encoder_decoder)
+        cache = PrefixCache(blocks, block_size=limits.block_size, is_on=is_cached)
+        self._memory = Memory(limits, slots, blocks, cross_blocks, self._residency, cache)
+        self._step_time = StepTimeModel()
+        order = order or ArrivalOrder()
+        forecast = Forecast(limits, self._step_time)
+        self._roster = Roster(limits, self._memory, self._residency, order, forecast, clock)
+        self._planner = Planner(limits, self._roster, self._memory, self._residency, order, clock)
         self._outcome = Outcome(limits, self._roster, self._memory, self._residency)
         self._flight: Flight | None = None
+        self._landed: Flight | None = None
         self._failures: list[FinishEvent] = []  # of `plan`, until somebody takes events
 
     # -- requests
@@ -144,13 +156,19 @@ class Scheduler:
 
     def commit(self, result: StepResult) -> list[Event]:
         """Take the results of the planned step."""
-        flight = self._land(result.step_id)
+        flight = self._landed = self._land(result.step_id)
         return [*self.take_events(), *self._outcome.commit(flight, result)]
 
     def abandon(self, step_id: int, error: Exception) -> list[Event]:
         """The planned step raised: its rows' requests fail, and the slots it was to change are emptied."""
         flight = self._land(step_id)
         return [*self.take_events(), *self._outcome.abandon(flight, error)]
+
+    def note_time(self, seconds: float) -> None:
+        """What the last committed step took, all told. One that moved adapters says nothing about the next."""
+        flight, self._landed = self._landed, None
+        if flight is not None and not flight.step.installs and not flight.step.removes:
+            self._step_time.observe(flight.load, seconds)
 
     def take_events(self) -> list[Event]:
         """Failures that `plan` found."""
@@ -176,6 +194,7 @@ class Scheduler:
             num_loading=sum(tracked.state is RequestState.LOADING for tracked in queue),
             num_running=len(self._roster.running),
             waiting_adapters=queue.adapters,
+            num_waiters=queue.num_waiters,
             running_adapters=tuple({tracked.adapter: None for tracked in self._roster.running.values()}),
             resident=self._slots.resident(),
             pinned=self._slots.pinned,
@@ -184,6 +203,7 @@ class Scheduler:
             num_blocks=self._blocks.capacity,
             num_free_blocks=self._blocks.num_free,
             kv_usage=self._blocks.usage,
+            step_time=self._step_time.coefficients,
             cross_kv_usage=0.0 if cross is None else cross.usage,
         )
 

@@ -1,8 +1,9 @@
 """Slots: which adapter stands where on the device, and who needs it to stay.
 
-Owns the books of the device's adapter memory: bytes, least-recent use, leases and pins. A slot with a live
-lease is never taken. Slot 0 is the base model: always there, free, and leased like any other so that every
-request is counted the same way. Knows no tensors: the runner does what `Step.installs` and `Step.removes` say.
+Owns the books of the device's adapter memory: bytes, leases and pins. A slot with a live lease is never taken; among
+the others an eviction policy says who leaves first. Slot 0 is the base model: always there, free, and leased like any
+other so that every request is counted the same way. Knows no tensors: the runner does what `Step.installs` and
+`Step.removes` say.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from peft_serve.adapters.eviction import EvictionPolicy, LeastRecentlyUsed
+from peft_serve.adapters.lookups import Lookup, OnLookup, unobserved
 from peft_serve.core import BASE, BASE_SLOT, AdapterId, Footprint
 from peft_serve.errors import AdapterUnavailable
 
@@ -41,6 +44,7 @@ class _Seat:
     slot: int
     num_bytes: int
     leases: int = 0
+    is_fresh: bool = True  # nobody has leased it yet
 
 
 class Lease:
@@ -69,11 +73,23 @@ class Lease:
 
 
 class SlotLedger:
-    """Slots 1..num_slots under a budget of bytes, least recently used out first."""
+    """Slots 1..num_slots under a budget of bytes.
 
-    def __init__(self, *, num_slots: int, max_bytes: int) -> None:
+    `policy` is this ledger's own (least recently used unless given); `on_lookup` is told of every lease of an adapter.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_bytes: int,
+        policy: EvictionPolicy | None = None,
+        on_lookup: OnLookup = unobserved,
+    ) -> None:
         self._num_slots = num_slots
         self._max_bytes = max_bytes
+        self._policy = policy or LeastRecentlyUsed()
+        self._on_lookup = on_lookup
         self._base = _Seat(BASE, BASE_SLOT, 0)
         self._seats: dict[AdapterId, _Seat] = {}  # least recently used first
         self._free = list(range(num_slots, 0, -1))
@@ -110,9 +126,10 @@ class SlotLedger:
         if victims is None:
             return None
         for seat in victims:
-            self._remove(seat)
+            self._remove(seat, is_evicted=True)
         seat = _Seat(adapter, self._free.pop(), footprint.num_bytes)
         self._seats[adapter] = seat
+        self._policy.enter(adapter, seat.num_bytes)
         self._num_bytes += seat.num_bytes
         return Placement(slot=seat.slot, evicted=tuple((v.slot, v.adapter) for v in victims))
 
@@ -121,7 +138,11 @@ class SlotLedger:
         seat = self._find(adapter)
         assert seat is not None, f"adapter {adapter} has no slot to lease"
         seat.leases += 1
-        self._touch(seat)
+        if seat is not self._base:
+            self._touch(seat, is_new_use=not seat.is_fresh)
+            hit = not seat.is_fresh
+            self._on_lookup(Lookup(tier="device", adapter=adapter, is_hit=hit, num_bytes=seat.num_bytes))
+            seat.is_fresh = False
         return Lease(self, seat)
 
     def pin(self, adapter: AdapterId) -> None:
@@ -139,24 +160,27 @@ class SlotLedger:
     def is_pinned(self, adapter: AdapterId) -> bool:
         return adapter in self._pinned
 
-    def evict(self, adapter: AdapterId) -> int | None:
-        """Empty the adapter's slot and return it; None while it is leased or pinned, or if it has none."""
+    def evict(self, adapter: AdapterId, *, to_make_room: bool = False) -> int | None:
+        """Empty the adapter's slot and return it; None while it is leased or pinned, or if it has none.
+
+        `to_make_room`: others need what it holds; else somebody wants it gone.
+        """
         seat = self._seats.get(adapter)
         if seat is None or not self._is_idle(seat):
             return None
-        self._remove(seat)
+        self._remove(seat, is_evicted=to_make_room)
         return seat.slot
 
     def drop(self, adapter: AdapterId) -> int:
         """Empty the slot of an adapter that is not on the device after all, pinned or not."""
         seat = self._seats[adapter]
         assert seat.leases == 0, f"adapter {adapter} is dropped with {seat.leases} live leases"
-        self._remove(seat)
+        self._remove(seat, is_evicted=False)
         return seat.slot
 
     def idle(self) -> Iterable[AdapterId]:
-        """Adapters that could be evicted now, least recently used first."""
-        return [seat.adapter for seat in self._seats.values() if self._is_idle(seat)]
+        """Adapters that could be evicted now, in the policy's order."""
+        return [adapter for adapter in self._policy.victims() if self._is_idle(self._seats[adapter])]
 
     def resident(self) -> tuple[Resident, ...]:
         """Every adapter that has a slot, the base not counted, least recently used first."""
@@ -180,6 +204,7 @@ class SlotLedger:
         assert all(seat.leases >= 0 for seat in self._seats.values()), "a slot has negative leases"
         assert self._base.leases >= 0, "the base has negative leases"
         assert BASE not in self._seats, "the base has a second slot"
+        assert sorted(self._policy.victims()) == sorted(self._seats), "the policy knows other adapters"
 
     def _find(self, adapter: AdapterId) -> _Seat | None:
         return self._base if adapter == BASE else self._seats.get(adapter)
@@ -187,19 +212,21 @@ class SlotLedger:
     def _is_idle(self, seat: _Seat) -> bool:
         return seat.leases == 0 and seat.adapter not in self._pinned
 
-    def _touch(self, seat: _Seat) -> None:
-        if seat is not self._base:
-            self._seats[seat.adapter] = self._seats.pop(seat.adapter)
+    def _touch(self, seat: _Seat, *, is_new_use: bool) -> None:
+        self._seats[seat.adapter] = self._seats.pop(seat.adapter)
+        (self._policy.use if is_new_use else self._policy.rest)(seat.adapter)
 
     def _return(self, seat: _Seat) -> None:
         assert seat.leases > 0, f"adapter {seat.adapter} has no lease to return"
         seat.leases -= 1
-        self._touch(seat)
+        if seat is not self._base:
+            self._touch(seat, is_new_use=False)
 
-    def _remove(self, seat: _Seat) -> None:
+    def _remove(self, seat: _Seat, *, is_evicted: bool) -> None:
         del self._seats[seat.adapter]
         self._free.append(seat.slot)
         self._num_bytes -= seat.num_bytes
+        self._policy.leave(seat.adapter, is_evicted=is_evicted)
 
     def _require_possible(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes or self._num_slots == 0:
@@ -217,13 +244,14 @@ class SlotLedger:
             )
 
     def _victims_for(self, num_bytes: int) -> list[_Seat] | None:
-        """The idle seats to empty, least recently used first; None when all of them are not enough."""
+        """The idle seats to empty, in the policy's order; None when all of them are not enough."""
         victims: list[_Seat] = []
         excess = self._num_bytes + num_bytes - self._max_bytes
         needs_slot = not self._free
-        for seat in self._seats.values():
+        for adapter in self._policy.victims():
             if excess <= 0 and not needs_slot:
                 break
+            seat = self._seats[adapter]
             if self._is_idle(seat):
                 victims.append(seat)
                 excess -= seat.num_bytes

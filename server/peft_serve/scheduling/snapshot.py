@@ -16,6 +16,7 @@ class Snapshot:
     num_loading: int
     num_running: int
     waiting_adapters: tuple[AdapterId, ...]  # someone waits for it
+    num_waiters: tuple[int, ...]  # how many do, for each of them
     running_adapters: tuple[AdapterId, ...]  # someone runs on it, the base included
     resident: tuple[Resident, ...]  # adapters with a slot, least recently used first
     pinned: frozenset[AdapterId]  # to be kept on the device whenever they are there
@@ -24,4 +25,5 @@ class Snapshot:
     num_blocks: int  # KV blocks that can be held
     num_free_blocks: int
     kv_usage: float  # share of the KV blocks that is held, 0 to 1
+    step_time: dict[str, float]  # the fitted seconds of a step, and of each token, rank and KV position in it
     cross_kv_usage: float  # the same for cross-attention blocks; 0 on a decoder-only base

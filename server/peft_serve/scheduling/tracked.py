@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from peft_serve.core import TRANSITIONS, AdapterId, Reading, Request, RequestId, RequestState
+from peft_serve.core import TRANSITIONS, AdapterId, Footprint, Reading, Request, RequestId, RequestState
+from peft_serve.scheduling.activation import active_from
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.slots import Lease
 
@@ -40,12 +41,17 @@ class Tracked:
     tokens: list[int]
     num_prompt: int  # length of the decoder's own prompt in `tokens`
     state: RequestState = RequestState.WAITING
+    footprint: Footprint | None = None  # of its adapter
     num_computed: int = 0  # tokens whose KV is in the table
-    prefix: int = 0  # positions of the adapter's KV prefix, while running
+    prefix: int = 0  # positions of the adapter's KV prefix
+    num_unplaced: int = 0  # of these, positions that count for no token
     active_from: int = 0  # context position of the first token that the adapter acts on
     rank: int = 0
     lease: Lease | None = None
     table: tuple[int, ...] = ()
+    labels: list[bytes] = field(default_factory=list)  # of its full blocks behind the adapter's prefix, as they fill
+    num_labelled: int = 0  # of these, blocks of the table that have theirs
+    num_cached: int = 0  # tokens it did not compute when it first began
     copies: tuple[tuple[int, int], ...] = ()  # to be done in the step of the next row
     cross_blocks: tuple[int, ...] = ()
     num_source: int = 0
@@ -67,6 +73,10 @@ class Tracked:
         return self.request.adapter
 
     @property
+    def is_waiting(self) -> bool:
+        return self.state in (RequestState.WAITING, RequestState.LOADING)
+
+    @property
     def num_outputs(self) -> int:
         return len(self.tokens) - self.num_prompt
 
@@ -74,6 +84,16 @@ class Tracked:
     def num_positions(self) -> int:
         """Context positions of the tokens known so far, computed or not."""
         return self.prefix + len(self.tokens)
+
+    @property
+    def num_placed(self) -> int:
+        """Of these, the ones that count as positions of the context."""
+        return self.num_positions - self.num_unplaced
+
+    @property
+    def prompt_positions(self) -> tuple[int, int]:
+        """Context positions [first, last) of the decoder's own prompt."""
+        return self.prefix, self.prefix + self.num_prompt
 
     @property
     def num_left(self) -> int:
@@ -89,6 +109,16 @@ class Tracked:
     def is_decoding(self) -> bool:
         """Whether the next row is one drawn token."""
         return self.num_computed == len(self.tokens) - 1 and len(self.tokens) > self.num_prompt
+
+    def learn(self, footprint: Footprint) -> None:
+        """What the request's adapter asks of the device, known when it is ready for the first time."""
+        if footprint == self.footprint:
+            return
+        self.footprint = footprint
+        self.prefix, self.rank = footprint.num_prefix_tokens, footprint.max_rank
+        self.num_unplaced = footprint.num_unplaced
+        self.active_from = active_from(self.tokens[: self.num_prompt], footprint.start, prefix=self.prefix)
+        self.labels.clear()
 
     def move(self, state: RequestState) -> None:
         """Change state along the table; any other move is a bug."""
