@@ -28,6 +28,8 @@ from peft_serve.adapters.primitives import (
     Rows,
     Sparse,
 )
+from peft_serve.adapters.shared_primitives import SharedBases
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
 
 
 class FakeBase:
@@ -82,6 +84,8 @@ def site_spec(path: str, module: nn.Module) -> SiteSpec | None:
         kind, num_in, num_out = SiteKind.NORM, parameters["weight"][0], parameters["weight"][0]
     elif any(len(shape) == 3 for shape in parameters.values()):
         kind, num_in, num_out = SiteKind.EXPERTS, 0, 0
+    elif type(module).__name__.endswith("Router"):
+        kind, (num_out, num_in) = SiteKind.ROUTER, parameters["weight"]
     elif hasattr(module, "layer_idx") and (hasattr(module, "q_proj") or hasattr(module, "c_attn")):
         kind, num_in, num_out = SiteKind.ATTENTION, module.config.hidden_size, module.config.hidden_size
     else:
@@ -146,6 +150,10 @@ def _apply(module: Any, spec: SiteSpec, edit: Edit) -> None:
         assert edit.state.keys() == spec.parameters.keys()
         return
     assert isinstance(edit, Affine)
+    if spec.kind is SiteKind.ROUTER:
+        assert edit.delta is not None
+        module.weight.data += edit.delta.b_OR @ edit.delta.a_RI
+        return
     module.forward = _affine(module.forward, spec, edit)
 
 
@@ -219,8 +227,35 @@ def dense_of(linear_map: LinearMap, spec: SiteSpec) -> Tensor:
     if isinstance(linear_map, Sparse):
         weight = torch.zeros(spec.out_features, spec.in_features)
         return weight.index_put((linear_map.out_N, linear_map.in_N), linear_map.values_N, accumulate=True)
+    if isinstance(linear_map, Circulant):
+        return circulant_matrix(linear_map.kernel_MNB)
+    if isinstance(linear_map, Spectrum):
+        spectrum = torch.zeros(spec.out_features, spec.in_features)
+        spectrum = spectrum.index_put((linear_map.out_N, linear_map.in_N), linear_map.values_N, accumulate=True)
+        return torch.fft.ifft2(spectrum).real
+    if isinstance(linear_map, SharedBases):
+        return bases_matrix(linear_map, spec)
     a, b = linear_map.a_RI[:, : spec.in_features], linear_map.b_OR[: spec.out_features]
     return linear_map.outer_O[:, None] * (b @ (linear_map.inner_R[:, None] * a))
+
+
+def circulant_matrix(kernel_MNB: Tensor) -> Tensor:
+    """Block by block, row by row: each row of a block is the one above moved on by one."""
+    m, n, size = kernel_MNB.shape
+    rows = torch.stack([kernel_MNB.roll(t, dims=2) for t in range(size)], dim=1)  # [m, t, n, s]
+    return rows.reshape(m * size, n * size)
+
+
+def bases_matrix(given: SharedBases, spec: SiteSpec) -> Tensor:
+    """One low-rank map for each gain vector, as the paper has them; column p n + q of B belongs to rank p of map q."""
+    small, large = sorted((spec.out_features, spec.in_features))
+    n, size = given.gains_QS.shape
+    assert size == small
+    weight = torch.zeros(large, small, dtype=given.a_RS.dtype)
+    for q, gains in enumerate(given.gains_QS):
+        columns = given.b_LC[:large, q : given.weights_RQ.numel() : n]
+        weight += (columns * given.weights_RQ[:, q]) @ (given.a_RS[:, :small] * gains)
+    return weight.T if given.is_transposed else weight
 
 
 def with_rows(rows: Rows, x: Tensor, y: Tensor, *, scale: float, is_lookup: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ from peft_serve.adapters.primitives import (
     KVPrefix,
     LowRank,
     Replace,
-    Rescaled,
     Rows,
     SoftPrompt,
     Sparse,
 )
 from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.shared_primitives import Rescaled, SharedBases
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
 from peft_serve.core import AdapterId
 from peft_serve.errors import InvalidParameter
 from tests.adapters.checkpoints import VOCAB, make_base, make_checkpoint
@@ -156,6 +158,9 @@ def test_every_map_takes_a_weight_and_keeps_its_place() -> None:
         Kronecker(torch.randn(4, 4), torch.randn(o // 4, i // 4)),
         Sparse(torch.tensor([0, 3]), torch.tensor([1, 2]), torch.randn(2)),
         Rescaled("k", torch.randn(2, i), torch.randn(o, 2), torch.randn(2), torch.randn(o)),
+        SharedBases("b", torch.randn(2, i), torch.randn(o, 7), torch.randn(2, 3), torch.randn(3, i), False),
+        Circulant(torch.randn(o // 4, i // 4, 4)),
+        Spectrum(torch.tensor([0, 3]), torch.tensor([1, 2]), torch.randn(2)),
     )
     adapter = _adapter(path, Affine(maps=maps, shift=torch.randn(o)))
     half = combine([(adapter, 0.5)], ID).sites[path]
@@ -196,6 +201,7 @@ DORA = Affine(out_scale=torch.ones(4), delta=LowRank(torch.ones(1, 4), torch.one
 SCALED = Affine(out_scale=torch.ones(4))
 HEAD = Head(HeadTask.SEQUENCE, {"score.weight": torch.ones(2, 4)})
 STILL = KVPrefix(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), advances_positions=False)
+BARE = SoftPrompt(torch.ones(1, 4), is_bare=True)
 NORM = Replace({"weight": torch.ones(4)})
 
 REFUSED: list[tuple[Adapter, Adapter, str]] = [
@@ -208,6 +214,9 @@ REFUSED: list[tuple[Adapter, Adapter, str]] = [
     (_adapter(head=HEAD), _adapter(head=HEAD), "task head"),
     (_adapter(start=(3, 4)), _adapter("p", SCALED), "aLoRA"),
     (_adapter(prefix=STILL), _adapter(prompt=SoftPrompt(torch.ones(1, 4))), "takes no positions"),
+    (_adapter(prefix=STILL), _adapter(prefix=replace(STILL, advances_positions=True)), "beside one that does"),
+    (_adapter(prefix=STILL), _adapter(prefix=replace(STILL, absent=frozenset({0}))), "leave out different layers"),
+    (_adapter(prompt=BARE), _adapter(prompt=replace(BARE, is_bare=False)), "beside one with positions"),
     (
         _adapter("p", Affine(rows=Rows(torch.tensor([1, 2]), torch.ones(2, 4)))),
         _adapter("p", Affine(rows=Rows(torch.tensor([2]), torch.ones(1, 4)))),

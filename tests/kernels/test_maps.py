@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_serve.kernels import maps
+from peft_serve.kernels import bases, maps
+from peft_serve.kernels.bases import Gained, add_bases_, add_transposed_bases_
 from peft_serve.kernels.mixing import mixed_by_blocks, mixed_in_pairs
 from peft_serve.kernels.subsets import subset_of
 
@@ -91,3 +92,44 @@ def test_rescaled(chosen: list[tuple[int, int]], dtype: torch.dtype) -> None:
     got = y.clone()
     maps.add_rescaled_(got, ids, subset, a, b, inner, outer, is_lookup=True)
     torch.testing.assert_close(got, want)
+
+
+@DTYPES
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("counts", [[1], [3], [1, 1, 1], [2, 3, 1, 1, 5, 1], [4, 4], [1, 9, 1]])
+def test_bases(counts: list[int], is_transposed: bool, dtype: torch.dtype) -> None:
+    """Runs longer than the rank and shorter ones, between tokens of nobody, of factors larger than the site."""
+    num_ranks, num_gains, small, large = 2, 4, 7, 11
+    a, b = normal(num_ranks, small + 2, dtype=dtype), normal(large + 3, num_ranks * num_gains + 1, dtype=dtype)
+    a, b = a[:, :small], b[:large, : num_ranks * num_gains]
+    num_in, num_out = (large, small) if is_transposed else (small, large)
+    num_tokens = 2 * len(counts) + sum(counts)
+    x, y = normal(num_tokens, num_in, dtype=dtype), normal(num_tokens, num_out, dtype=dtype)
+    want, chosen, runs, weights, at = y.clone(), [], [], [], 0
+    for turn, count in enumerate(counts):
+        at += turn % 3
+        first = runs[-1].last if runs else 0
+        w, gains = normal(num_ranks, num_gains, dtype=dtype) + turn, normal(num_gains, small, dtype=dtype) - turn
+        chosen.append((at, at + count))
+        runs.append(Gained(first, first + count, gains))
+        weights += [w.flatten()] * count
+        matrix = b @ torch.stack([w[p, q] * a[p] * gains[q] for p in range(num_ranks) for q in range(num_gains)])
+        here = slice(at, at + count)
+        want[here] += x[here] @ (matrix if is_transposed else matrix.T)
+        at += count
+    got, subset = y.clone(), subset_of(chosen, CPU)
+    add_ = add_transposed_bases_ if is_transposed else add_bases_
+    add_(got, x, subset, a, b, torch.stack(weights), runs)
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype is torch.float32 else {}
+    torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_products_with_gains_stay_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs are taken together as far as the bound allows; one on its own is taken whatever it needs."""
+    gains = torch.ones(4, 5)
+    runs = [Gained(n, n + 1, gains) for n in range(5)]
+    runs += [Gained(5, 9, gains), Gained(9, 10, gains), Gained(10, 12, gains)]
+    monkeypatch.setattr(bases, "_MAX_GAINED", 40)
+    assert [[run.first for run in group] for group in bases._groups(runs, 2)] == [[0, 1], [2, 3], [4], [5], [9], [10]]
+    monkeypatch.setattr(bases, "_MAX_GAINED", 1)
+    assert [len(group) for group in bases._groups(runs, 9)] == [1] * len(runs)

@@ -17,10 +17,11 @@ from peft_serve.adapters.primitives import (
     Mixer,
     Paired,
     Replace,
-    Rescaled,
     Rows,
     Sparse,
 )
+from peft_serve.adapters.shared_primitives import Rescaled, SharedBases
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
 
 
 def expected(spec: SiteSpec, weight: Tensor, bias: Tensor | None, edit: Edit | None, x_T: Tensor) -> Tensor:
@@ -83,9 +84,27 @@ def map_matrix(one: LinearMap, spec: SiteSpec) -> Tensor:
         for row, column, value in zip(one.out_N.tolist(), one.in_N.tolist(), one.values_N.double(), strict=True):
             matrix[row, column] += value
         return matrix
+    if isinstance(one, Circulant):
+        side = one.kernel_MNB.shape[2]
+        turns = (torch.arange(side)[None, :] - torch.arange(side)[:, None]) % side
+        blocks = [torch.cat([kernel[turns] for kernel in row.double()], dim=1) for row in one.kernel_MNB]
+        return torch.cat(blocks)
+    if isinstance(one, Spectrum):
+        spectrum = map_matrix(Sparse(one.out_N, one.in_N, one.values_N), spec)
+        return torch.fft.ifft2(spectrum).real
+    if isinstance(one, SharedBases):
+        return _bases_matrix(one, spec)
     a = one.a_RI[:, : spec.in_features].double()
     b = one.b_OR[: spec.out_features].double()
     return one.outer_O.double()[:, None] * (b @ (one.inner_R.double()[:, None] * a))
+
+
+def _bases_matrix(one: SharedBases, spec: SiteSpec) -> Tensor:
+    small, large = sorted((spec.out_features, spec.in_features))
+    a, gains = one.a_RS[:, :small].double(), one.gains_QS.double()
+    rows = torch.stack([w * a[p] * gains[q] for p, each in enumerate(one.weights_RQ) for q, w in enumerate(each)])
+    matrix = one.b_LC[:large, : len(rows)].double() @ rows
+    return matrix.T if one.is_transposed else matrix
 
 
 # --- random edits -----------------------------------------------------------------------------------------
@@ -99,13 +118,16 @@ LINEAR_TERMS = (
     "out_blocks",
     "out_pairs",
     "rescaled",
+    "bases",
     "dense",
     "kronecker",
     "sparse",
+    "circulant",
+    "spectrum",
     "rows",
     "replace",
 )
-LOOKUP_TERMS = tuple(term for term in LINEAR_TERMS if term != "in_blocks")
+LOOKUP_TERMS = tuple(t for t in LINEAR_TERMS if t not in ("in_blocks", "bases", "circulant", "spectrum"))
 
 
 class Dice:
@@ -176,9 +198,19 @@ def _map(term: str, spec: SiteSpec, dice: Dice, seed: int) -> LinearMap:
     if term == "kronecker":
         p, q = ((2, 4), (4, 2))[seed % 2]
         return Kronecker(dice.normal(p, q), dice.normal(num_out // p, num_in // q))
-    if term == "sparse":
+    if term in ("sparse", "spectrum"):
         count = 7 * (seed % 4)  # none at all, too; and some of them at one place
-        return Sparse(dice.below(num_out, count), dice.below(num_in, count), dice.normal(count))
+        values = dice.normal(count, scale=0.3 if term == "sparse" else 10.0)
+        return (Sparse if term == "sparse" else Spectrum)(dice.below(num_out, count), dice.below(num_in, count), values)
+    if term == "circulant":
+        side = (1, 2, 4)[seed % 3]
+        return Circulant(dice.normal(num_out // side, num_in // side, side))
     shared = Dice(seed % 2)  # of two keys, larger than any site
+    if term == "bases":
+        small = min(num_in, num_out)
+        num_ranks, num_gains = 2 + seed % 2, 1 + seed % 3
+        a, b = shared.normal(num_ranks, 131), shared.normal(132, 13)
+        own = dice.normal(num_ranks, num_gains), dice.normal(num_gains, small, scale=1.0)
+        return SharedBases(f"bases {seed % 2}", a, b, *own, is_transposed=num_out < num_in)
     a, b = shared.normal(5 + seed % 2, 131), shared.normal(132, 5 + seed % 2)
     return Rescaled(f"key {seed % 2}", a, b, dice.normal(len(a)), dice.normal(num_out))

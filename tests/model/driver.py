@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import (
@@ -61,6 +61,7 @@ class Resident:
     num_prefix: int
     num_source: int
     start: tuple[int, ...] = ()
+    num_unplaced: int = 0
 
 
 class Driver:
@@ -98,7 +99,12 @@ class Driver:
             footprint = self.adapters[adapter].footprint(is_encoder_decoder=self.base.shape.is_encoder_decoder)
             blocks = self._take(self._free, footprint.num_prefix_tokens)
             self._resident[adapter] = Resident(
-                slot, blocks, footprint.num_prefix_tokens, footprint.num_source_tokens, footprint.start
+                slot,
+                blocks,
+                footprint.num_prefix_tokens,
+                footprint.num_source_tokens + footprint.num_cross_tokens,
+                footprint.start,
+                footprint.num_unplaced,
             )
             installs.append(Install(slot=slot, adapter=adapter, blocks=blocks))
         return self.run(installs=tuple(installs))
@@ -113,6 +119,21 @@ class Driver:
             result = self.run(rows=tuple(rows), copies=tuple(copies))
             for job, row, got in zip(some, rows, result.rows, strict=True):
                 self._commit(job, row, got)
+
+    def read(self, jobs: list[Job], *, chunk: int = 100) -> list[list[tuple[float, ...]]]:
+        """Log-probabilities of all ids behind each token of each job's prompt, all jobs side by side."""
+        jobs = sorted(jobs, key=lambda job: self._resident[job.adapter].slot)
+        everything = tuple(range(self.base.shape.vocab_size))
+        given: list[list[tuple[float, ...]]] = [[] for _ in jobs]
+        while open_jobs := [job for job in jobs if job.num_done < len(job.prompt)]:
+            copies: list[tuple[int, int]] = []
+            rows = [self._row(job, chunk, copies, str(jobs.index(job))) for job in open_jobs]
+            wanting = tuple(replace(row, draw=None, wanted=(everything,) * len(row.tokens)) for row in rows)
+            result = self.run(rows=wanting, copies=tuple(copies))
+            for job, row, got in zip(open_jobs, rows, result.rows, strict=True):
+                given[jobs.index(job)] += got.scores
+                job.num_done += len(row.tokens)
+        return given
 
     def run(
         self,
@@ -163,7 +184,9 @@ class Driver:
             source=job.source if is_first else (),
             cross_blocks=tuple(job.cross_blocks),
             num_source=home.num_source + len(job.source) if job.source else 0,
+            num_unplaced=home.num_unplaced,
             active_from=active_from(job.prompt, home.start, prefix=home.num_prefix),
+            prompt=(home.num_prefix, home.num_prefix + len(job.prompt)),
         )
 
     def _commit(self, job: Job, row: Row, got: RowResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from peft_serve.model.attend import Terms, attend_cached, attend_fresh, attend_reference
 from peft_serve.model.attention import Kind, Place, RaggedAttention, Work
 from peft_serve.model.pools import KVPool, KVShape
-from peft_serve.model.ragged import Plan, RelativeBias, SlopeBias, Span, plan_cross, plan_self, plan_source
+from peft_serve.model.ragged import Front, Plan, RelativeBias, SlopeBias, Span, plan_cross, plan_self, plan_source
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -90,6 +91,57 @@ def test_self_attention_equals_the_reference(terms: str, num_kv_heads: int) -> N
         num_tokens = sum(s.num_tokens for s in spans)
         fast, slow = both(plan, num_tokens, TERMS[terms](), filled_pool(num_kv_heads), num_kv_heads)
         torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_positions_that_count_for_no_token_are_read_by_all_of_them_or_by_none(terms: str) -> None:
+    torch.manual_seed(0)
+    for seed in range(6):
+        make = random.Random(seed)
+        spans = [
+            replace(
+                span, num_unplaced=make.randint(0, min(span.start, 6)), absent=frozenset(make.choice([(), (0,), (1,)]))
+            )
+            for span in random_spans(make, 9)
+        ]
+        plan = plan_self(spans, block_size=BLOCK_SIZE, device=CPU)
+        num_tokens = sum(s.num_tokens for s in spans)
+        fast, slow = both(plan, num_tokens, TERMS[terms](), filled_pool(2), 2)
+        torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
+
+
+def test_a_window_does_not_reach_what_carries_no_position() -> None:
+    """A token far behind reads the first two positions as if they were next to it."""
+    torch.manual_seed(0)
+    pool, terms = filled_pool(NUM_HEADS), Terms(scaling=0.5, window=2)
+    far = Span(num_tokens=1, start=9, blocks=(3, 4, 5), num_unplaced=2)
+    near = Span(num_tokens=1, start=3, blocks=(6,), num_unplaced=2)
+    for layer_k, layer_v in (pool.layer(layer) for layer in range(2)):
+        for pooled in (layer_k, layer_v):
+            pooled[24:26] = pooled[12:14]  # what is in front
+            pooled[26] = pooled[12 + 8]  # the one position before
+    q, k, v = (x.expand(2, -1, -1).contiguous() for x in step_tensors(1, 1, NUM_HEADS))
+    plan = plan_self([far, near], block_size=BLOCK_SIZE, device=CPU)
+    assert plan.writes_T is not None
+    pool.write(1, plan.writes_T, k, v)
+    out = attend_reference(plan, q, k, v, pool, 1, terms)
+    torch.testing.assert_close(out[0], out[1])
+    fast = torch.empty_like(q)
+    for cached in plan.cached:
+        fast[cached.where] = attend_cached(cached, q, pool, 1, terms)
+    torch.testing.assert_close(fast, out)
+
+
+@pytest.mark.parametrize("terms", ["plain", "relative bias"])
+@pytest.mark.parametrize("absent", [(), (0,), (1,)])
+def test_source_attention_behind_fronts_equals_the_reference(terms: str, absent: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    lengths = [3, 1, 7, 3, 7, 3]
+    size = (2, NUM_HEADS, 5, HEAD_DIM)
+    front = Front(torch.randn(size), torch.randn(size), advances_positions=False, absent=frozenset(absent))
+    plan = plan_source(lengths, device=CPU, fronts=[front, None, front, front, None, None])
+    fast, slow = both(plan, sum(lengths), TERMS[terms](), None, NUM_HEADS)
+    torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
 
 
 def test_rows_of_very_different_contexts_are_not_padded_to_one_length() -> None:

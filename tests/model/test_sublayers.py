@@ -73,7 +73,8 @@ def test_every_sublayer_of_a_known_family_is_a_site(family: str) -> None:
     found = sublayers_of(model)
     num_couplings = sum(around.output is None for around in found.values())
     num_layers, per_layer = (4, 2.5) if family in SEQ2SEQ else (2, 2)
-    assert len(found) - num_couplings == num_layers * per_layer
+    assert sum(around.spec.kind is SiteKind.LAYER for around in found.values()) == num_layers
+    assert len(found) - num_couplings - num_layers == num_layers * per_layer
     assert num_couplings == (0 if family == "electra" else 1)  # its embeddings are narrower than its layers
     assert all(around.spec.out_features == HIDDEN and not around.spec.parameters for around in found.values())
     assert sites_of(model, family).specs.keys() >= found.keys()

@@ -20,11 +20,12 @@ from peft_serve.adapters.primitives import (
     Kronecker,
     LowRank,
     Paired,
-    Rescaled,
     Rows,
     Sparse,
     mapped,
 )
+from peft_serve.adapters.shared_primitives import Rescaled, SharedBases
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
 from peft_serve.core import AdapterId
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
@@ -47,6 +48,8 @@ class One(nn.Module):
         self.site: nn.Module
         if kind in ("linear", "unbiased"):
             self.site = nn.Linear(8, 12, bias=kind == "linear")
+        elif kind == "narrow":
+            self.site = nn.Linear(12, 8)
         elif kind == "conv1d":
             self.site = Conv1D(12, 8)
             nn.init.normal_(self.site.bias)
@@ -57,7 +60,7 @@ class One(nn.Module):
         self.requires_grad_(False)
 
 
-LINEAR_KINDS = ["linear", "unbiased", "conv1d"]
+LINEAR_KINDS = ["linear", "unbiased", "narrow", "conv1d"]
 LOOKUP_KINDS = ["embedding", "scaled"]
 CASES = [(kind, term) for kind in LINEAR_KINDS for term in (*LINEAR_TERMS, "all")]
 CASES += [(kind, term) for kind in LOOKUP_KINDS for term in (*LOOKUP_TERMS, "all")]
@@ -86,7 +89,7 @@ class Bench:
         dice = Dice(seed)
         if self.spec.kind is SiteKind.EMBEDDING:
             return dice.below(20, num_tokens)
-        return dice.normal(num_tokens, 8, scale=1.0).to(self.dtype)
+        return dice.normal(num_tokens, self.spec.in_features, scale=1.0).to(self.dtype)
 
     def run(self, division: Division, x_T: Tensor) -> Tensor:
         self.sites.route(Stream.TARGET, division)
@@ -130,6 +133,7 @@ def test_one_term(kind: str, term: str) -> None:
 def test_different_terms_in_one_batch(kind: str) -> None:
     bench = Bench(kind)
     terms = [*(LOOKUP_TERMS if kind in LOOKUP_KINDS else LINEAR_TERMS), "all", "all", "delta", "rescaled"]
+    terms += [] if kind in LOOKUP_KINDS else ["bases"]
     for slot, term in enumerate(terms, 1):
         bench.install(slot, edit_of(term, bench.spec, slot))
     slots = range(len(terms) + 1)
@@ -140,7 +144,7 @@ def test_different_terms_in_one_batch(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+@pytest.mark.parametrize("kind", ["linear", "narrow", "conv1d", "embedding"])
 def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     bench = Bench(kind, dtype)
     for slot, term in enumerate([*(LOOKUP_TERMS if kind == "embedding" else LINEAR_TERMS), "all"], 1):
@@ -163,12 +167,13 @@ def test_a_slot_used_again_has_nothing_of_its_last_adapter(kind: str) -> None:
         bench.remove(1)
 
 
-def test_shared_factors_are_held_once_and_given_back() -> None:
+@pytest.mark.parametrize("term", ["rescaled", "bases"])
+def test_shared_factors_are_held_once_and_given_back(term: str) -> None:
     bench = Bench("linear")
     for slot in (2, 4, 6):
-        bench.install(slot, edit_of("rescaled", bench.spec, slot))
+        bench.install(slot, edit_of(term, bench.spec, slot))
     assert len(bench.sites._factors) == 1
-    bench.install(3, edit_of("rescaled", bench.spec, 3))
+    bench.install(3, edit_of(term, bench.spec, 3))
     assert len(bench.sites._factors) == 2
     for slot in (2, 4):
         bench.remove(slot)
@@ -176,6 +181,23 @@ def test_shared_factors_are_held_once_and_given_back() -> None:
     bench.remove(6)
     assert len(bench.sites._factors) == 1
     bench.remove(3)
+    assert len(bench.sites._factors) == 0
+
+
+@pytest.mark.parametrize("term", ["rescaled", "bases"])
+def test_an_adapter_may_have_two_maps_of_one_key(term: str) -> None:
+    """As a combination of two adapters has; beside it stands one of them alone."""
+    bench = Bench("linear")
+    first, second, alone = (edit_of(term, bench.spec, seed) for seed in (2, 8, 4))
+    assert isinstance(first, Affine)
+    assert isinstance(second, Affine)
+    bench.install(1, Affine(maps=first.maps + second.maps))
+    bench.install(2, alone)
+    for division in ([(0, 1), (1, 2), (2, 1)], [(1, 7), (2, 8), (1, 1)]):
+        bench.check(division)
+    bench.remove(2)
+    bench.check([(1, 3), (0, 2)])
+    bench.remove(1)
     assert len(bench.sites._factors) == 0
 
 
@@ -190,24 +212,32 @@ def test_an_overflowing_neighbour_leaves_no_trace() -> None:
         4: Affine(out_mix=BlockDiagonal(torch.full((3, 4, 4), 3e38))),
         5: Affine(maps=(Rescaled("k", torch.ones(3, 8), torch.ones(12, 3), torch.full((3,), 3e38), huge),)),
         6: Affine(in_mix=BlockDiagonal(torch.full((2, 4, 4), 3e38))),
+        7: Affine(maps=(bases(gains_QS=torch.full((3, 8), 3e38)),)),
     }
     for slot, edit in loud.items():
         bench.install(slot, edit)
-    quiet = 7
+    neighbour, quiet = 8, 9
+    bench.install(neighbour, Affine(maps=(bases(),)))
     bench.install(quiet, edit_of("all", bench.spec, 3))
-    for division in ([(slot, 1) for slot in range(8)], [(slot, 2 + slot % 3) for slot in range(8)]):
+    for division in ([(slot, 1) for slot in range(10)], [(slot, 2 + slot % 3) for slot in range(10)]):
         x_T = bench.tokens(sum(count for _, count in division))
         y_TO = bench.run(division, x_T)
         count, last = division[-1][1], len(x_T)
         want = expected(bench.spec, bench.plain.site.weight, bench.plain.site.bias, bench.edits[quiet], x_T[-count:])
         torch.testing.assert_close(y_TO[last - count :].double(), want, rtol=1e-5, atol=1e-5)
         assert y_TO[: division[0][1]].isfinite().all()
+        assert y_TO[-count - division[-2][1] : -count].isfinite().all(), "one of the same shared bases"
         assert not y_TO.isfinite().all(), "the others did overflow"
 
 
 def rescaled(**changes: Tensor) -> Rescaled:
     parts = {"a_RI": torch.ones(3, 9), "b_OR": torch.ones(13, 3), "inner_R": torch.ones(3), "outer_O": torch.ones(12)}
     return Rescaled("k", **{**parts, **changes})
+
+
+def bases(**changes: Tensor) -> SharedBases:
+    parts = {"a_RS": torch.ones(2, 9), "b_LC": torch.ones(13, 7), "weights_RQ": torch.ones(2, 3)}
+    return SharedBases("bases", **{**parts, "gains_QS": torch.ones(3, 8), **changes}, is_transposed=False)
 
 
 REFUSED: list[tuple[str, Edit, str]] = [
@@ -228,7 +258,22 @@ REFUSED: list[tuple[str, Edit, str]] = [
     ("linear", Affine(maps=(rescaled(b_OR=torch.ones(11, 3)),)), "maps.b has shape"),
     ("linear", Affine(maps=(rescaled(inner_R=torch.ones(4)),)), "maps.a has shape"),
     ("linear", Affine(maps=(rescaled(outer_O=torch.ones(11)),)), "maps.outer has shape"),
-    ("linear", Affine(maps=(rescaled(), rescaled())), "of one key"),
+    ("linear", Affine(maps=(bases(a_RS=torch.ones(2, 7)),)), "maps.a has shape"),
+    ("linear", Affine(maps=(bases(a_RS=torch.ones(3, 9)),)), "maps.a has shape"),
+    ("linear", Affine(maps=(bases(b_LC=torch.ones(13, 5)),)), "maps.b has shape"),
+    ("linear", Affine(maps=(bases(b_LC=torch.ones(11, 7)),)), "maps.b has shape"),
+    ("linear", Affine(maps=(bases(b_LC=torch.ones(13)),)), "must be a matrix"),
+    ("linear", Affine(maps=(bases(gains_QS=torch.ones(2, 8)),)), "maps.gains has shape"),
+    ("linear", Affine(maps=(bases(gains_QS=torch.ones(3, 9)),)), "maps.gains has shape"),
+    ("narrow", Affine(maps=(bases(),)), "maps.gains has shape"),
+    ("embedding", Affine(maps=(bases(gains_QS=torch.ones(3, 20)),)), "neither weighed"),
+    ("linear", Affine(maps=(Circulant(torch.ones(2, 2, 3)),)), "circulants of 3"),
+    ("linear", Affine(maps=(Circulant(torch.ones(2, 3, 4)),)), "maps.kernel has shape"),
+    ("linear", Affine(maps=(Circulant(torch.ones(3, 4)),)), "maps.kernel has shape"),
+    ("embedding", Affine(maps=(Circulant(torch.ones(3, 5, 4)),)), "nor transformed"),
+    ("linear", Affine(maps=(Spectrum(torch.tensor([12]), torch.tensor([0]), torch.ones(1)),)), "the site has 12"),
+    ("linear", Affine(maps=(Spectrum(torch.tensor([1]), torch.tensor([8]), torch.ones(1)),)), "the site has 8"),
+    ("embedding", Affine(maps=(Spectrum(torch.tensor([1]), torch.tensor([8]), torch.ones(1)),)), "nor transformed"),
     ("linear", Affine(maps=(rescaled(outer_O=torch.full((12,), torch.nan)),)), "not finite"),
     ("linear", Affine(rows=Rows(torch.tensor([12]), torch.ones(1, 8))), "the site has 12"),
     ("linear", Affine(rows=Rows(torch.tensor([1, 1]), torch.ones(2, 8))), "names a row twice"),

@@ -13,7 +13,7 @@ from peft_serve.adapters.primitives import Adapter, Edit, Replace
 from peft_serve.core import AdapterId
 from peft_serve.model.base import ResidentBase
 from tests.adapters.fake_base import FakeBase, adapted
-from tests.model.dense_algebra import LINEAR_TERMS, Dice, edit_of
+from tests.model.dense_algebra import LINEAR_TERMS, LOOKUP_TERMS, Dice, edit_of
 from tests.model.driver import Driver, Job, random_jobs
 from tests.model.tiny_models import VOCAB, tiny
 
@@ -47,9 +47,10 @@ def _fits(term: str, spec: SiteSpec) -> bool:
         return False
     sizes = {"out_blocks": [spec.out_features], "out_pairs": [spec.out_features], "in_blocks": [spec.in_features]}
     both = [spec.in_features, spec.out_features]
-    if spec.kind is SiteKind.EMBEDDING and term == "in_blocks":
+    in_fours = term in ("kronecker", "circulant")
+    if spec.kind is SiteKind.EMBEDDING and term not in LOOKUP_TERMS:
         return False
-    return all(size % 4 == 0 for size in sizes.get(term, both if term == "kronecker" else []))
+    return all(size % 4 == 0 for size in sizes.get(term, both if in_fours else []))
 
 
 def generated(model: PreTrainedModel, job: Job) -> list[int]:

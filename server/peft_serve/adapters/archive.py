@@ -23,7 +23,7 @@ from peft_serve.adapters.records import (
     CheckpointFiles,
 )
 from peft_serve.adapters.tar_reader import is_gzip, is_tar, read_tar
-from peft_serve.adapters.vocabulary import VOCABULARY_FILES
+from peft_serve.adapters.vocabulary import vocabulary_files
 from peft_serve.adapters.zip_reader import is_zip, read_zip
 from peft_serve.errors import MalformedUpload, PayloadTooLarge, UnsupportedMediaType
 
@@ -54,7 +54,9 @@ _SAVE_AGAIN: Final = (
 _HUB_PICKLE: Final = "pytorch_adapter.bin"
 _SAVE_HUB_AGAIN: Final = (
     "save the adapter again with AdapterHub's adapters: model.save_adapter(folder, name, use_safetensors=True) "
-    f"writes {HUB_WEIGHTS_FILE}"
+    f"writes {HUB_WEIGHTS_FILE}; of prefix tuning, which it cannot write so, convert the pickle: "
+    f"save_file({{k: v.clone() for k, v in torch.load({_HUB_PICKLE!r}).items() if '.prefix_tuning.pool.' not in k}}, "
+    f"{HUB_WEIGHTS_FILE!r}), with save_file of safetensors.torch"
 )
 _OF_HUB: Final = (HUB_WEIGHTS_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE)
 _FUSION_CONFIG: Final = "adapter_fusion_config.json"
@@ -146,7 +148,7 @@ def _checked(found: _Found) -> CheckpointFiles:
         profile=contents.get(PROFILE_FILE),
         head_config=contents.get(HEAD_CONFIG_FILE),
         head_weights=contents.get(HEAD_WEIGHTS_FILE),
-        vocabulary={name: contents[name] for name in VOCABULARY_FILES if name in contents},
+        vocabulary=vocabulary_files(contents),
         ignored=tuple(printable(path) for path in _first(found.ignored)),
     )
 

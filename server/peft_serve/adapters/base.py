@@ -23,12 +23,17 @@ class SiteKind(StrEnum):
     EMBEDDING = "embedding"  # weight [vocab, d]: in features = vocab, out features = d
     NORM = "norm"  # weight [d], maybe bias [d]
     EXPERTS = "experts"  # the fused parameters of a mixture of experts, [experts, ...] each
+    ROUTER = "router"  # of a mixture of experts, where it is no linear layer: weight [experts, d], maybe bias
     ATTENTION = "attention"  # an attention module as a whole; out = in = hidden size, no parameters of its own
     SUBLAYER = "sublayer"  # a residual sublayer as a whole, by the path AdapterHub names it; no parameters of its own
+    LAYER = "layer"  # what leaves a layer, by the path AdapterHub names it; no parameters of its own
 
 
 HAS_WEIGHT = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.EMBEDDING, SiteKind.NORM})
 """Kinds whose `Base.weight` can be asked for."""
+
+WITHOUT_MODULE = frozenset({SiteKind.SUBLAYER, SiteKind.LAYER})
+"""Kinds whose path is no module's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ class Binding:
     sites: Mapping[str, BoundSite]
     shared: Mapping[str, StoredTensor]
     head: BoundHead | None = None
+    num_twins: int = 0  # tensors in the file that say again, and alike, what another one says
 
     @property
     def targets(self) -> tuple[SiteSpec, ...]:
@@ -51,7 +52,7 @@ class Binding:
     def num_tensors(self) -> int:
         num_head = 0 if self.head is None else len(self.head.tensors)
         at_sites = sum(len(s.method) + len(s.saved) + len(s.copies) for s in self.sites.values())
-        return num_head + len(self.shared) + at_sites
+        return num_head + len(self.shared) + at_sites + self.num_twins
 
 
 def same_as_base(tensor: StoredTensor, spec: SiteSpec, parameter: str, base: Base) -> bool:

@@ -32,13 +32,14 @@ from peft_serve.adapters.primitives import (
     LinearMap,
     LowRank,
     Replace,
-    Rescaled,
     Rows,
     SoftPrompt,
     Sparse,
     is_finite,
 )
 from peft_serve.adapters.registry import TASK_FIELD
+from peft_serve.adapters.shared_primitives import Rescaled, SharedBases
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
 from peft_serve.core import AdapterId
 from peft_serve.errors import InvalidParameter
 
@@ -82,6 +83,8 @@ def combine(parts: Sequence[tuple[Adapter, float]], id: AdapterId) -> Adapter:
         sites={path: _joined(path, [a.sites[path] for a in adapters if path in a.sites]) for path in paths},
         prompt=_joined_prompt(adapters),
         prefix=_joined_prefix(adapters),
+        source_prefix=_one_behind_the_other([a.source_prefix for a in adapters if a.source_prefix is not None]),
+        cross_prefix=_one_behind_the_other([a.cross_prefix for a in adapters if a.cross_prefix is not None]),
         head=_only((a.head for a in adapters), "two of them bring a task head"),
     )
 
@@ -104,8 +107,9 @@ def _only(values: Iterable[T | None], reason: str) -> T | None:
 def _weighted(adapter: Adapter, weight: float) -> Adapter:
     if weight == 1.0:
         return adapter
-    for what, has in (("a soft prompt", adapter.prompt), ("a prefix", adapter.prefix), ("a task head", adapter.head)):
-        if has is not None:
+    prefixes = [each for each in (adapter.prefix, adapter.source_prefix, adapter.cross_prefix) if each is not None]
+    for what, has in (("a soft prompt", adapter.prompt), ("a prefix", prefixes), ("a task head", adapter.head)):
+        if has:
             raise _no_weight(what)
     return replace(adapter, sites={path: _weighted_edit(path, edit, weight) for path, edit in adapter.sites.items()})
 
@@ -137,12 +141,16 @@ def _weighted_map(linear: LinearMap, weight: float) -> LinearMap:
     match linear:
         case Rescaled():
             return replace(linear, outer_O=linear.outer_O * weight)
+        case SharedBases():
+            return replace(linear, weights_RQ=linear.weights_RQ * weight)
         case Dense():
             return Dense(linear.weight_OI * weight)
         case Kronecker():
             return replace(linear, left=linear.left * weight)
-        case Sparse():
+        case Sparse() | Spectrum():
             return replace(linear, values_N=linear.values_N * weight)
+        case Circulant():
+            return Circulant(linear.kernel_MNB * weight)
 
 
 # ---- sites
@@ -249,18 +257,30 @@ def _joined_factors(factors: Sequence[Mapping[str, ExpertFactors]], name: str) -
 
 
 def _joined_prompt(adapters: Sequence[Adapter]) -> SoftPrompt | None:
-    prompts = [adapter.prompt.embeddings_PD for adapter in adapters if adapter.prompt is not None]
-    return SoftPrompt(torch.cat(prompts)) if prompts else None
+    prompts = [adapter.prompt for adapter in adapters if adapter.prompt is not None]
+    if len({prompt.is_bare for prompt in prompts}) > 1:
+        raise _refusal("a soft prompt without positions (AdapterHub) cannot stand beside one with positions (peft)")
+    if not prompts:
+        return None
+    return replace(prompts[0], embeddings_PD=torch.cat([prompt.embeddings_PD for prompt in prompts]))
 
 
 def _joined_prefix(adapters: Sequence[Adapter]) -> KVPrefix | None:
     """Prefixes one behind the other. A soft prompt, if there is one too, stands behind them all."""
+    has_prompt = any(adapter.prompt is not None and not adapter.prompt.is_bare for adapter in adapters)
     prefixes = [adapter.prefix for adapter in adapters if adapter.prefix is not None]
+    if has_prompt and not all(prefix.advances_positions for prefix in prefixes):
+        raise _refusal("a prefix that takes no positions (AdapterHub) cannot stand beside a soft prompt")
+    return _one_behind_the_other(prefixes)
+
+
+def _one_behind_the_other(prefixes: Sequence[KVPrefix]) -> KVPrefix | None:
     if not prefixes:
         return None
-    has_prompt = any(adapter.prompt is not None for adapter in adapters)
-    if (len(prefixes) > 1 or has_prompt) and not all(prefix.advances_positions for prefix in prefixes):
-        raise _refusal("one of them brings a prefix that takes no positions, which nothing else can stand beside")
+    if len({prefix.advances_positions for prefix in prefixes}) > 1:
+        raise _refusal("a prefix that takes no positions (AdapterHub) cannot stand beside one that does (peft)")
+    if len({prefix.absent for prefix in prefixes}) > 1:
+        raise _refusal("their prefixes leave out different layers")
     return replace(
         prefixes[0],
         keys_LHPD=torch.cat([prefix.keys_LHPD for prefix in prefixes], dim=2).contiguous(),
@@ -271,7 +291,7 @@ def _joined_prefix(adapters: Sequence[Adapter]) -> KVPrefix | None:
 def _check_budget(adapter: Adapter, base: Base, limits: GateLimits) -> None:
     """What a checkpoint is held to, a combination is too; raises InvalidParameter."""
     footprint = adapter.footprint(is_encoder_decoder=base.shape.is_encoder_decoder)
-    num_virtual = footprint.num_prefix_tokens + footprint.num_source_tokens
+    num_virtual = footprint.num_prefix_tokens + footprint.num_source_tokens + footprint.num_cross_tokens
     for value, most, what in (
         (footprint.max_rank, limits.max_rank, "rank {} together (--max-rank {})"),
         (footprint.num_bytes, limits.max_adapter_bytes, "{} bytes together (--max-adapter-bytes {})"),

@@ -25,6 +25,7 @@ from peft_serve.adapters.primitives import (
     Edit,
     Head,
     KVPrefix,
+    Prefixes,
     Replace,
     SoftPrompt,
     is_finite,
@@ -55,7 +56,9 @@ def compile_adapter(inspected: Inspected, base: Base, limits: GateLimits) -> Ada
             edits[path] = edit
             spending.add(edit)
     edits = spread(edits, base)
-    front = None
+    front, prefixes = None, Prefixes()
+    if isinstance(method, SiteMethod) and method.prefixes is not None:
+        prefixes = method.prefixes(shared)
     if isinstance(method, SequenceMethod):
         sequence = Sequence(config=inspected.config, tensors=shared, base=base.shape)
         front = method.compile(sequence)
@@ -63,8 +66,10 @@ def compile_adapter(inspected: Inspected, base: Base, limits: GateLimits) -> Ada
         id=inspected.id,
         method=method.peft_type,
         sites=edits,
-        prompt=front if isinstance(front, SoftPrompt) else None,
-        prefix=front if isinstance(front, KVPrefix) else None,
+        prompt=front if isinstance(front, SoftPrompt) else prefixes.prompt,
+        prefix=front if isinstance(front, KVPrefix) else prefixes.own,
+        source_prefix=prefixes.source,
+        cross_prefix=prefixes.cross,
         head=_head(inspected.binding.head),
         start=method.start(inspected.config) if isinstance(method, SiteMethod) else (),
     )

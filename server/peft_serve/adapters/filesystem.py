@@ -48,6 +48,14 @@ class FileSystem(Protocol):
 
     def read(self, path: Path) -> bytes: ...
 
+    def read_into(self, path: Path, buffer: memoryview) -> int:
+        """Fill the buffer from the beginning of a file; gives how many bytes there were for it."""
+        ...
+
+    def touch(self, path: Path) -> None:
+        """Make now the time of a file's last change."""
+        ...
+
     def list_dir(self, path: Path) -> list[str]:
         """The names in a folder, sorted."""
         ...
@@ -91,6 +99,13 @@ class DiskFileSystem:
 
     def read(self, path: Path) -> bytes:
         return path.read_bytes()
+
+    def read_into(self, path: Path, buffer: memoryview) -> int:
+        with path.open("rb") as file:
+            return file.readinto(buffer)
+
+    def touch(self, path: Path) -> None:
+        os.utime(path)
 
     def list_dir(self, path: Path) -> list[str]:
         with os.scandir(path) as entries:

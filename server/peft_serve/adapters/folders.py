@@ -22,26 +22,29 @@ from peft_serve.adapters.records import (
     WEIGHTS_FILE,
     CheckpointFiles,
 )
-from peft_serve.adapters.vocabulary import VOCABULARY_FILES
-from peft_serve.errors import AdapterUnavailable, InvalidParameter
+from peft_serve.adapters.saved_tokenizer import Reduction
+from peft_serve.adapters.vocabulary import MAX_BYTES, vocabulary_files
+from peft_serve.errors import AdapterUnavailable, InvalidParameter, MalformedUpload
 
 FilesStamp = tuple[Stamp | None, ...]
 """The stamps of a checkpoint's files, in a fixed order; None for one that is not there."""
 
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROFILE_FILE, *VOCABULARY_FILES)
-_HUB_FILES = (CONFIG_FILE, HUB_WEIGHTS_FILE, PROFILE_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, *VOCABULARY_FILES)
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROFILE_FILE, *MAX_BYTES)
+_HUB_FILES = (CONFIG_FILE, HUB_WEIGHTS_FILE, PROFILE_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, *MAX_BYTES)
 _BEING_WRITTEN_RETRY_S = 1.0
 
 
 class CheckpointFolders:
     """Names and places of the checkpoints that the operator's folders hold.
 
-    `problems` are sentences about what was passed over, for the log. Thread-safe: nothing changes after the start.
+    `problems` are sentences about what was passed over, for the log. Thread-safe: only what it remembers of tokenizers
+    changes after the start.
     """
 
     def __init__(self, folders: Sequence[Path], fs: FileSystem, *, base_name: str, max_bytes: int = 512 << 20) -> None:
         self._fs = fs
         self._max_bytes = max_bytes
+        self._reduced = Reduction()
         self._places: dict[str, Path] = {}
         problems: list[str] = []
         for folder in folders:
@@ -123,10 +126,12 @@ class CheckpointFolders:
                 profile=contents.get(PROFILE_FILE),
                 head_config=contents.get(HEAD_CONFIG_FILE),
                 head_weights=contents.get(HEAD_WEIGHTS_FILE),
-                vocabulary={name: contents[name] for name in VOCABULARY_FILES if name in contents},
+                vocabulary=vocabulary_files(contents, self._reduced),
             )
         except OSError as error:
             raise _unreadable(name) from error
+        except MalformedUpload as error:
+            raise AdapterUnavailable(f"adapter '{name}': {error.message}") from error
         if self.stamp(name) != stamp:
             raise AdapterUnavailable(
                 f"adapter '{name}': its files are being written; ask again when they are complete",

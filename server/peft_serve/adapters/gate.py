@@ -28,7 +28,7 @@ from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE,
 from peft_serve.adapters.registry import Method, SequenceMethod, SiteMethod
 from peft_serve.adapters.strict_json import parse_object
 from peft_serve.adapters.verdict import Verdict, quoted
-from peft_serve.adapters.vocabulary import ADDED_FILE, TOKENS_HINT, Vocabulary, parse_vocabulary
+from peft_serve.adapters.vocabulary import Vocabulary, parse_vocabulary
 from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterInvalid
 
@@ -189,8 +189,7 @@ def _compare(config: Config, base: Base, files: CheckpointFiles, verdict: Verdic
     if _release(version) > KNOWN_PEFT:
         verdict.warn(f"was saved by peft {quoted(version)}, which is newer than this server knows")
     for name in files.ignored[:10]:
-        hint = TOKENS_HINT if name.rpartition("/")[2] == "tokenizer.json" and ADDED_FILE not in files.vocabulary else ""
-        verdict.warn(f"file {quoted(name)} is not read{hint}")
+        verdict.warn(f"file {quoted(name)} is not read")
 
 
 def _last_part(name: str) -> str:

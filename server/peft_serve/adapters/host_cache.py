@@ -1,21 +1,22 @@
 """The host cache: compiled adapters in host memory, within a budget of bytes, loaded on its own threads.
 
 One load serves everyone who asks meanwhile. A delivered adapter is *leased* to who asked until `release`, so
-that one waiting to be installed on the device is never dropped under it; beyond the budget the least recently
-used one without a lease goes. A failure is remembered for a while, so that a broken adapter does not keep the
-disk busy. How an adapter is loaded, and what the device holds, is not known here.
+that one waiting to be installed on the device is never dropped under it; beyond the budget those without a lease
+go, in the order of the eviction policy. A failure is remembered for a while, so that a broken adapter does not keep
+the disk busy. How an adapter is loaded, and what the device holds, is not known here.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
+from peft_serve.adapters.eviction import EvictionPolicy, LeastRecentlyUsed
+from peft_serve.adapters.lookups import Lookup, OnLookup, unobserved
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import AdapterId
 from peft_serve.errors import Unavailable
@@ -49,7 +50,8 @@ class _Entry:
 class HostCache:
     """Owner of compiled adapters on the host. Thread-safe.
 
-    `clock` gives seconds that never go back; `observe_load` is told each load's id and seconds.
+    `clock` gives seconds that never go back. `policy` is this cache's own (least recently used unless given).
+    `on_lookup` is told of every request and every load, `on_evict` of every adapter that makes room for others.
     """
 
     def __init__(
@@ -60,15 +62,19 @@ class HostCache:
         clock: Callable[[], float],
         failure_ttl_s: float = 10.0,
         num_threads: int = 1,
-        observe_load: Callable[[AdapterId, float], None] = lambda _adapter, _seconds: None,
+        policy: EvictionPolicy | None = None,
+        on_lookup: OnLookup = unobserved,
+        on_evict: Callable[[], None] = lambda: None,
     ) -> None:
         self._load = load
         self._max_bytes = max_bytes
         self._clock = clock
         self._failure_ttl_s = failure_ttl_s
-        self._observe_load = observe_load
+        self._policy = policy or LeastRecentlyUsed()  # knows the entries that are kept
+        self._on_lookup = on_lookup
+        self._on_evict = on_evict
         self._lock = threading.Lock()
-        self._entries: OrderedDict[AdapterId, _Entry] = OrderedDict()  # least recently used first
+        self._entries: dict[AdapterId, _Entry] = {}  # least recently used first
         self._num_bytes = 0
         self._waiters: dict[AdapterId, list[OnDone]] = {}  # ids being loaded
         self._dropped: set[AdapterId] = set()  # of those, the ones that are not to be kept
@@ -85,12 +91,16 @@ class HostCache:
     def request(self, adapter_id: AdapterId, on_done: OnDone) -> None:
         """Have `on_done` called with the adapter, leased, or with why it cannot be had."""
         with self._lock:
+            is_closed, entry = self._closed, self._entries.get(adapter_id)
             outcome = self._at_hand(adapter_id)
             if outcome is None:
                 if adapter_id not in self._waiters:
                     self._waiters[adapter_id] = []
                     self._queue.put(adapter_id)
                 self._waiters[adapter_id].append(on_done)
+        if not is_closed:
+            num_bytes = None if entry is None else entry.num_bytes
+            self._on_lookup(Lookup(tier="host", adapter=adapter_id, is_hit=entry is not None, num_bytes=num_bytes))
         if outcome is not None:
             _deliver(on_done, adapter_id, outcome)
 
@@ -102,7 +112,9 @@ class HostCache:
         if entry is not None:
             self._hits += 1
             entry.leases += 1
-            self._entries.move_to_end(adapter_id)
+            self._entries[adapter_id] = self._entries.pop(adapter_id)
+            if entry.keep:
+                self._policy.use(adapter_id)
             return entry.adapter
         self._misses += 1
         until, failure = self._failures.get(adapter_id, (0.0, None))
@@ -114,7 +126,9 @@ class HostCache:
             entry = self._entries[adapter_id]
             assert entry.leases > 0, "a lease is given back exactly once"
             entry.leases -= 1
-            self._evict()
+            self._let_go(adapter_id)
+            num_evicted = self._evict()
+        self._tell(num_evicted)
 
     def get(self, adapter_id: AdapterId) -> Adapter | None:
         """The adapter if it is here, without a lease: the caller has one, or is done before anything else."""
@@ -130,9 +144,8 @@ class HostCache:
                 self._dropped.add(adapter_id)
             entry = self._entries.get(adapter_id)
             if entry is not None and entry.keep:
-                entry.keep = False
-                self._num_bytes -= entry.num_bytes
-                self._evict()
+                self._disown(adapter_id, is_evicted=False)
+                self._let_go(adapter_id)
 
     def resident(self) -> tuple[AdapterId, ...]:
         """The adapters that are here, least recently used first."""
@@ -168,31 +181,40 @@ class HostCache:
             over = self._num_bytes > self._max_bytes
             assert not over or all(entry.leases > 0 for entry in kept), "over budget with one to evict"
             assert self._dropped <= self._waiters.keys(), "dropped, yet nobody waits"
+            known = sorted(self._policy.victims())
+            assert known == sorted(i for i, e in self._entries.items() if e.keep), "the policy knows other adapters"
 
     def _work(self) -> None:
         while (adapter_id := self._queue.get()) is not None:
-            outcome = self._loaded(adapter_id)
+            outcome, num_bytes = self._loaded(adapter_id)
             with self._lock:
                 waiters = self._waiters.pop(adapter_id)
-                self._take_in(adapter_id, outcome, num_leases=len(waiters))
+                self._take_in(adapter_id, outcome, num_bytes, num_leases=len(waiters))
                 self._dropped.discard(adapter_id)
+                num_evicted = self._evict()
+            self._tell(num_evicted)
             for on_done in waiters:
                 _deliver(on_done, adapter_id, outcome)
 
-    def _loaded(self, adapter_id: AdapterId) -> Adapter | Exception:
+    def _loaded(self, adapter_id: AdapterId) -> tuple[Adapter | Exception, int]:
+        """The adapter and its bytes, or why it cannot be had and none."""
         with self._lock:
             if self._closed:
-                return Unavailable("the server is stopping; ask again", retry_after_s=1.0)
-        start = self._clock()
+                return Unavailable("the server is stopping; ask again", retry_after_s=1.0), 0
+        start_s = self._clock()
+        num_bytes = None
         try:
-            return self._load(adapter_id)
+            adapter = self._load(adapter_id)
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors())
+            return adapter, num_bytes
         except Exception as error:  # noqa: BLE001 (whatever a load raises fails its own requests only)
             _LOG.warning("adapter %s cannot be loaded: %s: %s", adapter_id, type(error).__name__, error)
-            return _without_frames(error)
+            return _without_frames(error), 0
         finally:
-            self._observe_load(adapter_id, self._clock() - start)
+            load_s, is_hit = self._clock() - start_s, num_bytes is not None
+            self._on_lookup(Lookup(tier="disk", adapter=adapter_id, is_hit=is_hit, num_bytes=num_bytes, load_s=load_s))
 
-    def _take_in(self, adapter_id: AdapterId, outcome: Adapter | Exception, *, num_leases: int) -> None:
+    def _take_in(self, adapter_id: AdapterId, outcome: Adapter | Exception, num_bytes: int, *, num_leases: int) -> None:
         now = self._clock()
         self._failures = {key: kept for key, kept in self._failures.items() if now < kept[0]}
         dropped = adapter_id in self._dropped
@@ -200,21 +222,48 @@ class HostCache:
             if not dropped:
                 self._failures[adapter_id] = (now + self._failure_ttl_s, outcome)
             return
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outcome.tensors())
         keep = num_bytes <= self._max_bytes and not dropped
         self._entries[adapter_id] = _Entry(adapter=outcome, num_bytes=num_bytes, leases=num_leases, keep=keep)
-        self._num_bytes += num_bytes if keep else 0
-        self._evict()
+        if keep:
+            self._num_bytes += num_bytes
+            self._policy.enter(adapter_id, num_bytes)
+            for _ in range(num_leases - 1):
+                self._policy.use(adapter_id)
 
-    def _evict(self) -> None:
-        """Let go of what has no lease: what is not to be kept, then the least recently used until there is room."""
-        for adapter_id, entry in tuple(self._entries.items()):
-            if entry.leases or (entry.keep and self._num_bytes <= self._max_bytes):
-                continue
+    def _evict(self) -> int:
+        """Let go of adapters without a lease, in the policy's order, until the rest is within the budget; how many."""
+        excess = self._num_bytes - self._max_bytes
+        if excess <= 0:
+            return 0
+        victims: list[AdapterId] = []
+        for adapter_id in self._policy.victims():
+            if excess <= 0:
+                break
+            entry = self._entries[adapter_id]
+            if entry.leases == 0:
+                victims.append(adapter_id)
+                excess -= entry.num_bytes
+        for adapter_id in victims:
+            self._disown(adapter_id, is_evicted=True)
+            self._let_go(adapter_id)
+        self._evictions += len(victims)
+        return len(victims)
+
+    def _disown(self, adapter_id: AdapterId, *, is_evicted: bool) -> None:
+        """The entry does not count any more, and goes with its last lease."""
+        entry = self._entries[adapter_id]
+        entry.keep = False
+        self._num_bytes -= entry.num_bytes
+        self._policy.leave(adapter_id, is_evicted=is_evicted)
+
+    def _let_go(self, adapter_id: AdapterId) -> None:
+        entry = self._entries[adapter_id]
+        if not entry.keep and entry.leases == 0:
             del self._entries[adapter_id]
-            if entry.keep:
-                self._num_bytes -= entry.num_bytes
-                self._evictions += 1
+
+    def _tell(self, num_evicted: int) -> None:
+        for _ in range(num_evicted):
+            self._on_evict()
 
 
 def _deliver(on_done: OnDone, adapter_id: AdapterId, outcome: Adapter | Exception) -> None:

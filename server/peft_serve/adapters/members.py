@@ -14,12 +14,12 @@ from peft_serve.adapters.records import (
     PROFILE_FILE,
     WEIGHTS_FILE,
 )
-from peft_serve.adapters.vocabulary import MAX_TEMPLATE_BYTES, TEMPLATE_FILE, VOCABULARY_FILES
+from peft_serve.adapters.vocabulary import MAX_BYTES
 from peft_serve.errors import MalformedUpload, PayloadTooLarge
 
 MIB: Final = 1 << 20
 _OF_TENSORS: Final = frozenset({WEIGHTS_FILE, HUB_WEIGHTS_FILE, HEAD_WEIGHTS_FILE})
-WANTED: Final = (CONFIG_FILE, PROFILE_FILE, HEAD_CONFIG_FILE, *VOCABULARY_FILES, *sorted(_OF_TENSORS))
+WANTED: Final = (CONFIG_FILE, PROFILE_FILE, HEAD_CONFIG_FILE, *MAX_BYTES, *sorted(_OF_TENSORS))
 
 Member = tuple[str, bytes | None]
 """A member's path, and its content if it is one of the wanted files."""
@@ -34,7 +34,7 @@ class UploadLimits:
     """Bounds on an upload. The defaults go with the server's default `max_adapter_bytes`."""
 
     max_bytes: int = 512 * MIB  # the upload as sent, the weights, and everything a stream unpacks to
-    max_json_bytes: int = 1 * MIB  # each of the JSON files
+    max_json_bytes: int = 1 * MIB  # each of the JSON files but a tokenizer's
     max_members: int = 1000
     max_ratio: int = 20  # unpacked to packed
     ratio_slack_bytes: int = 1 * MIB  # a small file of zeros is no bomb
@@ -42,8 +42,7 @@ class UploadLimits:
     def max_file_bytes(self, name: str) -> int:
         if name in _OF_TENSORS:
             return self.max_bytes
-        most = MAX_TEMPLATE_BYTES if name == TEMPLATE_FILE else self.max_json_bytes
-        return min(most, self.max_bytes)
+        return min(MAX_BYTES.get(name, self.max_json_bytes), self.max_bytes)
 
     def check_file(self, name: str, num_bytes: int) -> None:
         """Raise PayloadTooLarge when a wanted file is larger than it may be."""

@@ -19,13 +19,16 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling
-from peft_serve.core import AdapterId, Footprint
+from peft_serve.adapters.shared_primitives import Rescaled, SharedBases
+from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling, Intervention
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
+from peft_serve.core import BASE, AdapterId, Footprint
 
 P = TypeVar("P")
 
@@ -42,21 +45,6 @@ class LowRank:
     @property
     def rank(self) -> int:
         return self.a_RI.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Rescaled:
-    """x -> u * (B (v * (A x))): a low-rank map whose factors many adapters share (VeRA), and two vectors of its own.
-
-    `a_RI` and `b_OR` may be larger than the site: its own are the first `i` columns of A and the first `o` rows of B.
-    Maps with one `key` have the same factors, which the executor therefore holds once, whatever the adapters.
-    """
-
-    key: str
-    a_RI: Tensor
-    b_OR: Tensor
-    inner_R: Tensor
-    outer_O: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +71,7 @@ class Sparse:
     values_N: Tensor
 
 
-LinearMap = Rescaled | Dense | Kronecker | Sparse
+LinearMap = Rescaled | SharedBases | Dense | Kronecker | Sparse | Circulant | Spectrum
 """A map beside the low-rank one: y = y + D x."""
 
 
@@ -176,7 +164,7 @@ class GatedPrompt:
     is_projected: bool
 
 
-Edit = Affine | Replace | Experts | GatedPrompt | Bottleneck | Coupling
+Edit = Affine | Replace | Experts | GatedPrompt | Bottleneck | Coupling | Intervention
 """What an adapter does at one site."""
 
 
@@ -185,21 +173,38 @@ Edit = Affine | Replace | Experts | GatedPrompt | Bottleneck | Coupling
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt:
-    """Embeddings in front of the tokens; on an encoder-decoder, of the encoder's tokens."""
+    """Embeddings in front of the tokens; on an encoder-decoder, of the encoder's tokens.
+
+    `is_bare`, on an encoder only: they enter the first layer as they are, without position, type or norm, and the
+    tokens behind them count their positions from 0 (AdapterHub).
+    """
 
     embeddings_PD: Tensor
+    is_bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class KVPrefix:
-    """Keys and values in front of the (decoder's) self-attention cache.
+    """Keys and values in front of those that an attention has of its own.
 
     `advances_positions`: the tokens behind it count their positions from P on (peft), or from 0 (AdapterHub).
+    Layers can be left out of a prefix only if it does not advance positions.
     """
 
     keys_LHPD: Tensor
     values_LHPD: Tensor
     advances_positions: bool = True
+    absent: frozenset[int] = frozenset()  # layers that have none of it; zeros stand in their place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefixes:
+    """What stands in front of a sequence: a soft prompt, a prefix for each kind of attention, as in `Adapter`."""
+
+    prompt: SoftPrompt | None = None
+    own: KVPrefix | None = None
+    source: KVPrefix | None = None
+    cross: KVPrefix | None = None
 
 
 class HeadTask(StrEnum):
@@ -232,7 +237,9 @@ class Adapter:
     method: str  # the peft_type it came from, for people and metrics only
     sites: Mapping[str, Edit] = field(default_factory=dict)
     prompt: SoftPrompt | None = None
-    prefix: KVPrefix | None = None
+    prefix: KVPrefix | None = None  # of the (decoder's) self-attention
+    source_prefix: KVPrefix | None = None  # of the encoder's, on an encoder-decoder
+    cross_prefix: KVPrefix | None = None  # in front of the encoded source, on an encoder-decoder
     head: Head | None = None
     start: tuple[int, ...] = ()  # token ids whose last occurrence in the prompt switches the adapter on (aLoRA)
 
@@ -257,8 +264,35 @@ class Adapter:
             max_rank=self.max_rank,
             num_prefix_tokens=0 if is_encoder else num_prefix + (0 if is_encoder_decoder else num_prompt),
             num_source_tokens=num_prompt + num_prefix if is_encoder else num_prompt if is_encoder_decoder else 0,
+            num_cross_tokens=0 if self.cross_prefix is None else self.cross_prefix.keys_LHPD.shape[2],
+            num_unplaced=self._num_unplaced,
             start=self.start,
+            kv_key=self._kv_key(),
+            is_causal=not any(isinstance(edit, Intervention) for edit in self.sites.values()),
         )
+
+    @property
+    def _num_unplaced(self) -> int:
+        prefix, prompt = self.prefix, self.prompt
+        num_prefix = 0 if prefix is None or prefix.advances_positions else prefix.keys_LHPD.shape[2]
+        return num_prefix + (prompt.embeddings_PD.shape[0] if prompt is not None and prompt.is_bare else 0)
+
+    def _kv_key(self) -> str | None:
+        """What the keys and values behind it depend on, where that is cheap to say: a head changes none of them.
+
+        Adapters that are nothing but one and the same soft prompt or prefix are one to everybody behind it.
+        """
+        if self.sites or self.source_prefix is not None or self.cross_prefix is not None:
+            return None
+        digest = blake2b(digest_size=32)
+        if self.prefix is not None:
+            digest.update(repr((self.prefix.advances_positions, sorted(self.prefix.absent))).encode())
+        for part in (self.prompt, self.prefix):
+            digest.update(type(part).__name__.encode())
+            for tensor in tensors_of(part):
+                digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return BASE if self.prompt is None and self.prefix is None else digest.hexdigest()
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:

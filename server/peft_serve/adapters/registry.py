@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peft_serve.adapters.base import Base, BaseShape, SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
-from peft_serve.adapters.primitives import Edit, KVPrefix, SoftPrompt
+from peft_serve.adapters.primitives import Edit, KVPrefix, Prefixes, SoftPrompt
 from peft_serve.adapters.targets import Named, named_by_modules
 
 Shape = tuple[int, ...]
@@ -93,6 +93,7 @@ class Sequence:
 
 SiteCompile = Callable[[Site], Edit | None]
 SequenceCompile = Callable[[Sequence], SoftPrompt | KVPrefix]
+PrefixCompile = Callable[[Mapping[str, Tensor]], Prefixes]
 LayoutOfSite = Callable[[SiteSpec, Config, Stored], SiteLayout]
 LayoutOfShared = Callable[[Config, Base, Stored], SharedLayout]
 LayoutOfSequence = Callable[[Config, BaseShape], Mapping[str, Shape]]
@@ -123,6 +124,7 @@ class SiteMethod:
     named: NamesOfSites  # which sites the config speaks of
     fits_any_weight: Callable[[Config], bool]  # its low-rank terms do not depend on the weight they were trained on
     may_be_empty: bool  # training may leave a tensor with a side of 0; a site that comes to nothing compiles to None
+    prefixes: PrefixCompile | None = None  # what the shared tensors put in front of attention, beside the sites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

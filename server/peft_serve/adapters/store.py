@@ -55,10 +55,16 @@ def record_file(root: Path, name: str) -> Path:
 
 
 class AdapterStore:
-    """Owner of one folder. Methods may be called from any thread; the catalog orders writes to one name."""
+    """Owner of one folder. Methods may be called from any thread; the catalog orders writes to one name.
 
-    def __init__(self, root: Path, fs: FileSystem) -> None:
+    `on_detach` is told of each blob that is gone for good, and returns at once.
+    """
+
+    def __init__(
+        self, root: Path, fs: FileSystem, *, on_detach: Callable[[AdapterId], None] = lambda _adapter: None
+    ) -> None:
         self._fs = fs
+        self._on_detach = on_detach
         self._root = root
         self._blobs = root / "blobs" / "sha256"
         self._names = root / "names"
@@ -169,7 +175,12 @@ class AdapterStore:
         resting = self._tmp / str(next(self._tmp_ids))
         with suppress(OSError):
             self._fs.rename(self._blob(adapter), resting)
-        return lambda: self._clear(resting)
+
+        def finish() -> None:
+            self._clear(resting)
+            self._on_detach(adapter)
+
+        return finish
 
     def _set_aside(self, adapter: AdapterId) -> None:
         """Move a damaged blob out of the way; an earlier one of the same id is replaced."""

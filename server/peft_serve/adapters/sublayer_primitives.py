@@ -1,4 +1,6 @@
-"""Primitives of a residual sublayer as a whole, h = f(t) and then N(h + t): what AdapterHub's bottlenecks compile to.
+"""Primitives of a residual sublayer as a whole, h = f(t) and then N(h + t), and of what enters or leaves layers.
+
+They are what AdapterHub's bottlenecks and ReFT compile to.
 
 They are not linear, so they are no part of a dense site's normal form. Conventions are those of `primitives`.
 Shapes: `d` hidden size (`D`), `B` features of a bottleneck, `I` in and `O` out features.
@@ -68,3 +70,27 @@ class Coupling:
     left: TwoLayers  # F
     right: TwoLayers  # G
     activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceEdit:
+    """x -> x + P^T (act(W x + b) - P x), or without the last term: a low-rank edit of hidden states."""
+
+    source_RD: Tensor  # W
+    source_bias_R: Tensor
+    projection_RD: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intervention:
+    """What leaves a layer, edited at the first and the last positions of the sequence (ReFT, arXiv:2404.03592).
+
+    The sequence is the prompt, or an encoder's row, without virtual tokens; a generated token is one of its own.
+    """
+
+    first: SubspaceEdit
+    last: SubspaceEdit
+    num_first: int
+    num_last: int
+    activation: str | None  # as a bottleneck's; None: nothing
+    subtracts: bool  # P x

@@ -1,36 +1,51 @@
 """What an adapter brings along for its text: a chat template and tokens of its own.
 
-People save their tokenizer beside the adapter. Of its files the chat template and the list of added tokens are
-read; the tokenizer itself is not, because the base's is the one that runs. What may be served of it the codec
-decides, which knows the base's tokenizer; nothing is rendered here.
+People save their tokenizer beside the adapter. Of its files the chat template and the added tokens are read; of the
+tokenizer itself only that its words are the base's own, because the base's is the one that runs. What may be served
+of it the codec decides, which knows the base's tokenizer; nothing is rendered here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from peft_serve.adapters.saved_tokenizer import (
+    FLAGS,
+    KEPT_FILE,
+    MAX_SAVED_BYTES,
+    SAVED_FILE,
+    Foundation,
+    reduced,
+)
 from peft_serve.adapters.strict_json import parse_object
 from peft_serve.adapters.verdict import Verdict, quoted
 
 TEMPLATE_FILE: Final = "chat_template.jinja"
 TOKENIZER_FILE: Final = "tokenizer_config.json"
 ADDED_FILE: Final = "added_tokens.json"
-VOCABULARY_FILES: Final = (TEMPLATE_FILE, TOKENIZER_FILE, ADDED_FILE)
-
-TOKENS_HINT: Final = f"; if it adds tokens, save tokenizer.get_added_vocab() as {ADDED_FILE} beside it"
-"""For checkpoints saved by transformers 5, which writes added tokens nowhere but in the tokenizer itself."""
+VOCABULARY_FILES: Final = (TEMPLATE_FILE, TOKENIZER_FILE, ADDED_FILE, KEPT_FILE)
+"""What is kept of a saved tokenizer, in the order of the digest."""
 
 MAX_TEMPLATE_BYTES: Final = 64 * 1024
-MAX_JSON_BYTES: Final = 1 << 20
-MAX_ADDED: Final = 4096
+MAX_JSON_BYTES: Final = 4 << 20  # Gemma lists its 6,400 unused words in it, flag by flag
+MAX_ADDED: Final = 1 << 14
+MAX_BYTES: Final[Mapping[str, int]] = {
+    TEMPLATE_FILE: MAX_TEMPLATE_BYTES,
+    TOKENIZER_FILE: MAX_JSON_BYTES,
+    ADDED_FILE: MAX_JSON_BYTES,
+    KEPT_FILE: MAX_JSON_BYTES,
+    SAVED_FILE: MAX_SAVED_BYTES,
+}
+"""What an upload may hold of a saved tokenizer, and how much of each."""
+
 MAX_TOKEN_CHARS: Final = 256
 MAX_ID: Final = 1 << 31
 
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED: Final = ("additional_special_tokens", "extra_special_tokens")
-_TRAITS: Final = ("lstrip", "rstrip", "single_word", "normalized")
+_TRAITS: Final = tuple(flag for flag in FLAGS if flag != "special")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +57,14 @@ class Vocabulary:
     special: frozenset[str] = frozenset()  # those of `added` that are left out of generated text
     traits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of `added`: flags of AddedToken that are set
     names: Mapping[str, str] = field(default_factory=dict)  # special tokens by what a template calls them (`eos_token`)
+    foundation: Foundation | None = None  # the words they were added to, until they are compared with the base's
 
     def __bool__(self) -> bool:
         return self.chat_template is not None or bool(self.added)
+
+    def place_of(self, token: str) -> str:
+        """What a refusal calls an added token."""
+        return f"{ADDED_FILE if self.foundation is None else SAVED_FILE}: {quoted(token)}"
 
     def within(self, num_rows: int) -> Vocabulary:
         """Without the tokens whose ids are beyond an embedding of so many rows."""
@@ -59,6 +79,17 @@ class Vocabulary:
         )
 
 
+def vocabulary_files(contents: Mapping[str, bytes], reduce: Callable[[bytes], bytes] = reduced) -> dict[str, bytes]:
+    """Those of a checkpoint's files that are kept of a saved tokenizer, the tokenizer itself in its reduced form.
+
+    Raises `MalformedUpload` for a tokenizer that cannot be read.
+    """
+    found = {name: contents[name] for name in VOCABULARY_FILES if name in contents}
+    if SAVED_FILE in contents:
+        found[KEPT_FILE] = reduce(contents[SAVED_FILE])
+    return found
+
+
 def parse_vocabulary(files: Mapping[str, bytes], verdict: Verdict) -> Vocabulary:
     """What the files named in `VOCABULARY_FILES` say, as far as they are there.
 
@@ -69,6 +100,7 @@ def parse_vocabulary(files: Mapping[str, bytes], verdict: Verdict) -> Vocabulary
     for text, number in _object(files, ADDED_FILE).items():
         if added.setdefault(text, number) != number:
             verdict.refuse(f"{ADDED_FILE}: {quoted(text)}", f"has another id in {TOKENIZER_FILE}; save both again")
+    foundation = _kept(_object(files, KEPT_FILE), added, traits, verdict)
     if len(added) > MAX_ADDED:
         verdict.refuse(TOKENIZER_FILE, f"adds {len(added)} tokens; this server takes at most {MAX_ADDED}")
         return Vocabulary()
@@ -82,7 +114,27 @@ def parse_vocabulary(files: Mapping[str, bytes], verdict: Verdict) -> Vocabulary
         special=frozenset(special & added.keys()),
         traits={text: tuple(t for t in those if t in _TRAITS) for text, those in traits.items()},
         names=names,
+        foundation=foundation,
     )
+
+
+def _kept(
+    kept: Mapping[str, Any], added: dict[str, Any], traits: dict[str, tuple[str, ...]], verdict: Verdict
+) -> Foundation | None:
+    """What a tokenizer was reduced to: its tokens join the others; the words below them are told by their digest."""
+    if not kept:
+        return None
+    num_ids, digest, tokens = (kept.get(key) for key in ("num_ids", "digest", "tokens"))
+    listed = isinstance(tokens, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in tokens)
+    if type(num_ids) is not int or not isinstance(digest, str) or not listed:
+        verdict.refuse(KEPT_FILE, f"is not what this server makes of a {SAVED_FILE}; upload that instead")
+        return None
+    for token in tokens or ():
+        text, number = token["content"], token.get("id")
+        if added.setdefault(text, number) != number:
+            verdict.refuse(f"{SAVED_FILE}: {quoted(text)}", "has another id in the files beside it; save them again")
+        traits.setdefault(text, tuple(flag for flag in FLAGS if token.get(flag) is True))
+    return Foundation(num_ids, digest)
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -129,7 +181,7 @@ def _decoder_entries(entries: object, verdict: Verdict) -> tuple[dict[str, Any],
             verdict.refuse(place, f"has an entry {quoted(key)} that is no token; save the tokenizer again")
             continue
         added[text] = int(key)
-        traits[text] = tuple(flag for flag in ("special", *_TRAITS) if entry.get(flag) is True)
+        traits[text] = tuple(flag for flag in FLAGS if entry.get(flag) is True)
     return added, traits
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from peft_serve.model.pools import KVPool, places_of
-from peft_serve.model.ragged import Bias, Cached, Fresh, Plan
+from peft_serve.model.ragged import Bias, Cached, Fresh, Plan, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,8 @@ def attend_fresh(group: Fresh, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, laye
     rows, length = group.num_rows, group.num_tokens
     num_heads, num_kv_heads = q_THD.shape[1], k_TKD.shape[1]
     k, v = (x[group.where].view(rows, length, num_kv_heads, -1).transpose(1, 2) for x in (k_TKD, v_TKD))
-    if group.front is not None:
+    if group.front is not None and layer not in group.front.absent:
         assert not group.is_causal, "only an encoder's rows have something in front"
-        assert terms.bias is None, "and only where scores depend on no distance"
         k, v = (_behind(x, front, layer) for x, front in ((k, group.front.keys_LHPD), (v, group.front.values_LHPD)))
     is_windowed = group.is_causal and terms.window is not None and terms.window < length
     if terms.bias is None and terms.is_plain and not is_windowed:
@@ -53,7 +52,7 @@ def attend_fresh(group: Fresh, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, laye
             q, k, v, is_causal=group.is_causal, scale=terms.scaling, enable_gqa=num_heads != num_kv_heads
         )
         return out.transpose(1, 2).flatten(0, 1)
-    mask = group.mask(terms.window if is_windowed else None, terms.bias, q_THD)
+    mask = group.mask(terms.window if is_windowed else None, terms.bias, q_THD, layer)
     return _attend_masked(q_THD[group.where], k, v, mask, terms, rows)
 
 
@@ -65,7 +64,7 @@ def _behind(own_RKMD: Tensor, front_LKPD: Tensor, layer: int) -> Tensor:
 def attend_cached(group: Cached, q_THD: Tensor, pool: KVPool, layer: int, terms: Terms) -> Tensor:
     """Rows that read their context from blocks. Gives [R * M, H, D]."""
     k, v = pool.gather(layer, group.blocks, group.num_rows)
-    mask = group.mask(terms.window, terms.bias, q_THD)
+    mask = group.mask(terms.window, terms.bias, q_THD, layer)
     return _attend_masked(q_THD[group.where], k, v, mask, terms, group.num_rows)
 
 
@@ -112,23 +111,31 @@ def attend_reference(
     at = 0
     for span in plan.spans:
         row_k, row_v = (x[at : at + span.num_tokens] for x in (k_TKD, v_TKD))
+        if span.front is not None and layer not in span.front.absent:
+            fronts = (span.front.keys_LHPD[layer], span.front.values_LHPD[layer])
+            row_k, row_v = (torch.cat((f.transpose(0, 1), x)) for f, x in zip(fronts, (row_k, row_v), strict=True))
         for i in range(span.num_tokens):
-            place, first, stop = span.start + i, 0, span.num_tokens
-            if i == 0 and span.front is not None:
-                fronts = (span.front.keys_LHPD[layer], span.front.values_LHPD[layer])
-                row_k, row_v = (torch.cat((f.transpose(0, 1), x)) for f, x in zip(fronts, (row_k, row_v), strict=True))
+            place = span.start + i
+            readable = list(range(len(row_k)))
             if span.blocks:
                 assert pool is not None, "rows with blocks need a pool"
-                stop = span.num_source or place + 1
-                if terms.window is not None and not span.num_source:
-                    first = max(0, stop - terms.window)
-                places = places_of(span.blocks, first, stop - first, pool.block_size)
-                row_k, row_v = (x[places] for x in pool.layer(layer))
-            keys = torch.arange(first, stop, device=q_THD.device)
-            bias = None if terms.bias is None else terms.bias.of(keys - place, keys)
+                readable = _readable(span, place, layer, terms.window)
+                stop = readable[-1] + 1
+                places = places_of(span.blocks, 0, stop, pool.block_size)
+                row_k, row_v = (x[places][readable] for x in pool.layer(layer))
+            keys = torch.tensor(readable, device=q_THD.device)
+            bias = None if terms.bias is None else terms.bias.of(keys - place + span.num_unplaced, keys)
             out[at + i] = _one_token(q_THD[at + i], row_k, row_v, bias, terms)
         at += span.num_tokens
     return out
+
+
+def _readable(span: Span, place: int, layer: int, window: int | None) -> list[int]:
+    """The context positions that the token at `place` reads."""
+    stop = span.num_source or place + 1
+    first = max(0, stop - window) if window is not None and not span.num_source else 0
+    in_front = [] if layer in span.absent else list(range(span.num_unplaced))
+    return in_front + list(range(max(first, span.num_unplaced), stop))
 
 
 def _one_token(q_HD: Tensor, k_CKD: Tensor, v_CKD: Tensor, bias_HC: Tensor | None, terms: Terms) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_serve.adapters.base import HAS_WEIGHT, BaseShape, SiteKind, SiteSpec
+from peft_serve.adapters.base import HAS_WEIGHT, WITHOUT_MODULE, BaseShape, SiteKind, SiteSpec
 from peft_serve.adapters.heads import own_facts
 from peft_serve.model.families.family import Family, SharesModules
 from peft_serve.model.families.registry import family_of
@@ -86,7 +86,7 @@ class ResidentBase:
 
     @property
     def beside_body(self) -> frozenset[str]:
-        modules = (path for path, spec in self._specs.items() if spec.kind is not SiteKind.SUBLAYER)
+        modules = (path for path, spec in self._specs.items() if spec.kind not in WITHOUT_MODULE)
         return frozenset(path for path in modules if self.runs.stream_of(path) is Stream.HEAD)
 
     @property

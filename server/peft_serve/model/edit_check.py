@@ -7,6 +7,7 @@ the whole batch. It knows sites by their `SiteSpec` only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Final
 
@@ -24,17 +25,19 @@ from peft_serve.adapters.primitives import (
     LinearMap,
     Mixer,
     Replace,
-    Rescaled,
     Rows,
     Sparse,
 )
-from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling
+from peft_serve.adapters.shared_primitives import SharedBases
+from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling, Intervention
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
 
 Shape = tuple[int, ...]
 Wanted = Iterator[tuple[str, Tensor, Shape]]
 """(name, tensor, the shape it must have)"""
 
 _DENSE: Final = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.EMBEDDING})
+_OF_FEATURES: Final = (SharedBases, Circulant, Spectrum)
 
 
 def check_edit(spec: SiteSpec, edit: Edit) -> None:
@@ -47,18 +50,25 @@ def check_edit(spec: SiteSpec, edit: Edit) -> None:
 
 
 def _affine(spec: SiteSpec, edit: Affine) -> None:
+    if spec.kind is SiteKind.EMBEDDING and any(isinstance(one, _OF_FEATURES) for one in edit.maps):
+        raise ValueError(f"{spec.path}.maps: an embedding's input is ids, which are neither weighed nor transformed")
     _require_shapes(spec, _affine_shapes(spec, edit))
     if edit.in_mix is not None and spec.kind is SiteKind.EMBEDDING:
         raise ValueError(f"{spec.path}.in_mix: an embedding's input is ids, which cannot be mixed; mix its output")
     if edit.rows is not None:
         _check_rows(spec, edit.rows)
-    keys = [one.key for one in edit.maps if isinstance(one, Rescaled)]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"{spec.path}.maps has two rescaled maps of one key; add them up before")
     for one in edit.maps:
-        if isinstance(one, Sparse):
+        if isinstance(one, Sparse | Spectrum):
             _require_range(spec, "maps.out", one.out_N, spec.out_features)
             _require_range(spec, "maps.in", one.in_N, spec.in_features)
+
+
+def _router(spec: SiteSpec, edit: Affine) -> None:
+    """Its weight takes part in a choice, so that no term but a low-rank one of the weight stands beside it."""
+    others = [field.name for field in fields(edit) if getattr(edit, field.name) is not field.default]
+    if others != ["delta"]:
+        raise ValueError(f"site '{spec.path}' is a router, which takes a delta alone and not {', '.join(others)}")
+    _require_shapes(spec, _affine_shapes(spec, edit))
 
 
 def _affine_shapes(spec: SiteSpec, edit: Affine) -> Wanted:
@@ -98,7 +108,7 @@ def _map_shapes(spec: SiteSpec, one: LinearMap) -> Wanted:
     num_in, num_out = spec.in_features, spec.out_features
     if isinstance(one, Dense):
         yield "maps.weight", one.weight_OI, (num_out, num_in)
-    elif isinstance(one, Sparse):
+    elif isinstance(one, Sparse | Spectrum):
         for name, tensor in (("out", one.out_N), ("in", one.in_N), ("values", one.values_N)):
             yield f"maps.{name}", tensor, (one.values_N.numel(),)
     elif isinstance(one, Kronecker):
@@ -108,12 +118,30 @@ def _map_shapes(spec: SiteSpec, one: LinearMap) -> Wanted:
                 f"{spec.path}.maps: [{p}, {q}] kron [{r}, {s}] is [{p * r}, {q * s}]; the site's is "
                 f"[{num_out}, {num_in}]"
             )
+    elif isinstance(one, Circulant):
+        side = max(one.kernel_MNB.shape[-1], 1)
+        if num_out % side or num_in % side:
+            raise ValueError(f"{spec.path}.maps has circulants of {side}, which do not divide [{num_out}, {num_in}]")
+        yield "maps.kernel", one.kernel_MNB, (num_out // side, num_in // side, side)
+    elif isinstance(one, SharedBases):
+        yield from _bases_shapes(spec, one)
     else:
         rank = one.inner_R.numel()
         yield "maps.inner", one.inner_R, (rank,)
         yield "maps.outer", one.outer_O, (num_out,)
         yield "maps.a", one.a_RI, (rank, max(num_in, one.a_RI.shape[-1]))
         yield "maps.b", one.b_OR, (max(num_out, one.b_OR.shape[0]), rank)
+
+
+def _bases_shapes(spec: SiteSpec, one: SharedBases) -> Wanted:
+    small, large = spec.in_features, spec.out_features
+    if one.is_transposed:
+        small, large = large, small
+    num_ranks, num_gains = _matrix(spec, "maps.weights", one.weights_RQ)
+    wide_a, (long_b, wide_b) = _matrix(spec, "maps.a", one.a_RS)[1], _matrix(spec, "maps.b", one.b_LC)
+    yield "maps.gains", one.gains_QS, (num_gains, small)
+    yield "maps.a", one.a_RS, (num_ranks, max(small, wide_a))
+    yield "maps.b", one.b_LC, (max(large, long_b), max(num_ranks * num_gains, wide_b))
 
 
 def _check_rows(spec: SiteSpec, rows: Rows) -> None:
@@ -186,6 +214,19 @@ def _coupling(spec: SiteSpec, edit: Coupling) -> None:
         _require_shapes(spec, iter(wanted))
 
 
+def _intervention(spec: SiteSpec, edit: Intervention) -> None:
+    for name, unit in (("first", edit.first), ("last", edit.last)):
+        rank = unit.source_bias_R.numel()
+        wanted = [
+            (f"{name}.source", unit.source_RD, (rank, spec.out_features)),
+            (f"{name}.source_bias", unit.source_bias_R, (rank,)),
+            (f"{name}.projection", unit.projection_RD, (rank, spec.out_features)),
+        ]
+        _require_shapes(spec, iter(wanted))
+    if edit.num_first < 0 or edit.num_last < 0:
+        raise ValueError(f"{spec.path} counts {edit.num_first} first and {edit.num_last} last positions; 0 or more")
+
+
 def _matrix(spec: SiteSpec, name: str, tensor: Tensor) -> tuple[int, int]:
     if tensor.ndim != 2:
         raise ValueError(f"{spec.path}.{name} has shape {list(tensor.shape)}; it must be a matrix")
@@ -210,10 +251,12 @@ def _require_range(spec: SiteSpec, name: str, ids_N: Tensor, bound: int) -> None
 _CHECKS: Final[tuple[tuple[type, frozenset[SiteKind], Callable[..., None]], ...]] = (
     (Affine, _DENSE, _affine),
     (Replace, _DENSE | {SiteKind.NORM}, _replace),
+    (Affine, frozenset({SiteKind.ROUTER}), _router),
     (Experts, frozenset({SiteKind.EXPERTS}), _experts),
     (GatedPrompt, frozenset({SiteKind.ATTENTION}), _gated_prompt),
     (Bottleneck, frozenset({SiteKind.SUBLAYER}), _bottleneck),
     (Coupling, frozenset({SiteKind.SUBLAYER}), _coupling),
+    (Intervention, frozenset({SiteKind.LAYER}), _intervention),
 )
 
 _A: Final[Mapping[SiteKind, str]] = MappingProxyType(
@@ -223,7 +266,9 @@ _A: Final[Mapping[SiteKind, str]] = MappingProxyType(
         SiteKind.EMBEDDING: "an embedding",
         SiteKind.NORM: "a norm",
         SiteKind.EXPERTS: "a stack of experts",
+        SiteKind.ROUTER: "a router",
         SiteKind.ATTENTION: "an attention",
         SiteKind.SUBLAYER: "a sublayer",
+        SiteKind.LAYER: "a layer",
     }
 )

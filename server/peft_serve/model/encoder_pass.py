@@ -18,6 +18,7 @@ from peft_serve.core import Row
 from peft_serve.model.attention import Kind, Work
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.families.family import ReadsRows
+from peft_serve.model.passes import source_extents
 from peft_serve.model.ragged import Front, plan_source
 from peft_serve.model.routing import Stream
 
@@ -27,6 +28,10 @@ class Fronts(Protocol):
 
     def of(self, slot: int) -> Tensor | None:
         """A soft prompt [P, d]."""
+        ...
+
+    def is_bare(self, slot: int) -> bool:
+        """Whether the soft prompt takes no position, type or norm."""
         ...
 
     def front(self, slot: int) -> Front | None:
@@ -76,22 +81,30 @@ class EncoderPass:
         fronts = [self._fronts.front(row.slot) for row in rows]
         positions: list[int] = []
         segments: list[int] = []
+        bare: list[int] = []
         for row, front, length in zip(rows, fronts, lengths, strict=True):
             num_front, num_prefix = (0, 0) if front is None else (front.num_tokens, front.num_positions)
             assert num_front + length == row.num_source, f"{row.request}: num_source does not count what is in front"
             num_prompt = length - len(row.source)
-            positions += self._family.positions(row.source, num_prefix=num_prefix, num_prompt=num_prompt)
+            if self._fronts.is_bare(row.slot):
+                bare += range(len(positions), len(positions) + num_prompt)
+                positions += [0] * num_prompt  # of no meaning
+                positions += self._family.positions(row.source, num_prefix=num_prefix, num_prompt=0)
+            else:
+                positions += self._family.positions(row.source, num_prefix=num_prefix, num_prompt=num_prompt)
             own = row.segments if row.segments and self._family.has_segments else [0] * len(row.source)
             segments += [0] * num_prompt + list(own)
         self._route(rows, lengths)
         plan = plan_source(lengths, device=self._base.device, fronts=fronts)
         with self._base.runs.attention.running({Kind.SOURCE: Work(plan=plan)}):
-            return self._family.read(embeddings_SD, self._ids(positions), self._ids(segments), lengths)
+            places = self._ids(bare) if bare else None
+            return self._family.read(embeddings_SD, self._ids(positions), self._ids(segments), lengths, places)
 
     def _route(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
         """The sites of a padded family see its padding too."""
         each = [max(lengths)] * len(rows) if self._family.is_padded else lengths
-        self._base.adapted.route(Stream.SOURCE, [(row.slot, n) for row, n in zip(rows, each, strict=True)])
+        counts = [(row.slot, n) for row, n in zip(rows, each, strict=True)]
+        self._base.adapted.route(Stream.SOURCE, counts, lambda: source_extents(rows, lengths, each))
         if self._family.num_positions:
             self._base.adapted.route(Stream.POSITIONS, [(rows[0].slot, self._family.num_positions)])
 

@@ -6,7 +6,8 @@ calls the family. It knows no sampling and no adapter beyond its slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +15,50 @@ from torch import Tensor
 from peft_serve.core import Row
 from peft_serve.model.attention import Kind, Work
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.extents import Extent
 from peft_serve.model.families.family import ReadsPrompts, ReadsSources
 from peft_serve.model.pools import KVPool
-from peft_serve.model.ragged import Span, plan_cross, plan_self, plan_source
+from peft_serve.model.ragged import Front, Span, plan_cross, plan_self, plan_source
 from peft_serve.model.routing import Stream, acting_runs
+
+
+class InFront(Protocol):
+    """What the adapters in slots put in front of a row, beside what is in its blocks already."""
+
+    def of(self, slot: int) -> Tensor | None:
+        """A soft prompt [P, d] for the encoder."""
+        ...
+
+    def front(self, slot: int) -> Front | None:
+        """Keys and values for the encoder."""
+        ...
+
+    def cross(self, slot: int) -> Front | None:
+        """Keys and values in front of the encoded source."""
+        ...
+
+    def absent(self, slot: int) -> frozenset[int]:
+        """Layers of the decoder that do not read the positions in front which carry none."""
+        ...
+
+
+class NothingInFront:
+    """For rows without adapters."""
+
+    def of(self, slot: int) -> Tensor | None:  # noqa: ARG002 - the signature is the contract
+        return None
+
+    def is_bare(self, slot: int) -> bool:  # noqa: ARG002
+        return False
+
+    def front(self, slot: int) -> Front | None:  # noqa: ARG002
+        return None
+
+    def cross(self, slot: int) -> Front | None:  # noqa: ARG002
+        return None
+
+    def absent(self, slot: int) -> frozenset[int]:  # noqa: ARG002
+        return frozenset()
 
 
 class Passes:
@@ -28,8 +69,8 @@ class Passes:
         self._pool = pool
         self._cross_pool = cross_pool
 
-    def encode(self, rows: Sequence[Row], prompt_of: Callable[[int], Tensor | None]) -> Tensor | None:
-        """Encode the rows that bring a source, each behind its slot's soft prompt: [1, S, d], or None."""
+    def encode(self, rows: Sequence[Row], in_front: InFront) -> Tensor | None:
+        """Encode the rows that bring a source, each behind what its slot has in front of it: [1, S, d], or None."""
         new = [row for row in rows if row.source]
         if not new:
             return None
@@ -41,32 +82,38 @@ class Passes:
         parts: list[Tensor] = []
         lengths: list[int] = []
         for row, part in zip(new, embedded, strict=True):
-            prompt = prompt_of(row.slot)
+            prompt, cross = in_front.of(row.slot), in_front.cross(row.slot)
             whole = part if prompt is None else family.behind(prompt, part)
-            assert len(whole) == row.num_source, f"{row.request}: num_source does not count its soft prompt"
+            num_source = len(whole) + (0 if cross is None else cross.num_tokens)
+            assert num_source == row.num_source, f"{row.request}: num_source does not count what is in front"
             parts.append(whole)
             lengths.append(len(whole))
-        self._route(Stream.SOURCE, zip((row.slot for row in new), lengths, strict=True))
+        counts = zip((row.slot for row in new), lengths, strict=True)
+        self._route(Stream.SOURCE, counts, lambda: source_extents(new, lengths, lengths))
         positions = self._ids(p for n in lengths for p in range(n))
-        work = {Kind.SOURCE: Work(plan=plan_source(lengths, device=self._base.device))}
+        fronts = [in_front.front(row.slot) for row in new]
+        work = {Kind.SOURCE: Work(plan=plan_source(lengths, device=self._base.device, fronts=fronts))}
         with self._base.runs.attention.running(work):
             return family.encode(torch.cat(parts), positions)
 
-    def decode(self, rows: Sequence[Row], source: Tensor | None, keep: Mapping[int, int]) -> Tensor | None:
+    def decode(
+        self, rows: Sequence[Row], source: Tensor | None, keep: Mapping[int, int], in_front: InFront
+    ) -> Tensor | None:
         """Run the decoder over all rows; float32 logits [N, V] after the last `keep[i]` tokens of row i.
 
         `source` is what `encode` gave for these rows. None if nothing is kept.
         """
-        self._route(Stream.TARGET, (run for row in rows for run in _runs_of_last(row, len(row.tokens))))
+        runs = (run for row in rows for run in _runs_of_last(row, len(row.tokens)))
+        self._route(Stream.TARGET, runs, lambda: _target_extents(rows))
         self._route(Stream.HEAD, (run for i, row in enumerate(rows) for run in _runs_of_last(row, keep.get(i, 0))))
         tokens = self._ids(t for row in rows for t in row.tokens)
-        positions = self._ids(row.start + i for row in rows for i in range(len(row.tokens)))
+        positions = self._ids(row.start - row.num_unplaced + i for row in rows for i in range(len(row.tokens)))
         kept: list[int] = []
         at = 0
         for i, row in enumerate(rows):
             at += len(row.tokens)
             kept.extend(range(at - keep.get(i, 0), at))
-        with self._base.runs.attention.running(self._works(rows)):
+        with self._base.runs.attention.running(self._works(rows, in_front)):
             if not kept:
                 self._base.runs.hidden(tokens, positions, source)
                 return None
@@ -83,24 +130,56 @@ class Passes:
         with self._base.runs.attention.running({Kind.SELF: Work(plan=plan, pool=self._pool)}):
             family.read_prompt(embeddings_PD, self._ids(range(span.start, span.stop)))
 
-    def _works(self, rows: Sequence[Row]) -> dict[Kind, Work]:
+    def _works(self, rows: Sequence[Row], in_front: InFront) -> dict[Kind, Work]:
         device = self._base.device
-        spans = [Span(num_tokens=len(row.tokens), start=row.start, blocks=row.blocks) for row in rows]
+        spans = [
+            Span(
+                num_tokens=len(row.tokens),
+                start=row.start,
+                blocks=row.blocks,
+                num_unplaced=row.num_unplaced,
+                absent=in_front.absent(row.slot),
+            )
+            for row in rows
+        ]
         plan = plan_self(spans, block_size=self._pool.block_size, device=device)
         self._pool.clear(plan.clears)
         works = {Kind.SELF: Work(plan=plan, pool=self._pool)}
         if self._cross_pool is not None:
-            crossing = [
-                Span(num_tokens=len(row.tokens), blocks=row.cross_blocks, num_source=row.num_source) for row in rows
-            ]
-            new = [Span(num_tokens=row.num_source, blocks=row.cross_blocks) for row in rows if row.source]
-            cross = plan_cross(crossing, new, block_size=self._cross_pool.block_size, device=device)
-            self._cross_pool.clear(cross.clears)
-            works[Kind.CROSS] = Work(plan=cross, pool=self._cross_pool)
+            works[Kind.CROSS] = self._crossing(rows, in_front, self._cross_pool)
         return works
 
-    def _route(self, stream: Stream, counts: Iterable[tuple[int, int]]) -> None:
-        self._base.adapted.route(stream, counts)
+    def _crossing(self, rows: Sequence[Row], in_front: InFront, pool: KVPool) -> Work:
+        """Every row over its source; a new row's source is written behind what its adapter has in front of it."""
+        fronts = {row.slot: in_front.cross(row.slot) for row in rows}
+        crossing, new = [], []
+        for row in rows:
+            front = fronts[row.slot]
+            num_front = 0 if front is None else front.num_tokens
+            crossing.append(
+                Span(
+                    num_tokens=len(row.tokens),
+                    blocks=row.cross_blocks,
+                    num_source=row.num_source,
+                    num_unplaced=num_front,
+                    absent=frozenset() if front is None else front.absent,
+                )
+            )
+            if row.source:
+                if front is not None:
+                    pool.store(row.cross_blocks, front.keys_LHPD, front.values_LHPD)
+                new.append(Span(num_tokens=row.num_source - num_front, start=num_front, blocks=row.cross_blocks))
+        plan = plan_cross(crossing, new, block_size=pool.block_size, device=self._base.device)
+        pool.clear(plan.clears)
+        return Work(plan=plan, pool=pool)
+
+    def _route(
+        self,
+        stream: Stream,
+        counts: Iterable[tuple[int, int]],
+        extents: Callable[[], Iterable[Extent]] = tuple,
+    ) -> None:
+        self._base.adapted.route(stream, counts, extents)
 
     def _ids(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.long, device=self._base.device)
@@ -110,3 +189,20 @@ def _runs_of_last(row: Row, num_tokens: int) -> tuple[tuple[int, int], ...]:
     """(slot, tokens) of the row's last tokens; those before the row's adapter acts are the base's."""
     first = row.start + len(row.tokens) - num_tokens
     return acting_runs(row.slot, num_tokens, row.active_from - first)
+
+
+def source_extents(rows: Sequence[Row], lengths: Sequence[int], widths: Sequence[int]) -> Iterator[Extent]:
+    """Where an encoder's tokens stand: `lengths` with their soft prompts, `widths` with padding behind them too."""
+    at = 0
+    for row, length, width in zip(rows, lengths, widths, strict=True):
+        own = len(row.source)
+        yield Extent(slot=row.slot, at=at, num_tokens=length, first=own - length, length=own, is_whole=True)
+        at += width
+
+
+def _target_extents(rows: Sequence[Row]) -> Iterator[Extent]:
+    at = 0
+    for row in rows:
+        first, last = row.prompt
+        yield Extent.of_prompt(row.slot, at, len(row.tokens), first=row.start - first, length=last - first)
+        at += len(row.tokens)

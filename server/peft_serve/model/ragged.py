@@ -26,11 +26,12 @@ _MAX_PADDING_BLOCKS = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Front:
-    """Keys and values that a row of an encoder reads before its own: an adapter's prefix."""
+    """Keys and values that a row reads before its own: an adapter's prefix."""
 
     keys_LHPD: Tensor
     values_LHPD: Tensor
     advances_positions: bool = True  # the tokens behind it count their positions from its end
+    absent: frozenset[int] = frozenset()  # layers that have none
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +52,8 @@ class Span:
     blocks: tuple[int, ...] = ()
     num_source: int = 0  # length of its cross-attention context
     front: Front | None = None  # what it reads before its own tokens, on an encoder
+    num_unplaced: int = 0  # of its cached context: the first positions, which every token reads and none counts
+    absent: frozenset[int] = frozenset()  # layers at which these are not there
 
     @property
     def stop(self) -> int:
@@ -65,7 +68,10 @@ class RelativeBias:
     far: int  # from this distance on the bias no longer changes
 
     def of(self, relative: Tensor, _places_C: Tensor) -> Tensor:
-        """The bias [H, ..., C] of key position - query position [..., C]."""
+        """The bias [H, ..., C] of key position - query position [..., C].
+
+        Keys without positions count for a key, and not for a query (`T5Attention.compute_bias` in AdapterHub).
+        """
         return self.table_HX[:, relative.clamp(-self.far, self.far) + self.far]
 
 
@@ -98,7 +104,7 @@ class Group:
     where: slice | Tensor  # their tokens in the step's line, row after row
     num_rows: int
     num_tokens: int  # of each row
-    masks: dict[tuple[int | None, Bias | None], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, Bias | None, int | None], Tensor] = field(default_factory=dict)
     # memo of `mask`: the layers of a step ask for the same few
 
 
@@ -109,12 +115,13 @@ class Fresh(Group):
     is_causal: bool
     front: Front | None = None  # the same one for every row
 
-    def mask(self, window: int | None, bias: Bias | None, like: Tensor) -> Tensor:
-        """What is added to the scores: [1, 1 or H, M, M] of `like`'s dtype and device."""
-        key = (window, bias)
+    def mask(self, window: int | None, bias: Bias | None, like: Tensor, layer: int) -> Tensor:
+        """What is added to the scores: [1, 1 or H, M, what is in front and M] of `like`'s dtype and device."""
+        num_front = 0 if self.front is None or layer in self.front.absent else self.front.num_tokens
+        key = (window, bias, num_front)
         if key not in self.masks:
-            place = torch.arange(self.num_tokens, device=like.device)
-            relative = place[None, :] - place[:, None]
+            place = torch.arange(num_front + self.num_tokens, device=like.device)
+            relative = place[None, :] - place[: self.num_tokens, None]
             self.masks[key] = _additive(relative[None], place, window, bias, like.dtype, self.is_causal)
         return self.masks[key]
 
@@ -126,16 +133,23 @@ class Cached(Group):
     blocks: Tensor  # [R * blocks of a row], padded with block 0
     last_RM: Tensor  # the last context position each token may read
     block_size: int
+    unplaced_R: Tensor | None = None  # how many of its first positions carry no position; None: none of any row
+    absent: tuple[frozenset[int], ...] = ()  # by row, layers at which these are not there; empty: they are everywhere
 
-    def mask(self, window: int | None, bias: Bias | None, like: Tensor) -> Tensor:
+    def mask(self, window: int | None, bias: Bias | None, like: Tensor, layer: int) -> Tensor:
         """What is added to the scores: [R, 1 or H, M, C] of `like`'s dtype."""
-        key = (window, bias)
+        key = (window, bias, layer if self.absent else None)
         if key not in self.masks:
             num_positions = self.blocks.shape[0] // self.num_rows * self.block_size
             place = torch.arange(num_positions, device=self.last_RM.device)
             relative = place - self.last_RM[..., None]
-            self.masks[key] = _additive(relative, place, window, bias, like.dtype, is_causal=True)
+            leads = None if self.unplaced_R is None else self._leads(self.unplaced_R, layer)
+            self.masks[key] = _additive(relative, place, window, bias, like.dtype, is_causal=True, leads=leads)
         return self.masks[key]
+
+    def _leads(self, unplaced_R: Tensor, layer: int) -> _Leads:
+        here = [layer not in absent for absent in self.absent] or [True] * self.num_rows
+        return _Leads(unplaced_R[:, None, None], torch.tensor(here, device=unplaced_R.device)[:, None, None])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +168,14 @@ class Plan:
         return not self.fresh and len(self.cached) == 1 and isinstance(self.cached[0].where, slice)
 
 
+@dataclass(frozen=True, slots=True)
+class _Leads:
+    """The first positions of each row's context that carry no position, and whether the layer has them."""
+
+    count_R11: Tensor
+    is_here_R11: Tensor
+
+
 def _additive(
     relative_RMC: Tensor,
     places_C: Tensor,
@@ -161,20 +183,26 @@ def _additive(
     bias: Bias | None,
     dtype: torch.dtype,
     is_causal: bool,
+    *,
+    leads: _Leads | None = None,
 ) -> Tensor:
     """Bias where a token may read, -inf where it may not.
 
-    `relative` is key position - last readable one, `places_C` are the key positions.
+    `relative` is key position - last readable one, `places_C` are the key positions. A window does not reach what
+    carries no position: it is read from everywhere.
     """
     shape = relative_RMC.shape
     if bias is None:
         mask = torch.zeros((shape[0], 1, *shape[1:]), dtype=dtype, device=relative_RMC.device)
     else:
-        mask = bias.of(relative_RMC, places_C).to(dtype).transpose(0, 1).contiguous()
+        counted = relative_RMC if leads is None else relative_RMC + leads.count_R11
+        mask = bias.of(counted, places_C).to(dtype).transpose(0, 1).contiguous()
     if is_causal:
         hidden = relative_RMC > 0
         if window is not None:
             hidden |= relative_RMC <= -window
+        if leads is not None:
+            hidden = torch.where(places_C < leads.count_R11, ~leads.is_here_R11, hidden)
         mask.masked_fill_(hidden[:, None], float("-inf"))
     return mask
 
@@ -204,10 +232,10 @@ def plan_cross(spans: Sequence[Span], new: Sequence[Span], *, block_size: int, d
     """Attention of every row over its source; the keys and values of the `new` rows come with the step.
 
     A span's blocks are those of its cross-attention context. `new` are the spans of the encoded rows, in
-    their order, with `num_tokens` their number of source tokens.
+    their order, with `num_tokens` their number of source tokens and `start` what stands in front of these.
     """
     cached = [(at, s, s.num_source) for at, s in _placed(spans)]
-    writes = [p for s in new for p in places_of(s.blocks, 0, s.num_tokens, block_size)]
+    writes = [p for s in new for p in places_of(s.blocks, s.start, s.num_tokens, block_size)]
     return Plan(
         spans=tuple(spans),
         cached=tuple(_cached(cached, block_size, device, is_causal=False)),
@@ -265,7 +293,19 @@ def _cached(
             blocks=torch.tensor(table, device=device),
             last_RM=torch.tensor(last, device=device).view(len(members), length),
             block_size=block_size,
+            unplaced_R=_unplaced([span for _, span, _ in members], device),
+            absent=_absent([span for _, span, _ in members]),
         )
+
+
+def _unplaced(spans: Sequence[Span], device: torch.device) -> Tensor | None:
+    counts = [span.num_unplaced for span in spans]
+    return torch.tensor(counts, device=device) if any(counts) else None
+
+
+def _absent(spans: Sequence[Span]) -> tuple[frozenset[int], ...]:
+    each = tuple(span.absent for span in spans)
+    return each if any(each) else ()
 
 
 def _alike(placed: Sequence[tuple[int, Span, int]], block_size: int) -> Iterator[list[tuple[int, Span, int]]]:

@@ -21,6 +21,7 @@ from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import Grid, grids_of
 from peft_serve.kernels.grouped import Piece
 from peft_serve.kernels.subsets import Batch, Subset, batches_of, subset_of
+from peft_serve.model.extents import Extent, Extents
 from peft_serve.model.stacks import Place
 
 
@@ -126,7 +127,14 @@ class Route:
     change of the stacks.
     """
 
-    def __init__(self, division: Division, adapted: Collection[int], places: Places, device: torch.device) -> None:
+    def __init__(
+        self,
+        division: Division,
+        adapted: Collection[int],
+        places: Places,
+        device: torch.device,
+        extents: tuple[Extent, ...] = (),
+    ) -> None:
         runs, first = [], 0
         for slot, num_tokens in division:
             if slot in adapted and num_tokens:
@@ -136,6 +144,7 @@ class Route:
         self.num_tokens = first
         self.runs = tuple(runs)
         self.active = frozenset(run.slot for run in runs)
+        self.extents = Extents(extents, device)
         self._places = {slot: places[slot] for slot in self.active if slot in places}
         self._device = device
         self._slot_T: Tensor | None = None
@@ -153,7 +162,7 @@ class Route:
 
     def moved(self, places: Places) -> Route:
         """The same division over other places."""
-        return Route(self.division, self.active, places, self._device)
+        return Route(self.division, self.active, places, self._device, self.extents.each)
 
     @property
     def slot_of_token(self) -> Tensor:
@@ -214,10 +223,18 @@ class Lane:
         self.route: Route | None = None
         self._kept: Route | None = None
 
-    def enter(self, division: Division, adapted: Collection[int], places: Places, device: torch.device) -> None:
-        """Make the route of this division the current one."""
-        if self._kept is None or self._kept.division != division or not self._kept.holds(places):
-            self._kept = Route(division, adapted, places, device)
+    def enter(
+        self,
+        division: Division,
+        adapted: Collection[int],
+        places: Places,
+        device: torch.device,
+        extents: tuple[Extent, ...] = (),
+    ) -> None:
+        """Make the route of this division, and of these extents where somebody asks for them, the current one."""
+        kept = self._kept
+        if kept is None or (kept.division, kept.extents.each) != (division, extents) or not kept.holds(places):
+            self._kept = Route(division, adapted, places, device, extents)
         self.route = self._kept
 
     def move(self, places: Places) -> None:

@@ -123,8 +123,8 @@ class StepRunner:
         if self._encoder is not None:
             return self._read_whole(self._encoder, rows)
         keep = {i: max(len(row.wanted), row.draw is not None) for i, row in enumerate(rows)}
-        source = self._passes.encode(rows, self._virtual.of)
-        logits = self._passes.decode(rows, source, keep)
+        source = self._passes.encode(rows, self._virtual)
+        logits = self._passes.decode(rows, source, keep, self._virtual)
         readings = self._read_decoded(rows)
         kept: list[_Kept] = []
         for i, count in keep.items():

@@ -19,7 +19,7 @@ from peft_serve.core import RequestId, Row
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.encoder_pass import EncoderPass
 from peft_serve.model.families.family import ReadsStates
-from peft_serve.model.passes import Passes
+from peft_serve.model.passes import NothingInFront, Passes
 from peft_serve.model.pools import KVPool, KVShape
 
 _BLOCK_SIZE = 4
@@ -103,7 +103,8 @@ def difference(base: ResidentBase, probes: Sequence[Probe]) -> float:
 def _values(base: ResidentBase, passes: Passes, rows: Sequence[Row]) -> Tensor:
     """What the rows' tokens came to, as the probes have it."""
     keep = {at: len(row.tokens) for at, row in enumerate(rows)} if base.shape.generates else {}
-    logits = passes.decode(rows, passes.encode(rows, lambda _: None), keep)
+    nothing = NothingInFront()
+    logits = passes.decode(rows, passes.encode(rows, nothing), keep, nothing)
     if logits is not None:
         return logits
     assert isinstance(base.runs, ReadsStates), "a model that generates nothing has states to read"
@@ -124,22 +125,12 @@ def _difference_of_rows(base: ResidentBase, probes: Sequence[Probe]) -> float:
         )
         for i, given in enumerate(probes)
     ]
-    each = EncoderPass(base, _Nothing()).run(rows)
+    each = EncoderPass(base, NothingInFront()).run(rows)
     return max(_worst(ours.states_SD.float(), given.own_TX) for ours, given in zip(each, probes, strict=True))
 
 
 def _worst(ours_TX: Tensor, own_TX: Tensor) -> float:
     return float(((ours_TX - own_TX).norm(dim=-1) / own_TX.norm(dim=-1)).max())
-
-
-class _Nothing:
-    """In front of a row of the base."""
-
-    def of(self, _slot: int) -> None:
-        return None
-
-    def front(self, _slot: int) -> None:
-        return None
 
 
 def _row(index: int, given: Probe, start: int, num_tokens: int) -> Row:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.model.quantised import is_quantised
+from peft_serve.model.terms.bases import BasesMaps
 from peft_serve.model.terms.low_rank import LowRankDelta
 from peft_serve.model.terms.maps import Maps
 from peft_serve.model.terms.mixers import InMix, OutMix, OutPairs
 from peft_serve.model.terms.own import OwnParameters
-from peft_serve.model.terms.rescaled import RescaledMaps, SharedFactors
+from peft_serve.model.terms.rescaled import RescaledMaps
 from peft_serve.model.terms.rows import HeadRows, LookupRows
+from peft_serve.model.terms.shared import SharedFactors
 from peft_serve.model.terms.term import InTerm, OutTerm, Term
 from peft_serve.model.terms.vectors import IdScale, InScale, OutScale, Shift
 
@@ -55,6 +57,7 @@ def dense_terms(spec: SiteSpec, module: nn.Module, shared: SharedFactors, like: 
         OutPairs(ones_out),
         delta,
         RescaledMaps(spec, like, shared),
+        BasesMaps(spec, like, shared),
         Maps(spec, like),
         Shift("shift", like.new_zeros(spec.out_features)),
     )

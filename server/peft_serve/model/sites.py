@@ -19,16 +19,19 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Adapter, Edit, is_finite
+from peft_serve.adapters.sublayer_primitives import Intervention
 from peft_serve.core import BASE_SLOT
 from peft_serve.model.attention_site import AttentionSite, attention_spec
 from peft_serve.model.edit_check import check_edit
 from peft_serve.model.expert_site import ExpertsSite, expert_spec
+from peft_serve.model.extents import Extent
 from peft_serve.model.quantised import logical_shapes
+from peft_serve.model.router_site import RouterSite, router_spec
 from peft_serve.model.routing import Lane, Stream, divided
 from peft_serve.model.sites_forward import DenseSite, NormSite, Site
 from peft_serve.model.stacks import StackLayout, width_of
 from peft_serve.model.sublayers import bind_sublayer, close_sublayer, sublayers_of
-from peft_serve.model.terms.rescaled import SharedFactors
+from peft_serve.model.terms.shared import SharedFactors
 
 Bind = Callable[[SiteSpec, nn.Module, Lane], Site]
 """Makes the site of a module."""
@@ -41,6 +44,7 @@ class _Installed:
     sites: tuple[Site, ...]
     streams: frozenset[Stream]
     max_rank: int
+    has_extents: bool  # it asks where in their sequences its tokens stand
 
 
 class AdaptedSites:
@@ -79,6 +83,7 @@ class AdaptedSites:
             SiteKind.EMBEDDING: dense,
             SiteKind.NORM: NormSite,
             SiteKind.EXPERTS: ExpertsSite,
+            SiteKind.ROUTER: RouterSite,
             SiteKind.ATTENTION: AttentionSite,
         }
 
@@ -141,7 +146,8 @@ class AdaptedSites:
             raise
         streams = frozenset(stream for path, stream in self._streams.items() if self._sites[path] in edits)
         streams |= {stream for stream, paths in self._shared_paths.items() if not paths.isdisjoint(adapter.sites)}
-        self._installed[slot] = _Installed(tuple(edits), streams, adapter.max_rank)
+        has_extents = any(isinstance(edit, Intervention) for edit in edits.values())
+        self._installed[slot] = _Installed(tuple(edits), streams, adapter.max_rank, has_extents)
 
     def remove(self, slot: int) -> None:
         """Empty a slot. Routes end here."""
@@ -150,10 +156,14 @@ class AdaptedSites:
         installed = self._installed.pop(slot)
         _drop(slot, installed.sites)
 
-    def route(self, stream: Stream, runs: Iterable[tuple[int, int]]) -> None:
+    def route(
+        self, stream: Stream, runs: Iterable[tuple[int, int]], extents: Callable[[], Iterable[Extent]] = tuple
+    ) -> None:
         """From now on the stream's tokens are `runs`, in their order: (slot, number of tokens), 0 = base.
 
         Neighbouring runs of one slot, a run for each row for example, count as one. A slot may have several.
+        `extents` is called when an adapter among them asks where its tokens stand; without any, none of them stands
+        in a sequence, as those of a soft prompt.
         """
         division = divided(runs)
         for slot, _ in division:
@@ -168,7 +178,9 @@ class AdaptedSites:
             return
         others = [r.active for r in (x.route for x in self._lanes.values() if x is not lane) if r is not None]
         self._make_hot(adapted.union(*others))
-        lane.enter(division, adapted, self._layout.places, self._device)
+        asking = {slot for slot in adapted if self._installed[slot].has_extents}
+        found = tuple(extent for extent in extents() if extent.slot in asking) if asking else ()
+        lane.enter(division, adapted, self._layout.places, self._device, found)
 
     def share(self, path: str, stream: Stream) -> Callable[[Stream], None]:
         """Have a site serve the tokens of another stream too; what is given says whose tokens come next."""
@@ -244,7 +256,7 @@ def spec_of(path: str, module: nn.Module) -> SiteSpec | None:
     elif type(module).__name__.endswith("Norm") and len(weight) == 1 and not isinstance(module, nn.GroupNorm):
         kind, num_in, num_out = SiteKind.NORM, weight[0], weight[0]
     else:
-        return expert_spec(path, module) or attention_spec(path, module)
+        return expert_spec(path, module) or router_spec(path, module) or attention_spec(path, module)
     return SiteSpec(
         path=path, kind=kind, out_features=num_out, in_features=num_in, parameters=parameters, embed_scale=scale
     )

@@ -20,7 +20,7 @@ from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Lane, Route, Run
 from peft_serve.model.site_ops import dense_terms
 from peft_serve.model.terms.own import OwnNorm, token_axis
-from peft_serve.model.terms.rescaled import SharedFactors
+from peft_serve.model.terms.shared import SharedFactors
 from peft_serve.model.terms.term import InOp, OutOp, OwnOp, Term
 
 

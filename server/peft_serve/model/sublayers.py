@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_serve.adapters.adapterhub.places import FAMILIES, Stack, Sublayer
+from peft_serve.adapters.adapterhub.places import AFTER_LAYER, FAMILIES, Stack, Sublayer
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Edit, mapped
 from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling, Reads, TwoLayers
 from peft_serve.kernels.subsets import Batch
+from peft_serve.model.interventions import InterventionSite
 from peft_serve.model.routing import Lane, Route
 from peft_serve.model.sites_forward import expect_tokens
 from peft_serve.model.terms.bottlenecks import BottleneckPart, activation_of, parts_of
@@ -31,7 +32,7 @@ _FROM_RESIDUAL = frozenset({Reads.RESIDUAL, Reads.SUMMED, Reads.NORMED})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Around:
-    """The modules of one sublayer site, and the path that says which tokens they see."""
+    """The modules of one site, and the path that says which tokens they see. A layer's own site has that alone."""
 
     spec: SiteSpec
     stream_path: str
@@ -65,6 +66,11 @@ def _sites_of(stack: Stack, prefix: str, modules: Mapping[str, nn.Module]) -> It
             around = _around(sublayer, f"{prefix}{stack.layers}.{number}.", inner)
             if around is not None:
                 yield around
+        size = _input_size(layer, stack)
+        if size:
+            path = f"{prefix}{stack.layers}.{number}"
+            spec = _spec(f"{path}.{AFTER_LAYER}", size, SiteKind.LAYER)
+            yield Around(spec=spec, stream_path=path, output=layer, residual=layer)
     first = f"{prefix}{stack.layers}.0"
     size = _input_size(modules[first], stack)
     if stack.invertible is not None and size and f"{prefix}embeddings_project" not in modules:
@@ -86,8 +92,8 @@ def _around(sublayer: Sublayer, prefix: str, inner: Mapping[str, nn.Module]) -> 
     )
 
 
-def _spec(path: str, size: int) -> SiteSpec:
-    return SiteSpec(path=path, kind=SiteKind.SUBLAYER, out_features=size, in_features=size, parameters={})
+def _spec(path: str, size: int, kind: SiteKind = SiteKind.SUBLAYER) -> SiteSpec:
+    return SiteSpec(path=path, kind=kind, out_features=size, in_features=size, parameters={})
 
 
 _LAST = ("", "o_proj", "c_proj", "o", "out_proj", "out_lin", "lin2", "down_proj", "wo")
@@ -324,12 +330,16 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return first
 
 
-def bind_sublayer(around: Around, lane: Lane, like: Tensor) -> SublayerSite | CouplingSite:
-    """The site of a sublayer, or of what enters the first layer."""
-    return CouplingSite(around, lane, like) if around.output is None else SublayerSite(around, lane, like)
+def bind_sublayer(around: Around, lane: Lane, like: Tensor) -> SublayerSite | CouplingSite | InterventionSite:
+    """The site of a sublayer, of what enters the first layer, or of what leaves a layer."""
+    if around.output is None:
+        return CouplingSite(around, lane, like)
+    if around.spec.kind is SiteKind.LAYER:
+        return InterventionSite(around.spec, around.output, lane, like)
+    return SublayerSite(around, lane, like)
 
 
 def close_sublayer(site: object) -> None:
     """Take a sublayer's site off the model."""
-    assert isinstance(site, SublayerSite | CouplingSite), "sublayers are bound by `bind_sublayer`"
+    assert isinstance(site, SublayerSite | CouplingSite | InterventionSite), "sublayers are bound by `bind_sublayer`"
     site.close()

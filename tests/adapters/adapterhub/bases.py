@@ -62,6 +62,9 @@ def _config(family: str) -> Any:
         ),
         "llama": lambda: transformers.LlamaConfig(**_sizes(num_key_value_heads=1, **NO_SPECIALS)),
         "mistral": lambda: transformers.MistralConfig(**_sizes(num_key_value_heads=1, **NO_SPECIALS)),
+        "mistral-window": lambda: transformers.MistralConfig(
+            **_sizes(num_key_value_heads=1, sliding_window=4, **NO_SPECIALS)
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=2, n_inner=24, n_positions=64, **NO_SPECIALS
         ),
@@ -95,6 +98,7 @@ CLASSES: Final[dict[str, str]] = {
     "distilbert": "DistilBertModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mistral-window": "MistralForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "t5": "T5ForConditionalGeneration",
     "t5-gated": "T5ForConditionalGeneration",

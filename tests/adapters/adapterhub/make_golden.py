@@ -4,6 +4,8 @@ That library needs transformers 4, so this runs in an environment of its own, fr
 
     python -m venv golden-env && golden-env/bin/pip install torch 'transformers~=4.57.6' adapters==1.3.0
     golden-env/bin/python -m tests.adapters.adapterhub.make_golden
+
+and then `make_reft_golden`, which adds ReFT.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from adapters import (
     DoubleSeqBnInvConfig,
     IA3Config,
     LoRAConfig,
-    LoReftConfig,
+    MAMConfig,
     ParBnConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
@@ -91,6 +94,38 @@ def details() -> dict[str, Any]:
     }
 
 
+def prefixes(family: str) -> dict[str, Any]:
+    """Prefix tuning, in both its forms and beside other methods; its modules share tensors."""
+    flat = PrefixTuningConfig(flat=True, prefix_length=3)
+    some: dict[str, Any] = {
+        "prefix": PrefixTuningConfig(prefix_length=5, bottleneck_size=4),
+        "prefix_flat": flat,
+        "mam": MAMConfig(PrefixTuningConfig(prefix_length=2, bottleneck_size=6), ParBnConfig(reduction_factor=4)),
+        "prefix_lora": ConfigUnion(flat, LoRAConfig(r=2, alpha=4)),
+    }
+    if family in ("t5", "bart"):
+        some["prefix_decoder"] = PrefixTuningConfig(flat=True, prefix_length=3, encoder_prefix=False)
+        some["prefix_encoder"] = PrefixTuningConfig(flat=True, prefix_length=4, cross_prefix=False, leave_out=[2, 3])
+    if family not in ("t5", "t5-gated", "mt5"):  # where the library loses the bias of distances
+        some["prefix_left_out"] = PrefixTuningConfig(
+            prefix_length=4, bottleneck_size=3, leave_out=[0, 3], non_linearity="gelu_new"
+        )
+    if family in ("mistral", "mistral-window", "roberta", "electra", "xlm-roberta", "t5-gated", "mt5"):
+        some = {"prefix": some["prefix"]}
+    return {} if family == "deberta-v2" else some
+
+
+def prompts(family: str) -> dict[str, Any]:
+    """The library has prompt tuning for encoders of BERT's kind."""
+    if family not in ("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"):
+        return {}
+    some: dict[str, Any] = {"prompt": PromptTuningConfig(prompt_length=3)}
+    if family == "bert":
+        some["prompt_union"] = ConfigUnion(some["prompt"], LoRAConfig(r=2, alpha=4), SeqBnConfig(reduction_factor=4))
+        some["prompt_prefix"] = ConfigUnion(some["prompt"], PrefixTuningConfig(flat=True, prefix_length=2))
+    return {"refused_prompt": some["prompt"]} if family == "deberta-v2" else some
+
+
 def forms(family: str) -> dict[str, Any]:
     some = everywhere()
     if family == "gpt2":
@@ -98,22 +133,20 @@ def forms(family: str) -> dict[str, Any]:
     if family in ("bert", "llama"):
         some |= details()
         some["refused_compacter"] = CompacterConfig(reduction_factor=4, phm_dim=2)
-        some["refused_reft"] = LoReftConfig(r=2)
         some["refused_vera"] = VeraConfig(r=2)
     if family in ("bert", "gpt2", "llama", "t5", "distilbert", "bart"):
         some["invertible"] = SeqBnInvConfig(reduction_factor=4)
     if family == "bert":
         some["post_add"] = _bn(original_ln_before=True, residual_before_ln="post_add")
         some["invertible_double"] = DoubleSeqBnInvConfig(reduction_factor=4)
-        some["refused_prompt"] = PromptTuningConfig(prompt_length=3)
     if family in ("t5", "bart"):
         some["cross"] = DoubleSeqBnConfig(reduction_factor=4, cross_adapter=True)
-    if family in ("mistral", "roberta", "electra", "xlm-roberta", "deberta-v2", "t5-gated", "mt5"):
+    if family in ("mistral", "mistral-window", "roberta", "electra", "xlm-roberta", "deberta-v2", "t5-gated", "mt5"):
         some = {name: some[name] for name in ("seq", "double", "lora")}
-    return some
+    return some | prefixes(family) | prompts(family)
 
 
-def _randomise(model: torch.nn.Module) -> None:
+def randomise(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if f".{NAME}." not in name:
@@ -153,26 +186,29 @@ def make_family(family: str) -> dict[str, Tensor]:
         adapters.init(model)
         model.add_adapter(NAME, config=config)
         model.active_adapters = NAME
-        _randomise(model)
+        randomise(model)
         model.eval()
         if not form.startswith("refused"):
             expected[form] = _run(family, model)
             if family not in ENCODERS:
                 expected[f"{form}.tokens"] = _tokens(family, model)
-            assert not torch.allclose(expected[form], expected["base"], atol=1e-3), (family, form)
-        _save(model, HERE / family / form, FILES)
+            own = expected[form][-len(expected["base"]) :]  # a soft prompt has states of its own
+            assert not torch.allclose(own, expected["base"], atol=1e-3), (family, form)
+        save(model, HERE / family / form, FILES)
     return expected
 
 
-def _save(model: Any, place: Path, files: tuple[str, ...]) -> None:
+def save(model: Any, place: Path, files: tuple[str, ...]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_adapter(folder, NAME, use_safetensors=True)
-        except RuntimeError:  # it holds one norm under two names, which safetensors refuses: saved by way of a pickle
+        except RuntimeError:  # one tensor under several names, which safetensors refuses: saved by way of a pickle
             model.save_adapter(folder, NAME, use_safetensors=False)
             state = torch.load(Path(folder) / "pytorch_adapter.bin", weights_only=True)
-            save_file({name: tensor.clone() for name, tensor in state.items()}, Path(folder) / "adapter.safetensors")
+            is_whole = place.parent.name in ("bert", "llama")  # with the copies that every attention module holds
+            kept = {name: tensor.clone() for name, tensor in state.items() if is_whole or ".pool." not in name}
+            save_file(kept, Path(folder) / "adapter.safetensors")
         for file in files:
             shutil.copy(Path(folder) / file, place / file)
 
@@ -199,7 +235,7 @@ def make_heads(family: str) -> dict[str, Tensor]:
         model.add_adapter(NAME, config=SeqBnConfig(reduction_factor=8))
         getattr(model, add)(NAME, **given)
         model.active_adapters = NAME
-        _randomise(model)
+        randomise(model)
         model.eval()
         with torch.no_grad():
             out = model(**inputs(family))
@@ -207,7 +243,7 @@ def make_heads(family: str) -> dict[str, Tensor]:
             expected[form] = torch.stack([out.start_logits[0], out.end_logits[0]], dim=-1)
         else:
             expected[form] = out.logits[0].clone()
-        _save(model, HERE / family / f"head_{form}", (*FILES, *HEAD_FILES))
+        save(model, HERE / family / f"head_{form}", (*FILES, *HEAD_FILES))
     return {f"head_{form}": tensor for form, tensor in expected.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from peft_serve.adapters.records import (
 )
 from peft_serve.core import AdapterId
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.extents import Extent
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
 from tests.adapters.adapterhub.bases import NUM_TOKENS, SEQ2SEQ, answer, base_model, inputs
@@ -48,13 +49,19 @@ def forms_of(family: str) -> list[str]:
     return sorted(name for name in folders if not name.startswith(("head_", "refused_")))
 
 
+def in_front(family: str) -> list[str]:
+    """The forms with a prefix or a prompt, which only a resident model can run."""
+    return [form for form in forms_of(family) if form.startswith(("prefix", "mam", "prompt"))]
+
+
 def heads_of(family: str) -> list[str]:
     return sorted(path.name for path in (GOLDEN / family).iterdir() if path.name.startswith("head_"))
 
 
 @cache
 def expected_of(family: str) -> Mapping[str, Tensor]:
-    return load_file(GOLDEN / family / "expected.safetensors")
+    files = sorted((GOLDEN / family).glob("expected*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @cache
@@ -88,12 +95,20 @@ class PlainModel:
         given = {name: ids.repeat(len(slots), 1) for name, ids in inputs(self._family).items()}
         target = given["decoder_input_ids" if self._family in SEQ2SEQ else "input_ids"].shape[1]
         for stream, length in ((Stream.TARGET, target), (Stream.HEAD, target), (Stream.SOURCE, NUM_TOKENS)):
-            self.sites.route(stream, [(slot, length) for slot in slots])
+            extents = partial(_whole_rows, slots, length, is_encoder=stream is Stream.SOURCE)
+            self.sites.route(stream, [(slot, length) for slot in slots], extents)
         out = self.model(**given, use_cache=False) if self._family in SEQ2SEQ else self.model(**given)
         self.sites.clear()
         states = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
         assert torch.equal(answer(self._family, out), states[0])
         return states
+
+
+def _whole_rows(slots: Sequence[int], length: int, *, is_encoder: bool) -> list[Extent]:
+    return [
+        Extent(slot=slot, at=row * length, num_tokens=length, first=0, length=length, is_whole=is_encoder)
+        for row, slot in enumerate(slots)
+    ]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from peft_serve.adapters.adapterhub.config import ACTIVATIONS
+from peft_serve.adapters.adapterhub.schemas import ACTIVATIONS
 from peft_serve.adapters.compiler import compile_adapter
 from peft_serve.adapters.gate import inspect
 from peft_serve.adapters.limits import GateLimits
@@ -27,6 +27,7 @@ from tests.adapters.adapterhub.served import LIMITS, files_of, inspected, reside
 Config = dict[str, Any]
 State = dict[str, Tensor]
 DOWN = "encoder.layer.0.output.adapters.tuned.adapter_down.0.weight"
+REFT = "encoder.layer.0.reft_layer.refts.tuned.units.0"
 UP = "encoder.layer.1.output.adapters.tuned.adapter_up.weight"
 
 
@@ -55,9 +56,7 @@ def reasons(files: CheckpointFiles, family: str = "bert", limits: GateLimits = L
     ("form", "words"),
     [
         ("refused_compacter", "config.phm_layer: makes a Compacter"),
-        ("refused_reft", "config.architecture: is ReFT"),
         ("refused_vera", "config.vera_d: makes a VeRA"),
-        ("refused_prompt", "config.architecture: is prompt tuning"),
     ],
 )
 def test_methods_that_are_not_static(form: str, words: str) -> None:
@@ -97,7 +96,7 @@ def _set(**fields: Any) -> Callable[[Config], object]:
         ("invertible", {"inv_adapter_reduction_factor": 100}, "which leaves nothing of 8 features"),
         ("invertible", {"inv_adapter": None}, "is not a tensor that the config describes here"),
         ("seq", {"surprise": 1}, "config.surprise: is a field that this server does not know"),
-        ("seq", {"architecture": "prefix_tuning"}, "is prefix tuning, whose tokens AdapterHub does not count"),
+        ("seq", {"architecture": "prefix_tuning"}, "config.prefix_length: is missing"),
         ("seq", {"architecture": "mtl_lora"}, "shares its matrices among several tasks"),
         ("seq", {"architecture": ["lora"]}, "config.architecture"),
         ("lora", {"r": 4}, "ask for [4, 16]"),
@@ -108,6 +107,19 @@ def _set(**fields: Any) -> Callable[[Config], object]:
         ("lora", {"composition_mode": "scale"}, "is scale, which needs r = 1"),
         ("lora", {"composition_mode": "times"}, "one of add, scale"),
         ("dora", {"use_dora": False}, "m.weight: is not a tensor that the config describes here"),
+        ("reft_lo", {"prefix_positions": 0}, "prefix_positions: and suffix_positions are 0"),
+        ("reft_lo", {"prefix_positions": -1}, "prefix_positions: is '-1'"),
+        ("reft_lo", {"suffix_positions": True}, "suffix_positions: is 'True'"),
+        ("reft_lo", {"layers": "some"}, "layers: is 'some'; it must be all, or a list of layer numbers"),
+        ("reft_lo", {"layers": [1]}, "is not a tensor that the config describes here"),
+        ("reft_lo", {"layers": [7]}, "names no place of the served base"),
+        ("reft_lo", {"output_reft": False}, "names no place of the served base"),
+        ("reft_lo", {"r": 3}, "ask for [3, 16]"),
+        ("reft_lo", {"orthogonality": False}, "units.0.projection.weight: is missing"),
+        ("reft_lo", {"tied_weights": True}, "is not a tensor that the config describes here"),
+        ("reft_lo", {"non_linearity": "exp"}, "non_linearity: is 'exp'; it must be one of relu"),
+        ("reft_lo", {"leave_out": [0]}, "config.leave_out: is a field that this server does not know"),
+        ("reft_both", {"orthogonality": True}, "parametrizations.weight.original: is missing"),
         ("both", {"configs": []}, "describes no method"),
         ("both", {"configs": 3}, "must be a list of objects"),
     ],
@@ -126,6 +138,8 @@ def test_a_union_of_two_bottlenecks() -> None:
 def test_every_missing_field_that_the_library_needs() -> None:
     for name in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"):
         assert f"config.{name}: is missing" in reasons(changed("seq", config=lambda f, n=name: f["config"].pop(n)))
+    for name in ("layers", "prefix_positions", "suffix_positions", "r", "orthogonality"):
+        assert f"config.{name}: is missing" in reasons(changed("reft_lo", config=lambda f, n=name: f["config"].pop(n)))
     for name in ("r", "alpha"):
         assert f"config.{name}: is missing" in reasons(changed("lora", config=lambda f, n=name: f["config"].pop(n)))
     for name in ("name", "model_type"):
@@ -143,7 +157,7 @@ def _rename(old: str, new: str) -> Callable[[State], object]:
         (lambda s: s.pop(DOWN), "encoder.layer.0.output.adapter_down.0.weight: is missing"),
         (
             _rename(DOWN, DOWN.replace("tuned", "other")),
-            "is no tensor of a bottleneck or a LoRA of the adapter 'tuned'",
+            "is no tensor of a bottleneck, a LoRA or a ReFT of the adapter 'tuned'",
         ),
         (_rename(DOWN, DOWN.replace("layer.0", "layer.7")), "names no place of the served base"),
         (_rename(DOWN, DOWN.replace("adapter_down", "gate")), "is not a tensor that the config describes here"),
@@ -153,7 +167,8 @@ def _rename(old: str, new: str) -> Callable[[State], object]:
         (lambda s: s[UP].fill_(float("inf")), "holds NaN, Infinity"),
         (lambda s: s.update({"shared_parameters.tuned.phm_rule": torch.ones(4)}), "is shared by many layers"),
         (lambda s: s.update({"x.prefix_tunings.tuned.wte": torch.ones(4)}), "belongs to prefix tuning"),
-        (lambda s: s.update({"x.refts.tuned.units.0": torch.ones(4)}), "belongs to ReFT"),
+        (lambda s: s.update({f"{REFT}.projection.weight": torch.ones(2)}), "is not a tensor that the config describes"),
+        (lambda s: s.update({"x.refts.tuned.units.0": torch.ones(4)}), "names no place of the served base"),
         (lambda s: s.update({"encoder.layer.0.output.dense.weight": torch.ones(16, 24)}), "is no tensor of"),
     ],
 )
@@ -270,7 +285,8 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-_FIELDS = {form: sorted(json.loads(files_of("bert", form).config)["config"]) for form in ("seq", "lora", "both")}
+_FORMS = ("seq", "lora", "both", "reft_both")
+_FIELDS = {form: sorted(json.loads(files_of("bert", form).config)["config"]) for form in _FORMS}
 
 
 @settings(max_examples=120, deadline=None)

@@ -59,14 +59,6 @@ def test_other_files_are_named() -> None:
     assert inspect(more, base_of("llama"), GateLimits()).summary.warnings == ("file 'README.md' is not read",)
 
 
-def test_a_tokenizer_that_is_not_read_says_where_its_tokens_would_be() -> None:
-    files = honest()
-    more = CheckpointFiles(config=files.config, weights=files.weights, ignored=("checkpoint/tokenizer.json",))
-    (warning,) = inspect(more, base_of("llama"), GateLimits()).summary.warnings
-    assert "is not read; if it adds tokens" in warning
-    assert "added_tokens.json" in warning
-
-
 def test_profile_is_read_and_its_refusals_join_the_others() -> None:
     files = honest()
     good = CheckpointFiles(config=files.config, weights=files.weights, profile=b'{"labels": ["a", "b"]}')

@@ -82,6 +82,13 @@ METHODS: Final[dict[str, Callable[[str], peft.PeftConfig]]] = {
         rank_pattern={"experts.down_proj": 2},
         alpha_pattern={"experts.gate_up_proj": 5},
     ),
+    "lora_router": lambda kind: _experts(
+        kind,
+        target_parameters=["gate.weight" if kind == "mixtral" else "router.weight", "experts.down_proj"],
+        rank_pattern={"router.weight": 2, "gate.weight": 2},
+        alpha_pattern={"router.weight": 40, "gate.weight": 40},
+    ),
+    "lora_mixture": lambda kind: _experts(kind, target_modules="all-linear", target_parameters=None),
     "trainable_tokens": lambda _: peft.TrainableTokensConfig(token_indices=TOKENS),
     "trainable_tokens_named": lambda kind: peft.TrainableTokensConfig(
         token_indices=TOKENS, target_modules=[embedding(kind), head(kind)]
@@ -121,6 +128,8 @@ ONLY: Final[dict[str, tuple[str, ...]]] = {
     "lora_parameter": ("llama", "t5"),
     "lora_experts": ("mixtral", "gpt_oss"),
     "lora_experts_both": ("mixtral", "gpt_oss"),
+    "lora_router": ("mixtral", "gpt_oss"),
+    "lora_mixture": ("mixtral",),  # peft knows which parameters were linear layers once
     "trainable_tokens_named": ("llama", "neox"),  # where the head shares the weight, peft cannot run it
     **{name: WITH_LINEAR for name in METHODS if name.startswith(("oft", "boft", "road", "beft"))},
     "oft_bias_only": ("opt", "neox", "bart"),

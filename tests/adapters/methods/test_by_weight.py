@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,10 @@ from peft_serve.adapters.methods.by_svd import _is_found, _neumann
 from peft_serve.adapters.methods.joint import role
 from peft_serve.adapters.methods.sketch import svd_lowrank
 from peft_serve.adapters.methods.wavelets import LOW_PASS, synthesis
-from tests.adapters.checkpoints import make_base, make_checkpoint, methods_for
-from tests.adapters.fake_base import FakeBase
+from peft_serve.adapters.primitives import Affine, Dense, Sparse
+from peft_serve.adapters.transform_primitives import Spectrum
+from tests.adapters.checkpoints import make_base, make_checkpoint, methods_for, oracle_logits
+from tests.adapters.fake_base import FakeBase, adapted_logits
 from tests.adapters.making import by_weight
 
 
@@ -80,6 +84,40 @@ def test_series_of_a_rotation(num_terms: int) -> None:
 def test_factors_of_a_size(factor: int) -> None:
     for size in (*range(1, 130), 768, 1000, 1009, 4096, 11008):
         assert _factors(size, factor) == factorization(size, factor), size
+
+
+@pytest.mark.parametrize(("num_places", "kept"), [(170, {Spectrum}), (171, {Spectrum, Dense}), (512, {Dense})])
+def test_a_spectrum_is_kept_while_it_is_smaller_than_its_matrix(num_places: int, kept: set[type]) -> None:
+    """v_proj has 512 entries, the others 1024 and more."""
+    base = FakeBase(make_base("llama"))
+
+    def change(config: Any) -> None:
+        config.n_frequency = num_places
+
+    files, oracle = make_checkpoint("fourierft", "llama", change=change)
+    adapter = compile_adapter(inspect(files, base, GateLimits()), base, GateLimits())
+    edits = [edit for edit in adapter.sites.values() if isinstance(edit, Affine)]
+    assert {type(one) for edit in edits for one in edit.maps} == kept
+    ids = torch.arange(3, 12)[None]
+    expected = oracle_logits(oracle, ids, ids)
+    assert (adapted_logits(base, adapter, ids, ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("family", "kept"), [("db1", {Sparse, Dense}), ("db4", {Dense})])
+def test_few_short_wavelets_are_kept_by_their_entries(family: str, kept: set[type]) -> None:
+    """Ten wavelets of two by two are 40 entries, which is little for 1024 and too much for v_proj's 512."""
+    base = FakeBase(make_base("llama"))
+
+    def change(config: Any) -> None:
+        config.n_frequency, config.wavelet_family = 10, family
+
+    files, oracle = make_checkpoint("waveft", "llama", change=change)
+    adapter = compile_adapter(inspect(files, base, GateLimits()), base, GateLimits())
+    edits = [edit for edit in adapter.sites.values() if isinstance(edit, Affine)]
+    assert {type(one) for edit in edits for one in edit.maps} == kept
+    ids = torch.arange(3, 12)[None]
+    expected = oracle_logits(oracle, ids, ids)
+    assert (adapted_logits(base, adapter, ids, ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_roles() -> None:

@@ -19,9 +19,10 @@ from peft_serve.adapters.config_schema import Config
 from peft_serve.adapters.gate import inspect
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.methods.forms import is_low
-from peft_serve.adapters.primitives import Adapter, Affine, Dense, Rescaled
+from peft_serve.adapters.primitives import Adapter, Affine, Dense
 from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
 from peft_serve.adapters.registry import TASK_FIELD
+from peft_serve.adapters.shared_primitives import Rescaled
 from tests.adapters.checkpoints import make_base, make_checkpoint, oracle_logits
 from tests.adapters.fake_base import FakeBase, adapted_logits
 

@@ -41,6 +41,8 @@ TELLING = (
     "lora_embedding_dora",
     "lora_experts",
     "lora_experts_both",
+    "lora_router",
+    "lora_mixture",
     "lora_tokens",
     "lora_tokens_by_module",
     "lora_tokens_under_head",
@@ -57,9 +59,9 @@ TELLING = (
     "prompt_tuning_saved",
     "prefix_tuning",
 )
-ON_MIXTURES = ("lora", "lora_experts", "lora_experts_both", "lora_tokens")
+ON_MIXTURES = ("lora", "lora_experts", "lora_experts_both", "lora_router", "lora_mixture", "lora_tokens")
 CASES = [(kind, method) for kind in BASE_KINDS for method in methods_for(kind) if kind in WHOLE or method in TELLING]
-CASES += [(kind, method) for kind in MIXTURES for method in ON_MIXTURES]
+CASES += [(kind, method) for kind in MIXTURES for method in ON_MIXTURES if method in methods_for(kind)]
 # peft puts the other half in front of the decoder in training only; see the test of what it generates
 CASES.remove(("t5", "multitask_prompt_tuning"))
 TOLERANCE = 1e-5

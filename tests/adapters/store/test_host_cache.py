@@ -4,8 +4,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from peft_serve.adapters.eviction import CostAware
 from peft_serve.adapters.host_cache import HostCache
+from peft_serve.adapters.lookups import Lookup
 from peft_serve.adapters.primitives import Adapter, SoftPrompt
 from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterUnavailable, Unavailable
@@ -51,14 +55,19 @@ class Bench:
     def __init__(self, **options: object) -> None:
         self.clock = Clock()
         self.loader = Loader()
-        self.observed: list[tuple[str, float]] = []
+        self.lookups: list[Lookup] = []
+        self.num_evicted = 0
         self.cache = HostCache(
             self.loader,
             max_bytes=4 * KIB,
             clock=self.clock,
-            observe_load=lambda adapter_id, seconds: self.observed.append((adapter_id, seconds)),
+            on_lookup=self.lookups.append,
+            on_evict=self._count_eviction,
             **options,
         )
+
+    def _count_eviction(self) -> None:
+        self.num_evicted += 1
 
     def ask(self, name: str) -> Callable[[], Adapter | Exception]:
         done = threading.Event()
@@ -119,6 +128,7 @@ def test_the_least_recently_used_goes_first(bench: Bench) -> None:
     bench.fetch("e")
     assert bench.cache.resident() == ("c", "d", "a", "e")
     assert bench.cache.stats().evictions == 1
+    assert bench.num_evicted == 1
     assert bench.cache.get(AdapterId("b")) is None
     assert bench.cache.get(AdapterId("a")) is not None
 
@@ -160,6 +170,7 @@ def test_one_larger_than_the_cache_is_delivered_and_not_kept(bench: Bench) -> No
     bench.cache.release(AdapterId("big"))
     assert bench.cache.resident() == ("a",)
     assert bench.cache.stats().evictions == 0
+    assert bench.num_evicted == 0
 
 
 def test_a_failure_is_remembered_for_a_while(bench: Bench) -> None:
@@ -249,7 +260,36 @@ def test_loads_are_observed_with_their_seconds(bench: Bench) -> None:
     bench.clock.now += 2.5
     bench.loader.gate.set()
     wait()
-    assert bench.observed == [("a", 2.5)]
+    a = AdapterId("a")
+    assert bench.lookups == [
+        Lookup(tier="host", adapter=a, is_hit=False),
+        Lookup(tier="disk", adapter=a, is_hit=True, num_bytes=KIB, load_s=2.5),
+    ]
+    bench.ask("a")()
+    assert bench.lookups[2:] == [Lookup(tier="host", adapter=a, is_hit=True, num_bytes=KIB)]
+
+
+def test_a_load_that_fails_is_a_miss_of_the_disk_and_is_looked_for_once(bench: Bench) -> None:
+    bench.loader.failing["a"] = AdapterUnavailable("broken")
+    bench.fetch("a")
+    bench.fetch("a")
+    assert [(one.tier, one.is_hit, one.num_bytes) for one in bench.lookups] == [
+        ("host", False, None),
+        ("disk", False, None),
+        ("host", False, None),
+    ]
+
+
+def test_with_another_policy_those_that_load_fast_go_first() -> None:
+    slow = AdapterId("a")
+    bench = Bench(policy=CostAware(lambda adapter_id, _bytes: 9.0 if adapter_id == slow else 1.0))
+    for name in "abcdefgh":
+        bench.fetch(name)
+    assert slow in bench.cache.resident()
+    assert bench.num_evicted == 4
+    bench.cache.drop(slow)
+    bench.cache.check()
+    bench.cache.close()
 
 
 def test_close_answers_everyone() -> None:
@@ -271,8 +311,9 @@ def test_close_answers_everyone() -> None:
     bench.cache.check()
 
 
-def test_many_threads_and_a_small_cache_keep_the_books() -> None:
-    bench = Bench(num_threads=3)
+@pytest.mark.parametrize("policy", [None, CostAware(lambda adapter_id, _bytes: float(len(adapter_id)))])
+def test_many_threads_and_a_small_cache_keep_the_books(policy: CostAware | None) -> None:
+    bench = Bench(num_threads=3, policy=policy)
     bench.loader.sizes = {str(i): 1 + i % 3 for i in range(12)}
     bench.loader.failing["7"] = AdapterUnavailable("broken")
     wrong: list[str] = []
@@ -302,3 +343,34 @@ def test_many_threads_and_a_small_cache_keep_the_books() -> None:
     stats = bench.cache.stats()
     assert stats.num_bytes <= 4 * KIB
     assert stats.hits + stats.misses == 300
+    asked = [one.is_hit for one in bench.lookups if one.tier == "host"]
+    assert (asked.count(True), asked.count(False)) == (stats.hits, stats.misses)
+    assert bench.num_evicted == stats.evictions
+
+
+@pytest.mark.parametrize("by_cost", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(script=st.lists(st.tuples(st.sampled_from(["lease", "lease", "release", "drop"]), st.integers(0, 5))))
+def test_whatever_happens_leased_adapters_stay_and_the_rest_is_within_the_budget(
+    script: list[tuple[str, int]], by_cost: bool
+) -> None:
+    bench = Bench(policy=CostAware(lambda adapter_id, _bytes: 1.0 + int(adapter_id) % 2) if by_cost else None)
+    bench.loader.sizes = {str(i): 1 + i % 3 for i in range(6)} | {"5": 9}
+    leases: dict[str, list[Adapter]] = {str(i): [] for i in range(6)}
+    for act, number in script:
+        name = str(number)
+        if act == "lease":
+            outcome = bench.ask(name)()
+            assert isinstance(outcome, Adapter)
+            leases[name].append(outcome)
+        elif act == "release" and leases[name]:
+            leases[name].pop()
+            bench.cache.release(AdapterId(name))
+        elif act == "drop":
+            bench.cache.drop(AdapterId(name))
+        bench.cache.check()
+        for leased, copies in leases.items():
+            assert not copies or bench.cache.get(AdapterId(leased)) is copies[-1]
+        if not any(leases.values()):
+            assert bench.cache.stats().num_bytes <= 4 * KIB
+    bench.cache.close()

@@ -1,7 +1,8 @@
 """Every tensor of an AdapterHub checkpoint tied to a place in the base, or refused by name.
 
 Keys are `<path>.<collection>.<adapter's name>.<suffix>`: `adapters` at sublayers, `loras` at linear layers,
-`invertible_adapters` (a path and a collection in one) at the embeddings.
+`refts` behind layers, `invertible_adapters` (a path and a collection in one) at the embeddings, and prefixes in a
+pool below the body.
 """
 
 from __future__ import annotations
@@ -9,25 +10,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+import torch
+
 from peft_serve.adapters.adapterhub.compiling import check_coupling, check_kept, check_one_norm
 from peft_serve.adapters.adapterhub.config import HubConfig
 from peft_serve.adapters.adapterhub.layouts import is_wanted, shapes_at
 from peft_serve.adapters.adapterhub.places import INVERTIBLE, SUBLAYERS, Place
+from peft_serve.adapters.adapterhub.prefixes import InFront
 from peft_serve.adapters.base import Base
-from peft_serve.adapters.bound import BoundSite
+from peft_serve.adapters.bound import Binding, BoundSite
 from peft_serve.adapters.header import NOT_SERVED, StoredTensor
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.paths import site_path
 from peft_serve.adapters.records import CONFIG_FILE
+from peft_serve.adapters.registry import Shape
 from peft_serve.adapters.verdict import Verdict, quoted
 from peft_serve.errors import AdapterInvalid
 
 REMEDY: Final = "save the adapter again with adapters, and upload all of its files"
 REFUSED_COLLECTIONS: Final[Mapping[str, str]] = {
-    ".prefix_tunings.": "belongs to prefix tuning, which is not served from AdapterHub; train it with peft",
+    ".prefix_tunings.": (
+        "belongs to prefix tuning that the config does not describe; upload the config that was saved with it"
+    ),
     ".prefix_gates.": "belongs to a gated method (UniPELT), whose gates average over the whole sequence",
-    ".prompt_tunings.": "belongs to prompt tuning, which is not served from AdapterHub; train it with peft",
-    ".refts.": "belongs to ReFT, which depends on the tokens yet to come; train a bottleneck or a LoRA",
+    ".prompt_tunings.": (
+        "belongs to prompt tuning that the config does not describe; upload the config that was saved with it"
+    ),
     "shared_parameters.": "is shared by many layers (Compacter, VeRA); such methods are not served from AdapterHub",
 }
 
@@ -44,21 +52,27 @@ class HubBinder:
         self._limits = limits
         self._verdict = verdict
         self._sites: dict[str, BoundSite] = {}
+        self._in_pool: dict[str, StoredTensor] = {}
+        self._num_twins = 0
 
-    def bind(self, tensors: tuple[StoredTensor, ...]) -> dict[str, BoundSite]:
-        """Place every tensor and check that each place the config names is complete."""
-        self._check_base()
-        self._verdict.settle()
+    def bind(self, tensors: tuple[StoredTensor, ...], front: InFront) -> Binding:
+        """Place every tensor and check that each place the config names, and what it puts in front, is complete."""
         for tensor in tensors:
-            self._take(tensor)
+            key = front.key_of(tensor.name)
+            if key is None:
+                self._take(tensor)
+            else:
+                self._take_pooled(key, tensor)
         wanted = [path for path, place in self._places.items() if is_wanted(place, self._hub)]
-        if not wanted:
+        if not wanted and not front.shapes:
             self._verdict.refuse(f"{CONFIG_FILE}: config", "names no place of the served base; nothing would change")
         for path in dict.fromkeys([*wanted, *self._sites]):
             self._complete(path)
-        return {path: self._sites[path] for path in self._base.sites if path in self._sites}
+        self._complete_pool(front.shapes)
+        sites = {path: self._sites[path] for path in self._base.sites if path in self._sites}
+        return Binding(sites=sites, shared=self._in_pool, num_twins=self._num_twins)
 
-    def _check_base(self) -> None:
+    def check_base(self) -> None:
         hub, base = self._hub, self._base
         if not self._places:
             self._verdict.refuse(
@@ -88,10 +102,28 @@ class HubBinder:
             self._verdict.refuse(tensor.name, f"means the same place as {twin}; {REMEDY}")
         site.method[found[1]] = tensor
 
+    def _take_pooled(self, key: str, tensor: StoredTensor) -> None:
+        """A tensor of a prefix: the library saves it under several names, which must have one value."""
+        twin = self._in_pool.setdefault(key, tensor)
+        if twin is tensor:
+            return
+        self._num_twins += 1
+        if tensor.shape != twin.shape or tensor.format != twin.format or not torch.equal(tensor.load(), twin.load()):
+            reason = f"differs from {quoted(twin.name)}, and both are one parameter"
+            self._verdict.refuse(tensor.name, f"{reason}; {REMEDY}")
+
+    def _complete_pool(self, shapes: Mapping[str, Shape]) -> None:
+        """Check that what stands in front has all tensors it needs, of the right shapes, and no other."""
+        for key, shape in shapes.items():
+            name, _, suffix = key.partition(".")
+            self._check_tensor(name, suffix, shape, self._in_pool.get(key))
+        for key in sorted(self._in_pool.keys() - shapes.keys()):
+            self._verdict.refuse(self._in_pool[key].name, f"is not a tensor that the config describes; {REMEDY}")
+
     def _split(self, tensor: StoredTensor) -> tuple[str, str] | None:
         """The place and the suffix of a key; None when it is refused."""
         name = self._hub.name
-        for collection in (f".adapters.{name}.", f".loras.{name}."):
+        for collection in (f".adapters.{name}.", f".loras.{name}.", f".refts.{name}."):
             path, found, suffix = tensor.name.partition(collection)
             if found:
                 return path, suffix
@@ -99,7 +131,7 @@ class HubBinder:
         if found:
             return f"{path}.{INVERTIBLE}".removeprefix("."), suffix
         known = next((why for part, why in REFUSED_COLLECTIONS.items() if part in tensor.name), None)
-        reason = f"is no tensor of a bottleneck or a LoRA of the adapter {quoted(name)} that the config names"
+        reason = f"is no tensor of a bottleneck, a LoRA or a ReFT of the adapter {quoted(name)} that the config names"
         self._verdict.refuse(tensor.name, known or f"{reason}; {REMEDY}")
         return None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_serve.adapters.adapterhub.binding import HubBinder
 from peft_serve.adapters.adapterhub.compiling import HubCompile
@@ -15,6 +15,7 @@ from peft_serve.adapters.adapterhub.config import HubConfig, read_config
 from peft_serve.adapters.adapterhub.heads import HubHead, HubHeads
 from peft_serve.adapters.adapterhub.layouts import shapes_at
 from peft_serve.adapters.adapterhub.places import Place, places_in
+from peft_serve.adapters.adapterhub.prefixes import InFront, in_front
 from peft_serve.adapters.base import Base, SiteKind, SiteSpec
 from peft_serve.adapters.bound import Binding
 from peft_serve.adapters.config_schema import Config, ConfigSchema
@@ -52,12 +53,16 @@ def read_checkpoint(files: CheckpointFiles, base: Base, limits: GateLimits, verd
         tensors = parse_tensors(files.weights, limits, verdict)
     verdict.settle()
     places = places_in(base)
-    sites = HubBinder(hub, places, base, limits, verdict).bind(tensors)
+    binder = HubBinder(hub, places, base, limits, verdict)
+    binder.check_base()
+    verdict.settle()
+    front = in_front(hub, base)
+    bound = binder.bind(tensors, front)
     head, head_tensors = _head(files, hub, base, limits, verdict)
     return HubCheckpoint(
-        method=_method(hub, places),
+        method=_method(hub, places, front),
         config=_as_config(hub, head),
-        binding=Binding(sites=sites, shared={}, head=head.bound),
+        binding=replace(bound, head=head.bound),
         tensors=(*tensors, *head_tensors),
         labels=head.labels,
     )
@@ -89,7 +94,7 @@ def _told_of(name: str) -> Iterator[None]:
         raise MalformedUpload(message) from error
 
 
-def _method(hub: HubConfig, places: Mapping[str, Place]) -> SiteMethod:
+def _method(hub: HubConfig, places: Mapping[str, Place], front: InFront) -> SiteMethod:
     """The checkpoint's method, as the compiler wants one."""
 
     def layout(spec: SiteSpec, _config: Config, _stored: Stored) -> SiteLayout:
@@ -97,7 +102,7 @@ def _method(hub: HubConfig, places: Mapping[str, Place]) -> SiteMethod:
         return SiteLayout(tensors={suffix: (shape,) for suffix, shape in shapes.items()}, rank=rank)
 
     made = compiles(hub.method, schema=ConfigSchema(), layout=layout, kinds=frozenset(SiteKind))
-    return made(HubCompile(hub, places))
+    return replace(made(HubCompile(hub, places)), prefixes=front)
 
 
 def _as_config(hub: HubConfig, head: HubHead) -> Config:

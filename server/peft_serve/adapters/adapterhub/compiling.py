@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_serve.adapters.adapterhub.config import HubConfig, place_of
+from peft_serve.adapters.adapterhub.config import HubConfig
 from peft_serve.adapters.adapterhub.places import SUBLAYERS, Place, Role
+from peft_serve.adapters.adapterhub.reft import intervention
+from peft_serve.adapters.adapterhub.schemas import place_of
 from peft_serve.adapters.config_schema import Config
 from peft_serve.adapters.primitives import Affine, Edit, LowRank
 from peft_serve.adapters.records import CONFIG_FILE
@@ -34,6 +36,9 @@ class HubCompile:
             assert self.hub.bottleneck is not None, "the binder binds only what the config wants"
             compiled = coupling if place.role is Role.EMBEDDED else bottleneck
             return compiled(site.tensors, self.hub.bottleneck)
+        if place.role is Role.AFTER_LAYER:
+            assert self.hub.reft is not None, "the binder binds only what the config wants"
+            return intervention(site.tensors, self.hub.reft)
         assert self.hub.lora is not None, "the binder binds only what the config wants"
         return lora(site, place, self.hub.lora)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from peft_serve.adapters.adapterhub.binding import REMEDY
-from peft_serve.adapters.adapterhub.config import ACTIVATIONS as HUB_ACTIVATIONS
 from peft_serve.adapters.adapterhub.config import HubConfig
+from peft_serve.adapters.adapterhub.schemas import ACTIVATIONS as HUB_ACTIVATIONS
 from peft_serve.adapters.base import HAS_WEIGHT, Base
 from peft_serve.adapters.bound import same_as_base
 from peft_serve.adapters.config_schema import Config

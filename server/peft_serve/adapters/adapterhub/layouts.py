@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peft_serve.adapters.adapterhub.config import HubConfig, place_of
+from peft_serve.adapters.adapterhub.config import HubConfig
 from peft_serve.adapters.adapterhub.places import SUBLAYERS, Place, Role
+from peft_serve.adapters.adapterhub.reft import acts_behind, unit_shapes
+from peft_serve.adapters.adapterhub.schemas import place_of
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config
 from peft_serve.adapters.registry import Shape
@@ -18,6 +20,8 @@ def is_wanted(place: Place, hub: HubConfig) -> bool:
     """Whether the config says that the adapter acts at a place."""
     if place.role is Role.EMBEDDED:
         return hub.bottleneck is not None and hub.bottleneck.raw("inv_adapter") is not None
+    if place.role is Role.AFTER_LAYER:
+        return hub.reft is not None and acts_behind(place.layer, hub.reft)
     config = hub.bottleneck if place.role in SUBLAYERS else hub.lora
     left_out = None if config is None else config.raw("leave_out")
     if config is None or (isinstance(left_out, list) and place.layer in left_out):
@@ -33,6 +37,9 @@ def shapes_at(spec: SiteSpec, place: Place, hub: HubConfig) -> tuple[Shapes, int
     if place.role is Role.EMBEDDED:
         assert hub.bottleneck is not None, "an invertible adapter is part of a bottleneck's config"
         return _coupling(spec, hub.bottleneck), 0
+    if place.role is Role.AFTER_LAYER:
+        assert hub.reft is not None, "what leaves a layer is wanted by a ReFT"
+        return unit_shapes(spec, hub.reft), hub.reft.integer("r")
     if place.role in SUBLAYERS:
         assert hub.bottleneck is not None, "a sublayer is wanted by a bottleneck"
         return _bottleneck(spec, place, hub.bottleneck), 0

@@ -9,8 +9,8 @@ Read from `adapters` 1.3.0: `models/*/mixin_*.py`, `models/*/modeling_*.py`. Kno
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
@@ -19,6 +19,8 @@ from peft_serve.adapters.base import Base, SiteKind
 
 INVERTIBLE: Final = "invertible_adapters"
 """Under which the coupling of the embeddings is saved, below the body or its encoder."""
+AFTER_LAYER: Final = "reft_layer"
+"""Under which a layer's intervention is saved."""
 
 
 class Role(StrEnum):
@@ -34,6 +36,20 @@ class Role(StrEnum):
     INTERMEDIATE = "intermediate_lora"
     OUTPUT = "output_lora"
     EMBEDDED = "inv_adapter"  # what enters the first layer
+    AFTER_LAYER = "output_reft"  # what leaves a layer
+
+
+class Attends(StrEnum):
+    """Which attention of a model a prefix stands in front of."""
+
+    OWN = "own"  # the decoder's over its own tokens, or an encoder's
+    SOURCE = "source"  # the encoder's, on an encoder-decoder
+    CROSS = "cross"  # the decoder's over the encoded source
+
+
+OWN_PREFIX: Final[Mapping[str, Attends]] = MappingProxyType({"self_prefix": Attends.OWN})
+ENCODER_PREFIX: Final[Mapping[str, Attends]] = MappingProxyType({"encoder_prefix": Attends.SOURCE})
+DECODER_PREFIXES: Final[Mapping[str, Attends]] = MappingProxyType({**OWN_PREFIX, "cross_prefix": Attends.CROSS})
 
 
 SUBLAYERS: Final = frozenset({Role.AFTER_ATTENTION, Role.AFTER_CROSS, Role.AFTER_FEED_FORWARD})
@@ -58,6 +74,9 @@ class Stack:
     sublayers: tuple[Sublayer, ...]
     linears: Mapping[str, Role]
     invertible: str | None = None  # path of the coupling's site within the body
+    prefixes: Mapping[str, Attends] = field(default_factory=dict)  # prefixes by the names that their tensors carry
+    takes_prompt: bool = False  # whether the library can put a soft prompt in front
+    counts_distances: bool = False  # scores depend on the distance, prefixes counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +117,9 @@ def _bert(suffix: str = "") -> tuple[Stack, ...]:
             sublayers=(after_attention, after_feed_forward),
             linears=linears,
             invertible=INVERTIBLE,
+            # DeBERTa scores by content and by distance at once, in an attention that the server cannot replace.
+            prefixes={} if suffix else OWN_PREFIX,
+            takes_prompt=not suffix,
         ),
     )
 
@@ -130,6 +152,7 @@ def _distilbert() -> tuple[Stack, ...]:
             sublayers=(after_attention, after_feed_forward),
             linears=linears,
             invertible=INVERTIBLE,
+            prefixes={"self": Attends.OWN},
         ),
     )
 
@@ -151,13 +174,14 @@ def _llama() -> tuple[Stack, ...]:
         "mlp.up_proj": Role.OUTPUT,
     }
     sublayers = _before_norms("self_attn", "input_layernorm", "mlp", "post_attention_layernorm")
-    return (Stack(layers="layers", sublayers=sublayers, linears=linears, invertible=INVERTIBLE),)
+    stack = Stack(layers="layers", sublayers=sublayers, linears=linears, invertible=INVERTIBLE, prefixes=OWN_PREFIX)
+    return (stack,)
 
 
 def _gpt2() -> tuple[Stack, ...]:
     linears = {"attn.c_attn": Role.FUSED, "mlp.c_fc": Role.INTERMEDIATE, "mlp.c_proj": Role.OUTPUT}
     sublayers = _before_norms("attn", "ln_1", "mlp", "ln_2")
-    return (Stack(layers="h", sublayers=sublayers, linears=linears, invertible=INVERTIBLE),)
+    return (Stack(layers="h", sublayers=sublayers, linears=linears, invertible=INVERTIBLE, prefixes=OWN_PREFIX),)
 
 
 def _t5_sublayer(role: Role, number: int, module: str) -> Sublayer:
@@ -180,6 +204,8 @@ def _t5() -> tuple[Stack, ...]:
             sublayers=(attention, _t5_sublayer(Role.AFTER_FEED_FORWARD, 1, "DenseReluDense")),
             linears=_t5_linears(["layer.0.SelfAttention"], "layer.1.DenseReluDense"),
             invertible=f"encoder.{INVERTIBLE}",
+            prefixes=ENCODER_PREFIX,
+            counts_distances=True,
         ),
         Stack(
             layers="decoder.block",
@@ -189,6 +215,8 @@ def _t5() -> tuple[Stack, ...]:
                 _t5_sublayer(Role.AFTER_FEED_FORWARD, 2, "DenseReluDense"),
             ),
             linears=_t5_linears(["layer.0.SelfAttention", "layer.1.EncDecAttention"], "layer.2.DenseReluDense"),
+            prefixes=DECODER_PREFIXES,
+            counts_distances=True,
         ),
     )
 
@@ -217,11 +245,13 @@ def _bart() -> tuple[Stack, ...]:
             sublayers=(attention, feed_forward),
             linears=_bart_linears(["self_attn"]),
             invertible=f"encoder.{INVERTIBLE}",
+            prefixes=ENCODER_PREFIX,
         ),
         Stack(
             layers="decoder.layers",
             sublayers=(attention, cross, feed_forward),
             linears=_bart_linears(["self_attn", "encoder_attn"]),
+            prefixes=DECODER_PREFIXES,
         ),
     )
 
@@ -264,6 +294,17 @@ def places_in(base: Base) -> dict[str, Place]:
     return found
 
 
+def stacks_of(base: Base) -> Iterator[tuple[Stack, range]]:
+    """The stacks of the base with the numbers of their layers, counted through all of them."""
+    first_layer = 0
+    shorts = [path.removeprefix(f"{base.body_prefix}.") for path in base.sites]
+    for stack in FAMILIES.get(base.family, ()):
+        numbers = (_split(short, stack.layers)[0] for short in shorts)
+        num_layers = max((number + 1 for number in numbers if number is not None), default=0)
+        yield stack, range(first_layer, first_layer + num_layers)
+        first_layer += num_layers
+
+
 def _split(short: str, layers: str) -> tuple[int | None, str]:
     """The number of the layer a path lies in, and the path within."""
     number, _, inner = short.removeprefix(f"{layers}.").partition(".")
@@ -271,6 +312,8 @@ def _split(short: str, layers: str) -> tuple[int | None, str]:
 
 
 def _place(stack: Stack, inner: str, kind: SiteKind, layer: int) -> Place | None:
+    if kind is SiteKind.LAYER:
+        return Place(Role.AFTER_LAYER, layer) if inner == AFTER_LAYER else None
     if kind is SiteKind.SUBLAYER:
         sublayer = next((one for one in stack.sublayers if one.site == inner), None)
         return None if sublayer is None else Place(sublayer.role, layer, sublayer.norm is not None)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
 from peft_serve.adapters.methods.fields import LAYERS, RANK, TARGETING, TARGETS, contradiction, tuned_biases
-from peft_serve.adapters.primitives import Affine, Dense, Kronecker
+from peft_serve.adapters.primitives import Affine, Kronecker
 from peft_serve.adapters.registry import Shape, Site, SiteLayout, Stored, compiles
+from peft_serve.adapters.transform_primitives import Circulant
 
 LINEAR: Final = frozenset({SiteKind.LINEAR})
 
@@ -116,11 +116,6 @@ def _c3a_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  
 def c3a(site: Site) -> Affine:
     """Circulant blocks, over the number of inputs (arXiv:2407.19342, peft `C3ALayer`).
 
-    Entry [t, s] of a block is kernel[(s - t) mod size]: what peft computes by Fourier transforms.
+    peft transforms the other way round, which is the same for real numbers.
     """
-    kernel = site.tensors["c3a_kernel"]
-    size = kernel.shape[2]
-    places = torch.arange(size)
-    blocks = kernel[:, :, (places[None, :] - places[:, None]) % size]  # [o / size, i / size, t, s]
-    weight_OI = blocks.transpose(1, 2).reshape(site.spec.out_features, site.spec.in_features)
-    return Affine(maps=(Dense(weight_OI / site.spec.in_features),))
+    return Affine(maps=(Circulant(site.tensors["c3a_kernel"] / site.spec.in_features),))

@@ -14,6 +14,7 @@ from peft_serve.adapters.methods.fields import contradiction
 from peft_serve.adapters.methods.lora_bases import change_of_base, joined
 from peft_serve.adapters.methods.lora_config import LORA, Variant, rank_at, scale_at, variant
 from peft_serve.adapters.methods.lora_experts import (
+    check_router,
     experts,
     layout_of_experts,
     parameter_path,
@@ -42,6 +43,8 @@ def _layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
         return SiteLayout(tensors={TOKEN_ROWS: (shape_of_rows(spec, ids, TOKEN_FIELD),)})
     if spec.kind is SiteKind.EXPERTS:
         return layout_of_experts(spec, config)
+    if spec.kind is SiteKind.ROUTER:
+        check_router(spec, config)
     _check_kind(spec, config)
     rank = rank_at(config, parameter_path(spec, config))
     tensors = _factor_shapes(spec, config, rank, stored) | _extra_shapes(spec, config, rank)
@@ -160,7 +163,7 @@ def _fits_any_weight(config: Config) -> bool:
     "LORA",
     schema=LORA,
     layout=_layout,
-    kinds=DENSE | {SiteKind.EMBEDDING, SiteKind.EXPERTS},
+    kinds=DENSE | {SiteKind.EMBEDDING, SiteKind.EXPERTS, SiteKind.ROUTER},
     shared=_check,
     start=lora_config.invocation,
     named=_named,

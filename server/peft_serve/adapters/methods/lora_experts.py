@@ -1,4 +1,4 @@
-"""LoRA on bare parameters (`target_parameters`): the fused experts of a mixture, and the weight of a linear layer.
+"""LoRA on bare parameters (`target_parameters`): a mixture's fused experts, its router, a linear layer's weight.
 
 peft wraps a module once for each of its parameters, in the order in which they are registered; a key says how deep
 its wrapper lies and not whose it is (peft `ParamWrapper`).
@@ -18,7 +18,7 @@ from peft_serve.adapters.primitives import ExpertFactors, Experts
 from peft_serve.adapters.registry import Shape, Site, SiteLayout
 
 FIELD: Final = "target_parameters"
-BARE: Final = frozenset({SiteKind.EXPERTS, SiteKind.LINEAR})
+BARE: Final = frozenset({SiteKind.EXPERTS, SiteKind.ROUTER, SiteKind.LINEAR})
 
 
 def is_targeted(path: str, config: Config) -> bool:
@@ -59,13 +59,24 @@ def layout_of_experts(spec: SiteSpec, config: Config) -> SiteLayout:
     return SiteLayout(tensors=tensors, rank=max(ranks))
 
 
+def check_router(spec: SiteSpec, config: Config) -> None:
+    """Raise `AdapterInvalid` unless it is the router's weight that the config names; peft wraps no whole router."""
+    _check_targets(spec, config)
+    if not is_targeted(f"{spec.path}.weight", config):
+        raise contradiction(FIELD, f"does not name {spec.path}.weight, and a router has no other matrix")
+
+
 def _check(spec: SiteSpec, config: Config) -> None:
+    _check_targets(spec, config)
+    unfit = [name for name, _ in _wrappers(spec, config) if len(spec.parameters[name]) != 3]
+    if unfit:
+        raise contradiction(FIELD, f"names {spec.path}.{unfit[0]}; of experts, only stacks of matrices are served")
+
+
+def _check_targets(spec: SiteSpec, config: Config) -> None:
     targeted = [name for name, _ in _wrappers(spec, config)]
     if not targeted:
         raise contradiction(FIELD, f"names no parameter of {spec.path}, which has tensors")
-    unfit = [name for name in targeted if len(spec.parameters[name]) != 3]
-    if unfit:
-        raise contradiction(FIELD, f"names {spec.path}.{unfit[0]}; of experts, only stacks of matrices are served")
     if variant(config) is not Variant.PLAIN or config.flag("lora_bias"):
         raise contradiction(FIELD, "is not defined together with a variant of LoRA or lora_bias; use one of them")
     if config.raw("init_lora_weights") in ("pissa", "olora"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -20,12 +21,12 @@ from peft_serve.adapters.methods.fields import (
     disagreement,
     tuned_biases,
 )
-from peft_serve.adapters.primitives import Affine, Dense
+from peft_serve.adapters.methods.shared_projections import key_of
+from peft_serve.adapters.primitives import Affine
 from peft_serve.adapters.registry import SharedLayout, Site, SiteLayout, Stored, Whole, compiles
+from peft_serve.adapters.shared_primitives import SharedBases
 
-Bases = tuple[Tensor, Tensor]
-"""A [r, 1, smaller side] and B [larger side, number of bases, r]."""
-
+MAX_DRAWN: Final = 1 << 28  # numbers that a seed may stand for: a GiB, which 70 billion parameters do not ask for
 A: Final = "randlora_A"
 B: Final = "randlora_B"
 
@@ -69,16 +70,41 @@ def _layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  # no
     )
 
 
-def _bases(whole: Whole) -> Bases:
-    """The bases of the file, or drawn again. They are as large as the largest sides of all sites together."""
+@dataclass(frozen=True, slots=True)
+class Bases:
+    """What the sites share: A [r, s] and B [l, r n], whose columns count by basis and then rank."""
+
+    key: str
+    a_RS: Tensor
+    b_LC: Tensor
+
+
+def _bases(whole: Whole) -> Bases | None:
+    """The bases, cut to what the sites read: the smaller side of none may be as large as that of all together."""
+    if not whole.targets:
+        return None
+    r = whole.config.integer("r")
+    smaller = max(min(spec.out_features, spec.in_features) for spec in whole.targets)
+    a, b = _uncut(whole)
+    a_RS = a[:, 0, :smaller].contiguous()
+    b_LC = b[:, : _num_bases(smaller, r)].flatten(start_dim=1).contiguous()
+    return Bases(key_of(a_RS, b_LC), a_RS, b_LC)
+
+
+def _uncut(whole: Whole) -> tuple[Tensor, Tensor]:
+    """A [r, 1, smaller] and B [larger, bases, r], of the file or drawn again: for the largest sides of all sites."""
     sides = (max(spec.out_features for spec in whole.targets), max(spec.in_features for spec in whole.targets))
     smaller, larger = min(sides), max(sides)
     if whole.config.flag("save_projection"):
         if whole.shared[A].shape[2] != smaller or whole.shared[B].shape[0] != larger:
             raise disagreement(f"base_model.{A}", f"is not for sites whose largest sides are {smaller} and {larger}")
         return whole.shared[A], whole.shared[B]
-    generator = torch.Generator().manual_seed(whole.config.integer("projection_prng_key"))
     r = whole.config.integer("r")
+    if larger * (smaller + r) > MAX_DRAWN:
+        raise contradiction(
+            "save_projection", f"is false: too many numbers to draw for [{larger}, {smaller}]; save them"
+        )
+    generator = torch.Generator().manual_seed(whole.config.integer("projection_prng_key"))
     if whole.config.flag("very_sparse"):
         return _sparse_bases(r, smaller, larger, math.sqrt(smaller), generator)
     if whole.config.flag("sparse"):
@@ -86,7 +112,7 @@ def _bases(whole: Whole) -> Bases:
     return _uniform_bases(r, smaller, larger, generator)
 
 
-def _uniform_bases(r: int, smaller: int, larger: int, generator: torch.Generator) -> Bases:
+def _uniform_bases(r: int, smaller: int, larger: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Uniform numbers, drawn and scaled in bfloat16: peft's choice wherever that exists, which is nearly everywhere."""
 
     def draw(*shape: int) -> Tensor:
@@ -98,7 +124,9 @@ def _uniform_bases(r: int, smaller: int, larger: int, generator: torch.Generator
     return (a / a.std()).float(), (b / b.std()).float()
 
 
-def _sparse_bases(r: int, smaller: int, larger: int, sparsity: float, generator: torch.Generator) -> Bases:
+def _sparse_bases(
+    r: int, smaller: int, larger: int, sparsity: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """-1 and 1 with probability 1 / (2 sparsity) each, else 0."""
     edge = 1 / (2 * sparsity)
     drawn = (
@@ -116,13 +144,12 @@ def randlora(site: Site) -> Affine:
     arXiv:2502.00987, peft `RandLoraLayer`: s B (lambda A gamma) with s = alpha / r where the site has more outputs
     than inputs, its transpose where it has fewer. The random A and B are cut to the site. peft counts the columns
     of B by basis and then rank and the rows of A by rank and then basis, and so do we.
+
+    The sum is not multiplied out: that would be faster for one adapter on its own, but take a matrix at every site,
+    where weights and gains take a matrix over the rank and all adapters of a seed share the bases.
     """
-    a, b = site.prepared
-    weights, gains = site.tensors["randlora_lambda"], site.tensors["randlora_gamma"]
-    num_bases, smaller = gains.shape
-    larger = max(site.spec.out_features, site.spec.in_features)
-    small = (weights[:, :, None] * a[:, :, :smaller] * gains).flatten(end_dim=1)  # [r n, smaller]
-    large = b[:larger, :num_bases].flatten(start_dim=1)  # [larger, n r]
+    bases: Bases = site.prepared
     scale = site.config.number("randlora_alpha") / site.config.integer("r")
-    weight = scale * (large @ small)
-    return Affine(maps=(Dense(weight if smaller == site.spec.in_features else weight.T),))
+    weights_RQ, gains_QS = scale * site.tensors["randlora_lambda"], site.tensors["randlora_gamma"]
+    is_transposed = site.spec.out_features < site.spec.in_features
+    return Affine(maps=(SharedBases(bases.key, bases.a_RS, bases.b_LC, weights_RQ, gains_QS, is_transposed),))

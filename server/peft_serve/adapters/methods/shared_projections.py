@@ -23,8 +23,9 @@ from peft_serve.adapters.methods.fields import (
     disagreement,
     tuned_biases,
 )
-from peft_serve.adapters.primitives import Affine, Rescaled
+from peft_serve.adapters.primitives import Affine
 from peft_serve.adapters.registry import SharedLayout, Site, SiteLayout, Stored, Whole, compiles
+from peft_serve.adapters.shared_primitives import Rescaled
 
 MAX_DRAWN: Final = 1 << 26  # numbers that a seed may stand for: a quarter of a GiB
 REQUIRED: Final[Mapping[str, Rule]] = MappingProxyType(
@@ -42,10 +43,15 @@ class Projections:
 
     @classmethod
     def of(cls, a_RI: Tensor, b_OR: Tensor) -> Projections:
-        digest = hashlib.sha256(f"{tuple(a_RI.shape)} {tuple(b_OR.shape)}".encode())
-        for matrix in (a_RI, b_OR):
-            digest.update(matrix.contiguous().numpy().reshape(-1).data)
-        return cls(f"sha256:{digest.hexdigest()}", a_RI, b_OR)
+        return cls(key_of(a_RI, b_OR), a_RI, b_OR)
+
+
+def key_of(*matrices: Tensor) -> str:
+    """A key of what many adapters share: equal values have equal keys."""
+    digest = hashlib.sha256(" ".join(str(tuple(matrix.shape)) for matrix in matrices).encode())
+    for matrix in matrices:
+        digest.update(matrix.contiguous().numpy().reshape(-1).data)
+    return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""Methods whose factors are made of a few vectors that all sites share."""
+"""Methods whose factors are made of a few vectors that all sites share.
+
+The vectors are trained, so no two adapters have the same: each is compiled to low-rank terms of its own, which take
+no more than a LoRA of its rank does.
+"""
 
 from __future__ import annotations
 

@@ -19,11 +19,13 @@ from peft_serve.adapters.methods.fields import COUNT, SEED, TARGETING, contradic
 from peft_serve.adapters.methods.wavelets import LOW_PASS, synthesis
 from peft_serve.adapters.primitives import Affine, Dense, Sparse
 from peft_serve.adapters.registry import Shape, Site, SiteLayout, Stored, Whole, compiles
+from peft_serve.adapters.transform_primitives import Spectrum
 from peft_serve.adapters.verdict import quoted
 
 Places = Mapping[Shape, Tensor]
 """Flat places by the shape [o, i] of a site, as many as the site with most of them needs."""
 
+ENTRY_COST: Final = 16  # about how many entries of a matrix one that is looked up by its place is worth
 SHARED_FIELDS: Final = {
     "n_frequency": COUNT,
     "scaling": rules.number(1e6),
@@ -87,10 +89,21 @@ def _permuted(shape: Shape, seed: int) -> Tensor:
 @compiles("FOURIERFT", schema=FOURIERFT, layout=_fourier_layout, prepare=_fourier_places)
 def fourierft(site: Site) -> Affine:
     """The real part of the inverse Fourier transform of a sparse spectrum (arXiv:2405.03003, peft `FourierFTLayer`)."""
-    spectrum_N, shape = site.tensors["fourierft_spectrum"], _shape(site.spec)
-    places_N = site.prepared[shape][: len(spectrum_N)]
-    spectrum_OI = torch.zeros(shape[0] * shape[1]).index_put((places_N,), spectrum_N).view(shape)
-    return Affine(maps=(Dense(torch.fft.ifft2(spectrum_OI).real * site.config.number("scaling")),))
+    values_N = site.config.number("scaling") * site.tensors["fourierft_spectrum"]
+    shape = _shape(site.spec)
+    places_N = site.prepared[shape][: len(values_N)]
+    spectrum = Spectrum(places_N // shape[1], places_N % shape[1], values_N)
+    return Affine(maps=(spectrum if _is_sparse(len(values_N), shape) else _multiplied_out(spectrum, shape),))
+
+
+def _is_sparse(num_places: int, shape: Shape) -> bool:
+    """Whether places and values, three numbers each, take less than a matrix of the shape."""
+    return 3 * num_places < shape[0] * shape[1]
+
+
+def _multiplied_out(given: Spectrum, shape: Shape) -> Dense:
+    spectrum_OI = torch.zeros(shape).index_put((given.out_N, given.in_N), given.values_N)
+    return Dense(torch.fft.ifft2(spectrum_OI).real)
 
 
 # ---- WaveFT
@@ -137,7 +150,16 @@ def waveft(site: Site) -> Affine:
     out_N, in_N = places_N // site.spec.in_features, places_N % site.spec.in_features
     if not site.config.flag("use_idwt"):
         return Affine(maps=(Sparse(out_N, in_N, values_N),))
-    return Affine(maps=(Dense(_synthesised(site, out_N, in_N, values_N)),))
+    return Affine(maps=(_by_entries(_synthesised(site, out_N, in_N, values_N)),))
+
+
+def _by_entries(weight_OI: Tensor) -> Sparse | Dense:
+    """Short wavelets leave most of a matrix zero: its other entries where they are few, else all of it."""
+    is_other = weight_OI != 0
+    if ENTRY_COST * int(is_other.sum()) >= weight_OI.numel():
+        return Dense(weight_OI)
+    out_N, in_N = is_other.nonzero(as_tuple=True)
+    return Sparse(out_N, in_N, weight_OI[out_N, in_N])
 
 
 def _synthesised(site: Site, out_N: Tensor, in_N: Tensor, values_N: Tensor) -> Tensor:

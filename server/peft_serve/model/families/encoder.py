@@ -8,7 +8,8 @@ asks for.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -103,12 +104,36 @@ class Encoder:
             places.append(self._padding if token == self._padding else last)
         return places
 
-    def read(self, embeddings_SD: Tensor, positions_S: Tensor, segments_S: Tensor, lengths: Sequence[int]) -> Tensor:
+    def read(
+        self,
+        embeddings_SD: Tensor,
+        positions_S: Tensor,
+        segments_S: Tensor,
+        lengths: Sequence[int],
+        bare_N: Tensor | None = None,
+    ) -> Tensor:
         assert sum(lengths) == len(embeddings_SD), "rows make up the line"
         given = {"position_ids": positions_S[None], "token_type_ids": segments_S[None]}
         more = {name: ids for name, ids in given.items() if name in self._takes}
-        states: Tensor = self._body(inputs_embeds=embeddings_SD[None], **more).last_hidden_state
+        with self._kept_bare(embeddings_SD, bare_N):
+            states: Tensor = self._body(inputs_embeds=embeddings_SD[None], **more).last_hidden_state
         return states[0]
+
+    @contextmanager
+    def _kept_bare(self, embeddings_SD: Tensor, bare_N: Tensor | None) -> Iterator[None]:
+        """What the module of the embeddings gives, inside the block, is at these places what it was given."""
+        if bare_N is None:
+            yield
+            return
+
+        def put_back(_: nn.Module, __: object, embedded_1SD: Tensor) -> Tensor:
+            return embedded_1SD.index_copy(1, bare_N, embeddings_SD[None, bare_N].to(embedded_1SD.dtype))
+
+        hook = self._body.embeddings.register_forward_hook(put_back)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def hidden(self, *_: object, **__: object) -> None:
         raise AssertionError("an encoder has no decoder to run")

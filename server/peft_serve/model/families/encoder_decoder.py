@@ -82,16 +82,18 @@ class EncoderDecoder:
         biases = self._biases()
         places: dict[nn.Module, Place] = {}
         for stack, kind in ((self._encoder, Kind.SOURCE), (self._decoder, Kind.SELF)):
+            num_found = 0
             for path, module in stack.named_modules():
                 if not (hasattr(module, "q_proj") or hasattr(module, "q")):
                     continue
                 is_cross = path.rpartition(".")[2] in self.cross_names
-                layer = getattr(module, "layer_idx", None)
                 places[module] = Place(
                     kind=Kind.CROSS if is_cross else kind,
-                    layer=0 if layer is None else layer,  # an encoder keeps nothing, so it may not count
+                    # An encoder keeps nothing, so that its modules may not know which layer they are of.
+                    layer=num_found if kind is Kind.SOURCE else module.layer_idx,
                     bias=None if is_cross else biases.get(module),
                 )
+                num_found += 1
         return places
 
     def prepare(self) -> None:

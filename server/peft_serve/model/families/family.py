@@ -133,8 +133,18 @@ class ReadsRows(Protocol):
         """Where the soft prompt and the tokens of one row stand, behind a prefix of keys and values."""
         ...
 
-    def read(self, embeddings_SD: Tensor, positions_S: Tensor, segments_S: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The last hidden states [S, d] of rows side by side."""
+    def read(
+        self,
+        embeddings_SD: Tensor,
+        positions_S: Tensor,
+        segments_S: Tensor,
+        lengths: Sequence[int],
+        bare_N: Tensor | None = None,
+    ) -> Tensor:
+        """The last hidden states [S, d] of rows side by side.
+
+        The embeddings at places `bare_N` go into the first layer as they are: no position, no type and no norm.
+        """
         ...
 
 

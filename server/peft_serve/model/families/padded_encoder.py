@@ -65,8 +65,16 @@ class PaddedEncoder(Encoder):
 
         return choose
 
-    def read(self, embeddings_SD: Tensor, positions_S: Tensor, segments_S: Tensor, lengths: Sequence[int]) -> Tensor:
+    def read(
+        self,
+        embeddings_SD: Tensor,
+        positions_S: Tensor,
+        segments_S: Tensor,
+        lengths: Sequence[int],
+        bare_N: Tensor | None = None,
+    ) -> Tensor:
         """Rows of one adapter."""
+        assert bare_N is None, "no adapter that the gate lets in has such a prompt here"
         embeddings = pad_sequence(list(torch.split(embeddings_SD, list(lengths))), batch_first=True)
         places = torch.arange(embeddings.shape[1], device=embeddings.device)
         mask_RM = places[None] < torch.tensor(list(lengths), device=embeddings.device)[:, None]

@@ -1,15 +1,18 @@
-"""Linear maps beside the low-rank one, adapter by adapter: dense, Kronecker and sparse."""
+"""Linear maps beside the low-rank one, adapter by adapter: dense, Kronecker, sparse, and those by transforms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.adapters.primitives import Affine, Dense, Edit, Kronecker, LinearMap, Rescaled, Sparse
-from peft_serve.kernels import maps
+from peft_serve.adapters.primitives import Affine, Dense, Edit, Kronecker, LinearMap, Sparse
+from peft_serve.adapters.shared_primitives import SharedMap
+from peft_serve.adapters.transform_primitives import Circulant, Spectrum
+from peft_serve.kernels import maps, transforms
 from peft_serve.model.routing import Route
 from peft_serve.model.terms.term import OutOp
 
@@ -18,7 +21,7 @@ AddMap = Callable[[Tensor, Tensor], object]
 
 
 class Maps:
-    """y -> y + sum_k D_k x. Maps that many adapters share (`Rescaled`) are another term's."""
+    """y -> y + sum_k D_k x. Those with factors that many adapters share are terms of their own."""
 
     def __init__(self, spec: SiteSpec, like: Tensor) -> None:
         self._spec = spec
@@ -27,7 +30,7 @@ class Maps:
 
     def put(self, slot: int, edit: Edit) -> None:
         if isinstance(edit, Affine):
-            own = tuple(self._on_device(one) for one in edit.maps if not isinstance(one, Rescaled))
+            own = tuple(self._on_device(one) for one in edit.maps if not isinstance(one, SharedMap))
             if own:
                 self._maps[slot] = own
 
@@ -52,6 +55,10 @@ class Maps:
             return _dense(linear_map, self._like, is_lookup=is_lookup)
         if isinstance(linear_map, Kronecker):
             return _kronecker(linear_map, self._like, is_lookup=is_lookup)
+        if isinstance(linear_map, Circulant):
+            return _circulant(linear_map, self._like)
+        if isinstance(linear_map, Spectrum):
+            return self._spectrum(linear_map)
         assert isinstance(linear_map, Sparse), "the install was checked"
         return self._sparse(linear_map, is_lookup=is_lookup)
 
@@ -64,6 +71,18 @@ class Maps:
             return lambda y_TO, ids_T: maps.add_sparse_lookup_(y_TO, ids_T, columns)
         rows = maps.compressed(out_N, in_N, values_N, num_rows=self._spec.out_features)
         return lambda y_TO, x_TI: maps.add_sparse_(y_TO, x_TI, rows)
+
+    def _spectrum(self, given: Spectrum) -> AddMap:
+        out_N, in_N = given.out_N.to(self._like.device), given.in_N.to(self._like.device)
+        values_N = given.values_N.to(self._like.device, torch.float32)
+        rows = maps.compressed(out_N, in_N, values_N, num_rows=self._spec.out_features)
+        return lambda y_TO, x_TI: transforms.add_spectrum_(y_TO, x_TI, rows)
+
+
+def _circulant(given: Circulant, like: Tensor) -> AddMap:
+    spectrum_FNM = transforms.circulant_spectrum(given.kernel_MNB.to(like.device))
+    side = given.kernel_MNB.shape[2]
+    return lambda y_TO, x_TI: transforms.add_circulant_(y_TO, x_TI, spectrum_FNM, side)
 
 
 def _dense(given: Dense, like: Tensor, *, is_lookup: bool) -> AddMap:

@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.adapters.primitives import Affine, Edit, Rescaled
+from peft_serve.adapters.primitives import Affine, Edit
+from peft_serve.adapters.shared_primitives import Rescaled
 from peft_serve.kernels.maps import add_rescaled_
 from peft_serve.kernels.subsets import Subset
 from peft_serve.model.routing import Route
+from peft_serve.model.terms.shared import Factors, SharedFactors, numbered
 from peft_serve.model.terms.tables import SlotTable
 from peft_serve.model.terms.term import OutOp
-
-
-@dataclass(frozen=True, slots=True, weakref_slot=True)
-class _Factors:
-    """A and B on the device, larger than any site that reads them."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-
-
-class SharedFactors:
-    """The factors of a whole model by key: held while any site of any adapter uses them."""
-
-    def __init__(self) -> None:
-        self._held: WeakValueDictionary[str, _Factors] = WeakValueDictionary()
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def of(self, given: Rescaled, like: Tensor) -> _Factors:
-        """The factors of this key. Raises ValueError if those on the device are of another size."""
-        held = self._held.get(given.key)
-        if held is None:
-            held = self._held[given.key] = _Factors(given.a_RI.to(like), given.b_OR.to(like))
-        if held.a_RI.shape != given.a_RI.shape or held.b_OR.shape != given.b_OR.shape:
-            raise ValueError(f"two adapters name factors of different sizes '{given.key}'; compile both again")
-        return held
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
     """The adapters with one key."""
 
-    factors: _Factors
+    factors: Factors
     inner: SlotTable
     outer: SlotTable
 
@@ -68,29 +42,29 @@ class RescaledMaps:
         self._spec = spec
         self._like = like
         self._shared = shared
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[tuple[str, int], _Group] = {}
 
     def put(self, slot: int, edit: Edit) -> None:
         if isinstance(edit, Affine):
-            for one in edit.maps:
-                if isinstance(one, Rescaled):
-                    self._put(slot, one)
+            for number, one in numbered(each for each in edit.maps if isinstance(each, Rescaled)):
+                self._put(slot, number, one)
 
-    def _put(self, slot: int, given: Rescaled) -> None:
+    def _put(self, slot: int, number: int, given: Rescaled) -> None:
         factors = self._shared.of(given, self._like)
-        if given.key not in self._groups:
+        place = given.key, number
+        if place not in self._groups:
             inner, outer = (SlotTable(self._like.new_zeros(len(t))) for t in (given.inner_R, given.outer_O))
-            self._groups[given.key] = _Group(factors, inner, outer)
-        group = self._groups[given.key]
+            self._groups[place] = _Group(factors, inner, outer)
+        group = self._groups[place]
         group.inner.put(slot, given.inner_R)
         group.outer.put(slot, given.outer_O)
 
     def drop(self, slot: int) -> None:
-        for key, group in list(self._groups.items()):
+        for place, group in list(self._groups.items()):
             group.inner.drop(slot)
             group.outer.drop(slot)
             if not group.outer.slots:
-                del self._groups[key]
+                del self._groups[place]
 
     def op(self, route: Route) -> OutOp | None:
         parts: list[_Part] = []
@@ -106,8 +80,8 @@ class RescaledMaps:
         def add(y_TO: Tensor, x_T: Tensor) -> None:
             for part in parts:
                 factors, slot_N = part.group.factors, part.slot_N
-                a_RI = factors.a_RI[:, : self._spec.in_features]
-                b_OR = factors.b_OR[: self._spec.out_features]
+                a_RI = factors.a[:, : self._spec.in_features]
+                b_OR = factors.b[: self._spec.out_features]
                 inner_NR, outer_NO = (t.rows.index_select(0, slot_N) for t in (part.group.inner, part.group.outer))
                 add_rescaled_(y_TO, x_T, part.subset, a_RI, b_OR, inner_NR, outer_NO, is_lookup=is_lookup)
 
