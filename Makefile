@@ -7,7 +7,7 @@ PORT ?= 8000
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types floors lock loadtest clean
+.PHONY: help serve test check format lint types floors lock loadtest bench clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ floors: $(VENV)/.ready
 
 loadtest: $(VENV)/.ready ## a short load test of the demo server (ARGS= picks another, see loadtest/README.md)
 	$(BIN)/python -m loadtest $(if $(ARGS),$(ARGS),w4 --quick)
+
+bench: $(VENV)/.ready ## the short load test of this machine, under ten minutes on two cores, with a page about it (ARGS=)
+	$(BIN)/python -m loadtest bench $(ARGS)
 
 lock: $(VENV)/.ready ## write requirements.lock from what is installed
 	$(BIN)/pip freeze --all --exclude-editable | sed 's/+cpu$$//' | grep -viE '^(peft-serve|pip|wheel)==|^-e' > requirements.lock

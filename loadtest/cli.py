@@ -7,13 +7,16 @@ from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
-from loadtest.machine import Provenance, command_line, commit, machine, software
+from loadtest import bench, cache_replay, compare
+from loadtest.machine import Provenance, command_line, commit, machine, others_cores, software
 from loadtest.options import add_common, read_options
-from loadtest.report import Report, load_report, log_entry
+from loadtest.page import find_results, page
+from loadtest.report import Report, log_entry
 from loadtest.stage import Stage
 from loadtest.trace import Trace, TraceSpec, build_trace
-from loadtest.workloads import overhead, replay, sweep, w1, w4, w5, w11
+from loadtest.workloads import bound, ceiling, overhead, replay, sweep, w1, w4, w5, w6, w7, w8, w9, w11, w13
 
 Workload = Callable[[Stage, Namespace], Report]
 
@@ -26,9 +29,9 @@ def main(arguments: list[str]) -> int:
         if "workload" in parsed:
             _run_workload(parsed, arguments, console)
         else:
-            parsed.act(parsed, console)
+            return int(parsed.act(parsed, console) or 0)
     except (RuntimeError, ValueError, OSError) as problem:
-        console.print(f"[red]loadtest:[/red] {problem}", highlight=False)
+        console.print(f"[red]loadtest:[/red] {escape(str(problem))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("stopped")
@@ -46,7 +49,13 @@ def _run_workload(parsed: Namespace, arguments: list[str], console: Console) -> 
         software=software(),
         commit=commit(),
         command=command_line(arguments),
+        base=parsed.base,
+        others=others_cores(),
     )
+    if provenance.is_busy:
+        console.print(
+            f"[yellow]Others keep {provenance.others:g} cores busy: these figures will be no claims.[/yellow]"
+        )
     stage = Stage(read_options(parsed, folder), console)
     report = parsed.workload(stage, parsed).file(folder, provenance)
     report.show(console)
@@ -70,12 +79,27 @@ def _parser() -> ArgumentParser:
     add("w4", "closed loop: distinct, uniform, skewed, identical", lambda stage, _: w4.run(stage))
     _add_w5(add("w5", "the same trace on this server and on peft's own loops", _w5))
     _add_overhead(add("overhead", "base-only traffic on a server with adapters against one without", _overhead))
-    timed = add("terms", "W11: a decode step by kind of term, in this process", _terms)
-    timed.add_argument("--term", action="append", default=[], help="only this kind (repeatable)")
+    add("w6", "adapters never seen before, against ones that are cached", lambda stage, _: w6.run(stage))
+    add("w7", "hit rates of caches too small, by policy", lambda stage, _: w7.run(stage)).set_defaults(mixture="S2")
+    mixed = add("w8", "mixed methods against one task at a time and LoRA", lambda stage, _: w8.run(stage))
+    mixed.set_defaults(mixture="MIX")
+    add("w9", "uploads, re-uploads and deletes beside steady traffic", lambda stage, _: w9.run(stage))
+    _add_terms(add("w11", "a step by kind of term, in this process (also called terms)", _terms))
+    _add_terms(add("terms", "the same as w11", _terms))
+    equal = add("w13", "tokens equal to peft's, under eviction and re-uploads", _w13)
+    equal.set_defaults(base="tiny", mixture="MIX")
+    equal.add_argument("--tokens", type=int, help="answer tokens to compare (default 100000, quick 400)")
+    add("bound", "the base's decode step against what the machine could do", lambda stage, _: bound.run(stage))
+    _add_ceiling(add("ceiling", "what the HTTP side can carry, over an engine that computes nothing", _ceiling))
     played = add("replay", "play a saved trace", _replay)
     played.add_argument("trace", type=Path)
     played.add_argument("--closed", action="store_true", help="closed loop with --concurrency in flight")
+    _add_cache_replay(add("cache-replay", "eviction policies on a server's --cache-trace, without a server", _cache))
+    compare.add_options(add("compare", "one trace on several servers and loops", compare.run_parsed))
 
+    bench_ = commands.add_parser("bench", help="the short honest subset, and a page about it")
+    bench.add_options(bench_)
+    bench_.set_defaults(act=bench.run_parsed)
     made = commands.add_parser("trace", help="make a trace and save it, to be replayed")
     made.add_argument("path", type=Path)
     add_common(made)
@@ -90,8 +114,10 @@ def _parser() -> ArgumentParser:
     upload = commands.add_parser("upload", help="make random adapters and upload them to --url")
     add_common(upload)
     upload.set_defaults(act=_upload)
-    shown = commands.add_parser("report", help="show a result again, and its log entry")
-    shown.add_argument("folder", type=Path)
+    shown = commands.add_parser("report", help="show results again: tables and log entries, or one page")
+    results = Path("loadtest/results")
+    shown.add_argument("results", type=Path, nargs="*", default=[results], help=f"folders (default {results})")
+    shown.add_argument("--html", type=Path, help="write one page about all of them to this file")
     shown.set_defaults(act=_report)
     return parser
 
@@ -116,12 +142,44 @@ def _overhead(stage: Stage, parsed: Namespace) -> Report:
     return overhead.run(stage, a_arguments=tuple(parsed.a_arg), b_arguments=tuple(parsed.b_arg), repeats=parsed.repeats)
 
 
+def _add_terms(parser: ArgumentParser) -> None:
+    parser.add_argument("--term", action="append", default=[], help="only this kind (repeatable)")
+    parser.add_argument("--phase", action="append", default=[], choices=w11.PHASES, help="only this (repeatable)")
+
+
 def _terms(stage: Stage, parsed: Namespace) -> Report:
-    return w11.run(stage, tuple(parsed.term))
+    return w11.run(stage, tuple(parsed.term), tuple(parsed.phase))
+
+
+def _w13(stage: Stage, parsed: Namespace) -> Report:
+    return w13.run(stage, num_tokens=parsed.tokens)
 
 
 def _replay(stage: Stage, parsed: Namespace) -> Report:
     return replay.run(stage, Trace.load(parsed.trace), closed=parsed.closed)
+
+
+def _add_ceiling(parser: ArgumentParser) -> None:
+    parser.set_defaults(base="demo-llama", threads=1)
+    parser.add_argument("--real", action="store_true", help="run the base, in place of the fake engine")
+    parser.add_argument("--streams", type=int, help="streams at once (default 1000, quick 100)")
+    parser.add_argument("--steps", type=float, default=20.0, help="steps a second of the fake engine under streams")
+    parser.add_argument("--rows", type=int, default=64, help="rows of a step with --real; the other streams wait")
+
+
+def _ceiling(stage: Stage, parsed: Namespace) -> Report:
+    streams = parsed.streams or (100 if parsed.quick else 1000)
+    return ceiling.run(stage, real=parsed.real, streams=streams, steps_per_s=parsed.steps, max_rows=parsed.rows)
+
+
+def _add_cache_replay(parser: ArgumentParser) -> None:
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--bytes", default="10%,25%,50%", help="sizes: bytes, or shares of all adapters' bytes")
+    parser.add_argument("--tier", choices=cache_replay.TIERS, default="device", help="whose lookups are played")
+
+
+def _cache(_stage: Stage, parsed: Namespace) -> Report:
+    return cache_replay.run(parsed.trace, sizes=parsed.bytes, tier=parsed.tier)
 
 
 def _add_trace(parser: ArgumentParser) -> None:
@@ -170,6 +228,12 @@ def _upload(parsed: Namespace, console: Console) -> None:
 
 
 def _report(parsed: Namespace, console: Console) -> None:
-    report = load_report(parsed.folder)
-    report.show(console)
-    sys.stdout.write(log_entry(report))
+    results = find_results(parsed.results)
+    if parsed.html is not None:
+        parsed.html.parent.mkdir(parents=True, exist_ok=True)
+        parsed.html.write_text(page(results))
+        console.print(f"{len(results)} results in {parsed.html}", soft_wrap=True)
+        return
+    for result in results:
+        result.report.show(console)
+        sys.stdout.write(log_entry(result.report))

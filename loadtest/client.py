@@ -1,58 +1,35 @@
 """The client: plays a trace against a server over HTTP and notes when every token came.
 
 *Open loop* sends each request at its time whatever the server does; *closed loop* keeps a fixed number in
-flight. Two routes: ``native`` sends text to ``/generate_stream`` and reads the prompt's token count from the
-``x-prompt-tokens`` header; ``completions`` sends token ids to ``/v1/completions``, exact on any base.
+flight. What is sent and how the answer is read is a `loadtest.routes.Route`.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Self
 
 import aiohttp
 
 from loadtest.outcome import UNFINISHED, Outcome
+from loadtest.routes import Answer, Native, Route
 from loadtest.sse import EventSplitter
 from loadtest.trace import TraceRequest
 
-Route = Literal["native", "completions"]
 DONE = b"[DONE]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOptions:
-    """How to reach the server. `encode` (text to token ids) is needed by the ``completions`` route only."""
+    """How to reach the server: `url` without a path, which is the route's."""
 
     url: str
-    route: Route = "native"
+    route: Route = field(default_factory=Native)
     api_key: str | None = None
-    encode: Callable[[str], list[int]] | None = None
     timeout_s: float = 600.0
     drain_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        """Refuse the completions route without a tokenizer."""
-        if self.route == "completions" and self.encode is None:
-            raise ValueError("the completions route sends token ids: it needs the base's tokenizer (encode)")
-
-    def body(self, request: TraceRequest) -> tuple[str, dict[str, Any]]:
-        """The path and JSON body that ask for exactly `max_new_tokens` greedy tokens."""
-        if self.route == "native":
-            parameters = {"max_new_tokens": request.max_new_tokens, "ignore_eos": True}
-            return "/generate_stream", {"inputs": request.text, "parameters": parameters}
-        assert self.encode is not None
-        return "/v1/completions", {
-            "model": "base",
-            "prompt": self.encode(request.text),
-            "max_tokens": request.max_new_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
 
 
 @dataclass(slots=True)
@@ -62,25 +39,28 @@ class _Recording:
     request: TraceRequest
     due_s: float
     sent_s: float
-    token_times_s: list[float] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
     status: int = 0
-    pieces: list[bytes] = field(default_factory=list)
 
-    def end(self, end_s: float, error: str | None, text: str = "") -> Outcome:
+    def end(self, end_s: float, answer: Answer) -> Outcome:
         return Outcome(
             index=self.request.index,
             adapter=self.request.adapter,
             due_s=self.due_s,
             sent_s=self.sent_s,
             end_s=end_s,
-            token_times_s=tuple(self.token_times_s),
-            prompt_tokens=self.prompt_tokens,
+            token_times_s=answer.token_times_s,
+            prompt_tokens=answer.prompt_tokens if self.prompt_tokens is None else self.prompt_tokens,
             max_new_tokens=self.request.max_new_tokens,
             status=self.status,
-            error=error,
-            text=text,
+            error=answer.error,
+            text=answer.text,
         )
+
+    def broken_off(self, error: str) -> Answer:
+        return Answer(token_times_s=tuple(self.times_s), error=error)
 
 
 class LoadClient:
@@ -157,52 +137,30 @@ class LoadClient:
 
     async def _play(self, request: TraceRequest, start: float, due_s: float, on_done: Callable[[], None]) -> Outcome:
         recording = _Recording(request, due_s, self._clock() - start)
-        text, error = "", None
         try:
-            text, error = await self._stream(recording, start)
+            answer = await self._stream(recording, start)
         except asyncio.CancelledError:
-            error = UNFINISHED
+            answer = recording.broken_off(UNFINISHED)
         except TimeoutError:
-            error = "timeout"
+            answer = recording.broken_off("timeout")
         except (aiohttp.ClientError, OSError, ValueError) as problem:
-            error = type(problem).__name__
+            answer = recording.broken_off(type(problem).__name__)
         on_done()
-        return recording.end(self._clock() - start, error, text)
+        return recording.end(self._clock() - start, answer)
 
-    async def _stream(self, recording: _Recording, start: float) -> tuple[str, str | None]:
+    async def _stream(self, recording: _Recording, start: float) -> Answer:
         assert self._session is not None, "use the client in `async with`"
-        request = recording.request
-        path, body = self._options.body(request)
-        query = {"adapter": request.adapter} if request.adapter else {}
-        async with self._session.post(path, params=query, json=body) as response:
+        request, route = recording.request, self._options.route
+        ask = route.ask(request)
+        async with self._session.post(ask.path, params=ask.query, json=ask.body) as response:
             recording.status = response.status
             if response.status != 200:
-                return "", f"status {response.status}"
+                return Answer(error=f"status {response.status}")
             counted = response.headers.get("x-prompt-tokens")
             recording.prompt_tokens = int(counted) if counted else None
             splitter = EventSplitter()
             async for chunk in response.content.iter_any():
                 payloads = [payload for payload in splitter.feed(chunk) if payload != DONE]
-                recording.token_times_s.extend([self._clock() - start] * len(payloads))
+                recording.times_s.extend([self._clock() - start] * len(payloads))
                 recording.pieces.extend(payloads)
-        return self._conclude(recording)
-
-    def _conclude(self, recording: _Recording) -> tuple[str, str | None]:
-        """The answer's text and what was wrong with it, read from the stream's last event."""
-        wanted = recording.request.max_new_tokens
-        if not recording.pieces:
-            return "", "empty stream"
-        last = json.loads(recording.pieces[-1])
-        if "error" in last:
-            recording.token_times_s.pop()
-            return "", f"stream error: {last.get('error_type') or 'unknown'}"
-        if self._options.route == "native":
-            text = last.get("generated_text") or ""
-        else:
-            choices = [json.loads(piece)["choices"] for piece in recording.pieces]
-            texts = [choice[0]["text"] for choice in choices if choice]
-            text = "".join(texts)
-            if len(texts) == wanted + 1 and not texts[-1]:  # a closing event of its own is not a token
-                recording.token_times_s.pop()
-        num_tokens = len(recording.token_times_s)
-        return text, None if num_tokens == wanted else f"{num_tokens} tokens of {wanted}"
+        return route.read(request, recording.pieces, recording.times_s)

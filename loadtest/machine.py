@@ -3,6 +3,8 @@
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,13 +12,21 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a result comes from."""
+    """Where a result comes from. `base` is the model (as ``--base`` names it), `others` the cores that
+    others kept busy when the run began; neither is known of old results."""
 
     date: str
     machine: str
     software: str
     commit: str
     command: str
+    base: str = ""
+    others: float | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the machine did something else when the run began: more than a fifth of a core."""
+        return self.others is not None and self.others > 0.2
 
 
 def _first_line(path: Path, key: str) -> str | None:
@@ -39,6 +49,27 @@ def machine() -> str:
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)
+
+
+def others_cores(
+    *, seconds: float = 1.0, sleep: Callable[[float], None] = time.sleep, page: Path = Path("/proc/stat")
+) -> float | None:
+    """How many cores are busy while this process sleeps for `seconds`: what others take from a measurement. None
+    where the system does not say."""
+    before = _ticks(page)
+    sleep(seconds)
+    after = _ticks(page)
+    if before is None or after is None or sum(after) == sum(before):
+        return None
+    idle = sum(after[3:5]) - sum(before[3:5])  # idle, and waiting for the disk
+    return round((os.cpu_count() or 1) * (1 - idle / (sum(after) - sum(before))), 2)
+
+
+def _ticks(page: Path) -> list[int] | None:
+    if not page.exists():
+        return None
+    first = page.read_text().splitlines()[0].split()
+    return [int(ticks) for ticks in first[1:9]]  # the guests' share after these is counted in them already
 
 
 def software() -> str:

@@ -4,6 +4,7 @@
 - ``mixed``: batches in the order of arrival, adapters mixed by peft's ``adapter_names``.
 - ``sorted``: batches with ``adapter_names`` too, cut from requests sorted by adapter: few adapters in each.
 
+`plan_batches` cuts a backlog that is all there from the start; `next_batch` takes the next batch from what waits now.
 `window` is how many waiting requests the loop may look at when it groups or sorts; 0 is all of them, which is
 more than a real queue would hold and so the most that can be said for peft.
 """
@@ -49,6 +50,17 @@ def plan_batches(requests: Sequence[TraceRequest], mode: Mode, *, batch_size: in
         for group in groups
         for batch in _cut(group, batch_size)
     ]
+
+
+def next_batch(waiting: Sequence[TraceRequest], mode: Mode, *, batch_size: int, window: int = 0) -> PeftBatch:
+    """The batch to run now, of requests that have come (at least one, oldest first). The oldest is always in it:
+    batches of one adapter, or sorted by adapter, begin with the adapter that has waited longest."""
+    seen, first = waiting[: window or len(waiting)], waiting[0]
+    if mode == "single":
+        seen = [request for request in seen if request.adapter == first.adapter]
+    elif mode == "sorted":
+        seen = sorted(seen, key=lambda request: (request.adapter != first.adapter, request.adapter))
+    return PeftBatch(requests=tuple(seen[:batch_size]), by_names=mode != "single")
 
 
 def _cut(requests: Sequence[TraceRequest], size: int) -> list[Sequence[TraceRequest]]:

@@ -72,7 +72,7 @@ def log_entry(report: Report) -> str:
     lines = [
         f"## {origin.date}: {report.name}",
         "",
-        f"- machine: {origin.machine}",
+        f"- machine: {origin.machine}{_others(origin)}",
         f"- software: {origin.software}",
         f"- commit: {origin.commit}",
         f"- command: `{origin.command}`",
@@ -88,8 +88,14 @@ def log_entry(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _others(origin: Provenance) -> str:
+    return f"; others kept {origin.others:g} cores busy when it began" if origin.is_busy else ""
+
+
 def load_report(folder: Path) -> Report:
-    """Read back what `Report.file` wrote; the plot stays a picture."""
+    """Read back what `Report.file` wrote; ValueError if the folder holds no result."""
+    if not (folder / "result.json").exists():
+        raise ValueError(f"{folder} holds no result.json: name a folder that a workload filed its result in")
     fields = json.loads((folder / "result.json").read_text())
     return Report(
         name=fields["name"],
@@ -97,6 +103,7 @@ def load_report(folder: Path) -> Report:
         columns=tuple(fields["columns"]),
         rows=tuple(tuple(row) for row in fields["rows"]),
         notes=tuple(fields["notes"]),
+        plot=None if fields["plot"] is None else Plot.read(fields["plot"]),
         settings=fields["settings"],
         provenance=Provenance(**fields["provenance"]),
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import nan
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from loadtest.client import ClientOptions, LoadClient
 from loadtest.measure import Summary, mean, percentile, summarise
 from loadtest.options import Options
 from loadtest.outcome import Outcome, save_outcomes
+from loadtest.progress import bar
+from loadtest.routes import Completions, Native, Route
 from loadtest.server import RunningServer, ServerCommand, metrics_delta, running_server
 from loadtest.trace import Trace, TraceSpec, build_trace
 from loadtest.upload import upload_adapters
@@ -50,6 +51,11 @@ class Stage:
 
         return ensure_base(self.options.base, self.options.work)
 
+    def adapters_folder(self) -> Path:
+        """Where the adapters of this run's base, mixture and targets are."""
+        options = self.options
+        return options.work / f"{self.base().name}-{options.mixture.replace(':', '')}-{options.targets}"
+
     def adapter_folders(self, count: int) -> list[Path]:
         """`count` adapter folders for the base, made if they are not there."""
         if not count:
@@ -58,13 +64,11 @@ class Stage:
             return self._made[count]
         from loadtest.adapters import ATTENTION, FEED_FORWARD, make_adapters, mixture
 
-        base = self.base()
         targets = ATTENTION if self.options.targets == "attention" else ATTENTION + FEED_FORWARD
         kinds = mixture(self.options.mixture, targets=targets)
-        folder = self.options.work / f"{base.name}-{self.options.mixture.replace(':', '')}-{self.options.targets}"
         made: list[Path] = []
-        with self._bar(f"making {count} adapters", count) as tick:
-            for path in make_adapters(base, folder, kinds, count):
+        with self.counting(f"making {count} adapters", count) as tick:
+            for path in make_adapters(self.base(), self.adapters_folder(), kinds, count):
                 made.append(path)
                 tick()
         self._made[count] = made
@@ -98,7 +102,7 @@ class Stage:
 
     def _upload(self, server: RunningServer, folders: list[Path]) -> None:
         if folders:
-            with self._bar(f"uploading {len(folders)} adapters", len(folders)) as tick:
+            with self.counting(f"uploading {len(folders)} adapters", len(folders)) as tick:
                 asyncio.run(upload_adapters(server.url, folders, api_key=self.options.api_key, on_done=tick))
 
     def trace(self, **fields: Any) -> Trace:
@@ -110,10 +114,7 @@ class Stage:
         """Play a trace at its own pace."""
         drain_s = 10.0 if self.options.quick else 120.0
 
-        def play(client: LoadClient, tick: Callable[[], None]) -> Coroutine[Any, Any, list[Outcome]]:
-            return client.open_loop(trace.requests, on_done=tick)
-
-        return self._play(server, trace, label, play, drain_s)
+        return self.play(self._client(server, drain_s), trace, label, observe=server.metrics)
 
     def closed_loop(
         self,
@@ -126,39 +127,61 @@ class Stage:
     ) -> list[Outcome]:
         """Play a trace with a fixed number of requests in flight, to its end or for `duration_s`."""
         in_flight = concurrency or self.options.concurrency
+        client = self._client(server, 60.0)
+        return self.play(client, trace, label, concurrency=in_flight, duration_s=duration_s, observe=server.metrics)
 
-        def play(client: LoadClient, tick: Callable[[], None]) -> Coroutine[Any, Any, list[Outcome]]:
-            return client.closed_loop(trace.requests, concurrency=in_flight, duration_s=duration_s, on_done=tick)
+    def one_after_another(self, server: RunningServer, groups: Sequence[Trace], label: str) -> list[Outcome]:
+        """Play each group's requests at once, and the next group when the last answer of one is there. Times count
+        from the start of their own group."""
 
-        return self._play(server, trace, label, play, 60.0)
-
-    def _play(
-        self,
-        server: RunningServer,
-        trace: Trace,
-        label: str,
-        play: Callable[[LoadClient, Callable[[], None]], Coroutine[Any, Any, list[Outcome]]],
-        drain_s: float,
-    ) -> list[Outcome]:
-        options = ClientOptions(
-            url=server.url,
-            route="completions" if self.options.route == "completions" else "native",
-            api_key=self.options.api_key,
-            encode=self._encoder() if self.options.route == "completions" else None,
-            drain_s=drain_s,
-        )
-
-        async def whole() -> list[Outcome]:
-            async with LoadClient(options) as client:
-                return await play(client, tick)
+        async def whole(tick: Callable[[], None]) -> list[Outcome]:
+            played: list[Outcome] = []
+            async with LoadClient(self._client(server, 60.0)) as client:
+                for group in groups:
+                    requests = group.requests
+                    played += await client.closed_loop(requests, concurrency=len(requests), on_done=tick)
+            return played
 
         before = server.metrics()
-        with self._bar(label, len(trace.requests)) as tick:
-            outcomes = asyncio.run(whole())
-        self._keep(label, outcomes, metrics_delta(before, server.metrics()))
+        with self.counting(label, sum(len(group.requests) for group in groups)) as tick:
+            outcomes = asyncio.run(whole(tick))
+        self.keep(label, outcomes, metrics_delta(before, server.metrics()))
         return outcomes
 
-    def _keep(self, label: str, outcomes: list[Outcome], moved: dict[str, float]) -> None:
+    def _client(self, server: RunningServer, drain_s: float) -> ClientOptions:
+        exact = self.options.route == "completions"
+        route: Route = Completions(encode=self._encoder()) if exact else Native()
+        return ClientOptions(url=server.url, route=route, api_key=self.options.api_key, drain_s=drain_s)
+
+    def play(
+        self,
+        options: ClientOptions,
+        trace: Trace,
+        label: str,
+        *,
+        concurrency: int | None = None,
+        duration_s: float | None = None,
+        observe: Callable[[], dict[str, float]] = dict,
+    ) -> list[Outcome]:
+        """Play a trace with a client of one's own: at its own pace, or with `concurrency` requests in flight. The
+        outcomes are kept, and what moved in what `observe` sees (a server's metrics)."""
+
+        async def whole(tick: Callable[[], None]) -> list[Outcome]:
+            async with LoadClient(options) as client:
+                if concurrency is None:
+                    return await client.open_loop(trace.requests, on_done=tick)
+                return await client.closed_loop(
+                    trace.requests, concurrency=concurrency, duration_s=duration_s, on_done=tick
+                )
+
+        before = observe()
+        with self.counting(label, len(trace.requests), seconds=duration_s) as tick:
+            outcomes = asyncio.run(whole(tick))
+        self.keep(label, outcomes, metrics_delta(before, observe()))
+        return outcomes
+
+    def keep(self, label: str, outcomes: list[Outcome], moved: dict[str, float]) -> None:
+        """File a phase's outcomes and what moved in the metrics meanwhile."""
         self._phase += 1
         stem = self.options.folder / f"{self._phase:03d}-{''.join(c if c.isalnum() else '-' for c in label)}"
         save_outcomes(outcomes, stem.with_suffix(".jsonl"))
@@ -206,11 +229,10 @@ class Stage:
             yield
 
     @contextmanager
-    def _bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, refresh_per_second=2) as progress:
-            task = progress.add_task(label, total=total)
-            yield lambda: progress.advance(task)
+    def counting(self, label: str, total: int, *, seconds: float | None = None) -> Iterator[Callable[[], None]]:
+        """A progress bar over `total` things, or over `seconds` if the clock ends the run; yields its tick."""
+        with bar(self._console, label, count=total, seconds=seconds) as tick:
+            yield tick
 
 
 def palindrome(phases: list[T]) -> list[T]:

@@ -19,7 +19,7 @@ RUNNER = CliRunner()
 
 
 def said(*arguments: str) -> tuple[int, str]:
-    result = RUNNER.invoke(app, list(arguments))
+    result = RUNNER.invoke(app, list(arguments), env={"COLUMNS": "400"})
     return result.exit_code, " ".join(re.sub(r"\x1b\[[0-9;]*m", "", result.output).split())
 
 
@@ -33,7 +33,7 @@ def test_every_setting_is_an_option_with_its_environment_variable() -> None:
     assert code == 0
     for name in Settings.model_fields:
         if name != "model":
-            assert f"--{name.replace('_', '-')}"[:20] in text.replace(" ", "") or name in text
+            assert f"--{name.replace('_', '-')}" in text
 
 
 @pytest.mark.parametrize(

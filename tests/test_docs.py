@@ -24,7 +24,9 @@ def test_every_option_is_documented(repository: Path, name: str) -> None:
 
 def test_every_documented_option_exists(repository: Path) -> None:
     named = set(re.findall(r"`--([a-z-]+)`", _read(repository, "operations.md")))
-    assert named <= {n.replace("_", "-") for n in Settings.model_fields}
+    options = {n.replace("_", "-") for n in Settings.model_fields}
+    switches = {f"no-{n.replace('_', '-')}" for n, field in Settings.model_fields.items() if field.annotation is bool}
+    assert named <= options | switches
 
 
 def test_every_metric_is_documented(repository: Path) -> None:

@@ -1,7 +1,7 @@
 """W2 and W3: latency under load, over the rate (w2) and over bursts and skew (w3). Open loop, many adapters."""
 
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 
 from loadtest.adapters import adapter_name
 from loadtest.measure import Summary, summarise
@@ -78,13 +78,25 @@ def report(name: str, calibration: Calibration, points: list[Point], found: list
             *("TTFT <= 5 T0", "failed"),
         ),
         rows=tuple(rows),
-        notes=(f"the first point with fewer than 90 % of first tokens in time has rho {late:g}",),
-        plot=Plot(
-            title="Share of first tokens within 5 T0",
-            x_label="phase (see the table)",
-            y_label="share in time",
-            series={"share": tuple((float(at), one.share_in_time) for at, one in enumerate(found))},
-            ticks=tuple(str(at + 1) for at in range(len(points))),
+        notes=(
+            "90 % of first tokens or more are in time at every point"
+            if isnan(late)
+            else f"the first point with fewer than 90 % of first tokens in time has rho {late:g}",
         ),
+        plot=_plot(name, points, found),
         settings={"capacity_rps": calibration.capacity_rps, "T0_s": calibration.ttft_s, "t0_s": calibration.tpot_s},
+    )
+
+
+def _plot(name: str, points: list[Point], found: list[Summary]) -> Plot:
+    """Over the load in W2; in W3, whose points have nothing in common to be ordered by, bars."""
+    is_over_load = name == "w2"
+    at = [point.rho for point in points] if is_over_load else list(map(float, range(len(points))))
+    ticks = tuple(f"cv {point.cv:g}, {point.popularity}" for point in points)
+    return Plot(
+        title="Share of first tokens within 5 T0",
+        x_label="rho: requests a second over the base's capacity" if is_over_load else "bursts and skew",
+        y_label="share in time",
+        series={"share": tuple((x, one.share_in_time) for x, one in zip(at, found, strict=True))},
+        ticks=() if is_over_load else ticks,
     )

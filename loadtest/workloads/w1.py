@@ -16,12 +16,15 @@ from loadtest.stage import Calibration, Stage, palindrome
 RHOS = (0.9, 1.2)
 TARGETS = ((1, 0.97), (200, 0.93))
 """thr(n)/thr(0) at saturation: at least this, for any n up to that."""
+MANY, TARGET_MANY = 2000, 0.98
+"""From so many adapters on, throughput is held against that over five: at least this."""
 
 
 def run(stage: Stage) -> Report:
     """Play W1; ``--adapters`` is the largest n."""
     largest = stage.options.pick_adapters(whole=128, quick=8)
-    counts = [0, *(n for n in (1, 8, 32, 128, 512) if n < largest), *([largest] if largest else [])]
+    few = (1, 5, 8) if largest >= MANY else (1, 8)
+    counts = [0, *(n for n in (*few, 32, 128, 512) if n < largest), *([largest] if largest else [])]
     names = tuple(map(adapter_name, range(largest)))
     found: dict[tuple[int, float], list[Summary]] = defaultdict(list)
     with stage.server(num_adapters=largest) as server:
@@ -57,6 +60,9 @@ def report(calibration: Calibration, counts: list[int], found: dict[tuple[int, f
         for n in counts
         if 0 < n <= TARGETS[-1][0]
     ]
+    if counts[-1] >= MANY:
+        many = ratio(throughput[counts[-1], max(RHOS)], throughput[5, max(RHOS)])
+        notes.append(against(f"thr({counts[-1]})/thr(5) at rho {max(RHOS)}", many, TARGET_MANY))
     return Report(
         name="w1",
         title=(

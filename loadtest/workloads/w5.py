@@ -40,7 +40,7 @@ def run(stage: Stage, *, batch_size: int = 16, window: int = 0, num_requests: in
             speed, texts["server"] = _server(stage, trace, names)
         else:
             mode = next(mode for mode in MODES if mode == way)
-            answer = _peft(stage, mode, path, batch_size=batch_size, window=window)
+            answer = _peft(stage, mode, path, len(trace.requests), batch_size=batch_size, window=window)
             speed, texts[way] = answer.tokens_per_s, _decoded(stage.base(), answer)
         speeds[way].append(speed)
     return report(dict(speeds), texts, count, len(trace.requests))
@@ -59,7 +59,7 @@ def backlog_tokens_per_s(outcomes: list[Outcome]) -> float:
     return ratio(tokens, max(outcome.end_s for outcome in outcomes))
 
 
-def _peft(stage: Stage, mode: Mode, trace: Path, *, batch_size: int, window: int) -> PeftAnswer:
+def _peft(stage: Stage, mode: Mode, trace: Path, num_requests: int, *, batch_size: int, window: int) -> PeftAnswer:
     options = stage.options
     folders = stage.adapter_folders(options.pick_adapters(whole=16, quick=4))
     job = PeftJob(
@@ -73,8 +73,8 @@ def _peft(stage: Stage, mode: Mode, trace: Path, *, batch_size: int, window: int
         dtype=options.dtype,
         device=options.device,
     )
-    with stage.spinning(f"peft, {mode}"):
-        return run_in_subprocess(job, options.folder)
+    with stage.counting(f"peft, {mode}", num_requests) as tick:
+        return run_in_subprocess(job, options.folder, on_done=tick)
 
 
 def _decoded(base: Path, answer: PeftAnswer) -> dict[int, str]:

@@ -48,14 +48,33 @@ class Settings(BaseSettings):
     device_adapter_bytes: int = Field(default=1 * GIB, ge=0, description="device memory for resident adapters")
     max_resident_adapters: int = Field(default=64, ge=1, description="slots on the device")
     host_adapter_bytes: int = Field(default=2 * GIB, ge=0, description="host memory for compiled adapters")
+    eviction_policy: Literal["lru", "cost"] = Field(
+        default="lru", description="which idle adapter leaves first: least recently used, or cheapest to load again"
+    )
+    cache_trace: Path | None = Field(default=None, description="file that gets a line for every lookup of an adapter")
+    compiled_cache_bytes: int = Field(
+        default=4 * GIB, ge=0, description="disk for adapters as they were compiled, in the store; 0 = none are kept"
+    )
+    load_threads: int | None = Field(default=None, ge=1, description="threads that load adapters; default 1 or 2")
     max_step_adapters: int = Field(default=32, ge=1, description="distinct adapters in one step")
 
     # scheduling
     max_rows: int = Field(default=64, ge=1, description="requests that run at the same time")
     max_step_tokens: int = Field(default=1024, ge=16, description="tokens computed in one step")
+    scheduling_policy: Literal["fcfs", "affinity", "fair"] = Field(
+        default="affinity",
+        description="who is let in next: the oldest; the oldest, soon overtaken by those whose adapter runs anyway; "
+        "the adapter that was given the fewest tokens",
+    )
+    max_wait_s: float | None = Field(
+        default=None, gt=0, description="time to the first token at most; a request that would wait longer gets 429"
+    )
     max_queue: int = Field(default=1024, ge=1, description="requests that wait; beyond it 429")
     max_model_len: int | None = Field(default=None, ge=1, description="context length; default the base's own")
     block_size: int = Field(default=16, ge=1, description="positions in a KV block")
+    enable_prefix_caching: bool = Field(
+        default=True, description="prompts that begin alike under one adapter share what was computed for them"
+    )
     kv_cache_bytes: int = Field(default=1 * GIB, ge=1 * MIB, description="memory for KV blocks")
 
     # HTTP

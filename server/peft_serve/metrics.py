@@ -6,12 +6,13 @@ vLLM's names where vLLM has the figure, so that dashboards and gateways made for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-Tier = Literal["device", "host"]
+Tier = Literal["device", "host", "disk"]
 
 MAX_ADAPTER_LABELS: Final = 100  # more names than this share the label `_other`
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,6 +32,7 @@ class RequestFigures:
     finish_reason: str
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
     queue_s: float
     ttft_s: float | None
     e2e_s: float
@@ -48,9 +50,21 @@ class StateFigures:
     device_bytes: int
     host_bytes: int
     kv_usage: float
+    step_time: Mapping[str, float]  # fitted seconds of a step, and of each token, rank and KV position in it
     max_resident: int
     num_blocks: int
     block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Counts since the start, for whoever makes rates of them."""
+
+    num_requests: float  # that have ended, however they did
+    num_steps: float
+    step_s: float  # that these took together
+    prompt_tokens: float  # looked up in the prefix cache
+    cached_tokens: float  # and found
 
 
 class Metrics:
@@ -73,6 +87,8 @@ class Metrics:
         self._queue = _histogram("vllm:request_queue_time_seconds", "Arrival to first step.", r)
         self._prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens computed.", registry=r)
         self._output_tokens = Counter("vllm:generation_tokens", "Tokens generated.", registry=r)
+        self._prefix_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", registry=r)
+        self._prefix_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found computed.", registry=r)
         self._step_tokens = Histogram(
             "vllm:iteration_tokens_total", "Tokens computed in a step.", buckets=_TOKENS, registry=r
         )
@@ -87,6 +103,12 @@ class Metrics:
             registry=r,
         )
         self._step_s = _histogram("peft_serve_step_seconds", "Plan, run and commit of a step.", r)
+        self._step_time = Gauge(
+            "peft_serve_step_time_model_seconds",
+            "What a step takes, as fitted: of itself, and for each token, adapter rank and KV position.",
+            ["per"],
+            registry=r,
+        )
         self._step_rows = Histogram("peft_serve_step_rows", "Rows in a step.", buckets=_ROWS, registry=r)
         self._step_adapters = Histogram(
             "peft_serve_step_distinct_adapters",
@@ -118,9 +140,15 @@ class Metrics:
         self._adapter_bytes = Gauge("peft_serve_adapter_bytes", "Bytes of adapters.", ["tier"], registry=r)
         self._hits = Counter("peft_serve_adapter_cache_hits", "Found in the tier.", ["tier"], registry=r)
         self._misses = Counter("peft_serve_adapter_cache_misses", "Not in the tier.", ["tier"], registry=r)
+        self._loaded_bytes = Counter(
+            "peft_serve_adapter_cache_loaded_bytes", "Bytes of adapters brought into the tier.", ["tier"], registry=r
+        )
         self._evictions = Counter("peft_serve_adapter_evictions", "Taken out to make room.", ["tier"], registry=r)
         self._load_s = Histogram(
             "peft_serve_adapter_load_seconds", "Load into the tier.", ["tier"], buckets=_LATENCY_S, registry=r
+        )
+        self._compiled = Counter(
+            "peft_serve_compiled_cache", "What the cache of compiled adapters on disk did.", ["outcome"], registry=r
         )
         self._uploads = Counter("peft_serve_adapter_uploads", "Uploads by outcome.", ["outcome"], registry=r)
 
@@ -131,6 +159,8 @@ class Metrics:
         self._adapter_tokens.labels(label, "prompt").inc(figures.num_prompt_tokens)
         self._adapter_tokens.labels(label, "output").inc(figures.num_output_tokens)
         self._prompt_tokens.inc(figures.num_prompt_tokens)
+        self._prefix_queries.inc(figures.num_prompt_tokens)
+        self._prefix_hits.inc(figures.num_cached_tokens)
         self._output_tokens.inc(figures.num_output_tokens)
         self._queue.observe(figures.queue_s)
         self._e2e.observe(figures.e2e_s)
@@ -152,11 +182,18 @@ class Metrics:
     def observe_lookup(self, tier: Tier, *, hit: bool) -> None:
         (self._hits if hit else self._misses).labels(tier).inc()
 
+    def observe_loaded_bytes(self, tier: Tier, num_bytes: int) -> None:
+        self._loaded_bytes.labels(tier).inc(num_bytes)
+
     def observe_evictions(self, tier: Tier, count: int = 1) -> None:
         self._evictions.labels(tier).inc(count)
 
     def observe_load(self, tier: Tier, seconds: float) -> None:
         self._load_s.labels(tier).observe(seconds)
+
+    def observe_compiled(self, outcome: str) -> None:
+        """`hit`, `miss`, `written`, `passed_over`, `evicted`, `damaged` or `failed`."""
+        self._compiled.labels(outcome).inc()
 
     def observe_upload(self, outcome: str) -> None:
         """`created`, `unchanged`, `refused` or `failed`."""
@@ -170,6 +207,8 @@ class Metrics:
         self._running.set(state.num_running)
         self._waiting.set(state.num_waiting)
         self._kv_usage.set(state.kv_usage)
+        for part, seconds in state.step_time.items():
+            self._step_time.labels(part).set(seconds)
         self._adapter_bytes.labels("device").set(state.device_bytes)
         self._adapter_bytes.labels("host").set(state.host_bytes)
         self._cache_config.clear()
@@ -182,6 +221,16 @@ class Metrics:
         for tier, names in (("device", state.resident_adapters), ("host", state.host_adapters)):
             for name in names:
                 self._adapter_resident.labels(self._label(name), tier).set(1)
+
+    def totals(self) -> Totals:
+        """How things stand now. Walks the series of four metrics: a few times a second, not once a request."""
+        return Totals(
+            num_requests=_sum_of(self._adapter_requests, "_total"),
+            num_steps=_sum_of(self._step_s, "_count"),
+            step_s=_sum_of(self._step_s, "_sum"),
+            prompt_tokens=_sum_of(self._prefix_queries, "_total"),
+            cached_tokens=_sum_of(self._prefix_hits, "_total"),
+        )
 
     def render(self) -> bytes:
         """The page a scraper reads, as `CONTENT_TYPE`."""
@@ -198,3 +247,8 @@ class Metrics:
 
 def _histogram(name: str, documentation: str, registry: CollectorRegistry) -> Histogram:
     return Histogram(name, documentation, buckets=_LATENCY_S, registry=registry)
+
+
+def _sum_of(metric: Counter | Histogram, suffix: str) -> float:
+    """Over every label, the samples whose name ends so."""
+    return sum(s.value for family in metric.collect() for s in family.samples if s.name.endswith(suffix))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from typing import Any
 from transformers import AddedToken, AutoTokenizer
 
 from peft_serve.adapters.verdict import Verdict, quoted
-from peft_serve.adapters.vocabulary import ADDED_FILE, Vocabulary
+from peft_serve.adapters.vocabulary import Vocabulary
+from peft_serve.detokenizer import Detokenizer, decoder_of
 from peft_serve.errors import BadRequest
-
-_REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +77,7 @@ class TextCodec:
         self.own_eos_ids: frozenset[int] = frozenset()  # what ends an answer besides the base's own
         self.own_template: str | None = None  # a stranger's: it is for `rendering` to run, never for this class
         self._words: Mapping[str, str] = {}
+        self._decode_ids = decoder_of(tokenizer)
 
     @classmethod
     def load(cls, source: str | Path, *, is_encoder_decoder: bool) -> TextCodec:
@@ -168,10 +168,7 @@ class TextCodec:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if skip_special_tokens and self._own_special:  # tokenizers written in Python leave out only what has a name
             ids = [i for i in ids if i not in self._own_special]
-        text: str = self._tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
+        return self._decode_ids(list(ids), skip_special_tokens)
 
     def token_text(self, token: int) -> str:
         """How one token reads on its own, special tokens spelled out."""
@@ -230,13 +227,15 @@ class TextCodec:
 
 def _new_tokens(tokenizer: Any, vocabulary: Vocabulary, vocab_size: int) -> list[str]:
     """The added tokens that the tokenizer does not have, in the order of their ids; raises AdapterInvalid."""
-    if not vocabulary.added:
+    if not vocabulary.added and vocabulary.foundation is None:
         return []
     known: Mapping[str, int] = tokenizer.get_vocab()
+    if vocabulary.foundation is not None:
+        vocabulary.foundation.check(known)
     wanted = set(vocabulary.added.values())
     holders = {number: text for text, number in known.items() if number in wanted}
     new = sorted((text for text in vocabulary.added if text not in known), key=vocabulary.added.__getitem__)
-    verdict, place = Verdict(), {text: f"{ADDED_FILE}: {quoted(text)}" for text in vocabulary.added}
+    verdict, place = Verdict(), {text: vocabulary.place_of(text) for text in vocabulary.added}
     for text, number in vocabulary.added.items():
         if known.get(text, number) != number:
             reason = f"has the id {number}, and the base's tokenizer has it as {known[text]}"
@@ -265,7 +264,7 @@ def _extended(tokenizer: Any, vocabulary: Vocabulary, new: Sequence[str]) -> Any
     for text, number in zip(new, own.convert_tokens_to_ids(list(new)), strict=True):
         if number != vocabulary.added[text]:
             reason = f"has the id {vocabulary.added[text]}; the base's tokenizer can add it as {number} only"
-            verdict.refuse(f"{ADDED_FILE}: {quoted(text)}", f"{reason}; train with the base's own tokenizer")
+            verdict.refuse(vocabulary.place_of(text), f"{reason}; train with the base's own tokenizer")
     verdict.settle()
     return own
 
@@ -273,37 +272,6 @@ def _extended(tokenizer: Any, vocabulary: Vocabulary, new: Sequence[str]) -> Any
 def _token(text: str, vocabulary: Vocabulary) -> Any:
     flags = dict.fromkeys(vocabulary.traits.get(text, ()), True)
     return AddedToken(text, **{"normalized": False, "special": text in vocabulary.special, **flags})
-
-
-class Detokenizer:
-    """Turns ids into text as they come, never showing half a character.
-
-    Some tokenizers decode a token differently at the start of a text (a leading space is dropped), so each piece
-    is read as the difference between two decodings that share a few ids of context.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> None:
-        self._decode = decode
-        self._ids = list(context)
-        self._start = 0
-        self._read = len(self._ids)
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, perhaps none."""
-        self._ids.append(token)
-        known = self._decode(self._ids[self._start : self._read])
-        text = self._decode(self._ids[self._start :])
-        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(known) :]
-
-    def flush(self) -> str:
-        """What is left at the end, an incomplete character included."""
-        known = self._decode(self._ids[self._start : self._read])
-        text = self._decode(self._ids[self._start :])
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(known) :]
 
 
 class StopFinder:

@@ -134,7 +134,9 @@ def reading_url(encoder: World) -> Iterator[str]:
 def served(world: World) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(world.parts), log_level="error", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            create_app(world.parts), log_level="error", timeout_graceful_shutdown=1, timeout_keep_alive=75
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -39,7 +39,9 @@ async def test_a_completion_has_openais_shape(client: httpx.AsyncClient, world: 
     assert body["model"] == "plain"
     assert body["created"] == 1_763_683_200
     assert body["system_fingerprint"].startswith("fp_")
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    cached = {"cached_tokens": 0}
+    tokens = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert body["usage"] == tokens | {"prompt_tokens_details": cached}
     (choice,) = body["choices"]
     assert choice["finish_reason"] == "stop"
     assert choice["logprobs"] is None

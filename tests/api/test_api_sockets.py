@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from peft_serve.api.app import create_app
-from peft_serve.api.sse import KEEP_ALIVE, kept_alive, until_gone
+from peft_serve.api.sse import KEEP_ALIVE, EventStreamResponse, until_gone
 from peft_serve.config import Settings
 from peft_serve.core import FinishReason
 from tests.api.api_fakes import World
@@ -101,16 +101,28 @@ async def test_a_quiet_stream_is_kept_alive_and_fails_by_event(world: World) -> 
 
 
 async def test_comments_stand_only_where_nothing_came() -> None:
+    closed: list[str] = []
+
     async def events() -> Any:
         yield b"a"
         await asyncio.sleep(0.05)
         yield b"b"
         yield b"c"
 
-    got = [chunk async for chunk in kept_alive(events(), 0.02)]
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    response = EventStreamResponse(events(), on_close=lambda: closed.append("closed"), keep_alive_s=0.02)
+    await response({"type": "http"}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)  # nothing is written behind the end
+    got = [message["body"] for message in sent[1:]]
     assert got[0] == b"a"
-    assert got[-2:] == [b"b", b"c"]
-    assert set(got[1:-2]) == {KEEP_ALIVE}
+    assert got[-3:] == [b"b", b"c", b""]
+    assert set(got[1:-3]) == {KEEP_ALIVE}
+    assert [message.get("more_body") for message in sent[1:]] == [True] * (len(got) - 1) + [False]
+    assert closed == ["closed"]
 
 
 async def test_work_is_cancelled_when_the_client_leaves() -> None:

@@ -49,9 +49,12 @@ class Term:
 TERMS: Final[Mapping[str, Term]] = {
     "delta": Term("low rank", "r (i + o)", "r (i + o)"),
     "Rescaled": Term("shared low rank", "r (i + o)", "r + o"),
+    "SharedBases": Term("shared bases", "i o + s s", "s s / r, s: the smaller of i and o"),
     "Dense": Term("matrix", "i o", "i o"),
     "Kronecker": Term("Kronecker product", "see below", "its two factors"),
     "Sparse": Term("sparse matrix", "n", "3 n"),
+    "Circulant": Term("circulant blocks", "i o / k, and transforms", "i o / k"),
+    "Spectrum": Term("sparse spectrum", "n, and transforms", "3 n"),
     "in_scale": Term("input scale", "i", "i"),
     "out_scale": Term("output scale", "o", "o"),
     "in_mix": Term("block-diagonal input mix", "k i", "k i"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peft_serve.adapters.host_cache import HostCache
-from peft_serve.adapters.primitives import Adapter, KVPrefix
+from peft_serve.adapters.primitives import Adapter, Affine, KVPrefix
 from peft_serve.core import (
     BASE,
     AdapterId,
@@ -54,7 +54,7 @@ FOOTPRINT = Footprint(num_bytes=0)
 
 def compiled(adapter: AdapterId) -> Adapter:
     if adapter != PREFIXED:
-        return Adapter(id=adapter, method="LORA")
+        return Adapter(id=adapter, method="LORA", sites={"some.site": Affine(shift=torch.zeros(1))})
     kv = torch.zeros(1, 1, 6, 2)
     return Adapter(id=adapter, method="PREFIX_TUNING", prefix=KVPrefix(keys_LHPD=kv, values_LHPD=kv))
 

@@ -6,7 +6,8 @@ import asyncio
 import json
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,16 @@ class FakeServer:
     most_running: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
+    acts: list[str] = field(default_factory=list)
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/generate_stream", self.generate_stream)
         app.router.add_post("/v1/completions", self.completions)
         app.router.add_put("/adapters/{name}", self.upload)
+        app.router.add_delete("/adapters/{name}", self.act)
+        app.router.add_post("/adapters/{name}/unload", self.act)
+        app.router.add_post("/generate", self.act)
         app.router.add_get("/metrics", self.metrics)
         return app
 
@@ -83,20 +88,24 @@ class FakeServer:
         self.uploads[name] = await request.read()
         return web.json_response({"name": name}, status=422 if name.startswith("bad") else status)
 
+    async def act(self, request: web.Request) -> web.Response:
+        self.acts.append(f"{request.method} {request.path}")
+        return web.json_response({}, status=404 if "missing" in request.path else 200)
+
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=f"# a comment\nvllm:num_requests_running 0\nfake:requests_total {len(self.bodies)}\n")
 
 
-@pytest.fixture
-def fake_server() -> Iterator[FakeServer]:
-    """The fake, listening, on a thread of its own."""
-    fake, loop, ready = FakeServer(), asyncio.new_event_loop(), threading.Event()
-    runner = web.AppRunner(fake.app(), handler_cancellation=True, shutdown_timeout=0.1)
+@contextmanager
+def listening(app: web.Application) -> Iterator[str]:
+    """The app's address while it listens on a thread of its own."""
+    loop, ready, addresses = asyncio.new_event_loop(), threading.Event(), list[str]()
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
 
     async def start() -> None:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        addresses.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
         ready.set()
 
     def serve() -> None:
@@ -108,9 +117,24 @@ def fake_server() -> Iterator[FakeServer]:
     thread = threading.Thread(target=serve)
     thread.start()
     ready.wait(10)
-    yield fake
+    yield addresses[0]
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[web.Application], str]]:
+    """Puts an app of one's own on the network for the test, and answers with its address."""
+    with ExitStack() as running:
+        yield lambda app: running.enter_context(listening(app))
+
+
+@pytest.fixture
+def fake_server(serve: Callable[[web.Application], str]) -> FakeServer:
+    """The fake, listening, on a thread of its own."""
+    fake = FakeServer()
+    fake.url = serve(fake.app())
+    return fake
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from loadtest.adapters import ATTENTION, FEED_FORWARD, adapter_name, make_adapte
 from loadtest.bases import check_tokenizer, ensure_base, shapes
 from loadtest.lengths import parse_lengths
 from loadtest.peft_loops import PeftAnswer, PeftJob, main, run_in_subprocess, run_job
-from loadtest.peft_plan import Mode, plan_batches
+from loadtest.peft_plan import Mode, next_batch, plan_batches
 from loadtest.prompts import synthetic_text, words
 from loadtest.trace import BASE, Trace, TraceSpec, build_trace
 from loadtest.upload import zip_of
@@ -130,6 +130,22 @@ def test_plans_hold_every_request_once(mode: Mode, window: int) -> None:
         assert names == sorted(names)
 
 
+@pytest.mark.parametrize("mode", ["single", "mixed", "sorted"])
+def test_the_next_batch_holds_who_waited_longest(mode: Mode) -> None:
+    waiting = build_trace(replace(SPEC, popularity="slora:1")).requests
+    batch = next_batch(waiting, mode, batch_size=4, window=6)
+    assert waiting[0] in batch.requests
+    assert set(batch.requests) <= set(waiting[:6])
+    names = [request.adapter for request in batch.requests]
+    if mode == "single":
+        assert names == [waiting[0].adapter] * len(names)
+        assert not batch.by_names
+    else:
+        assert len(names) == 4
+    if mode == "sorted":
+        assert len([name for name, before in zip(names[1:], names, strict=False) if name != before]) < len(set(names))
+
+
 @pytest.fixture(scope="module")
 def lora_job(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> PeftJob:
     """A trace over three LoRAs and the base, for peft's loops on the tiny base."""
@@ -159,6 +175,27 @@ def test_batching_does_not_change_pefts_answers(mode: Mode, lora_job: PeftJob, a
     assert answer.tokens == alone.tokens
     assert answer.num_tokens == sum(map(len, answer.tokens.values()))
     assert answer.tokens_per_s > 0
+    for index, times in answer.times_s.items():
+        assert len(times) == len(answer.tokens[index])
+        assert answer.begun_s[index] < times[0]
+        assert times == sorted(times)
+        assert times[-1] <= answer.seconds
+
+
+def test_a_paced_loop_waits_for_its_requests(lora_job: PeftJob, alone: PeftAnswer) -> None:
+    trace = Trace.load(Path(lora_job.trace))
+    later = tuple(replace(request, arrival_s=1000.0 * (request.index > 2)) for request in trace.requests)
+    path = Path(lora_job.trace).with_name("later.json")
+    Trace(requests=later).save(path)
+    now = [0.0]
+    answer = run_job(
+        replace(lora_job, trace=str(path), mode="mixed", paced=True),
+        clock=lambda: now[0],
+        sleep=lambda seconds: now.__setitem__(0, now[0] + seconds),
+    )
+    assert answer.tokens == alone.tokens
+    assert {begun for index, begun in answer.begun_s.items() if index <= 2} == {0.0}
+    assert {begun for index, begun in answer.begun_s.items() if index > 2} == {1000.0}
 
 
 def test_adapters_matter_in_the_trace(lora_job: PeftJob, alone: PeftAnswer) -> None:

@@ -125,7 +125,7 @@ def test_workloads_run_and_file_their_results(
 def test_w5_sets_the_server_beside_pefts_loops(
     fake_server: Any, tiny_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(w5, "run_in_subprocess", lambda job, _: run_job(job))
+    monkeypatch.setattr(w5, "run_in_subprocess", lambda job, _, on_done: run_job(job, on_done=lambda _: on_done()))
     monkeypatch.setattr(w5, "palindrome", list)
     folder = run("w5", fake_server, tiny_work, tmp_path / "out", "--requests", "6")
     equal = {row[0]: row[3] for row in load_report(folder).rows}

@@ -91,6 +91,7 @@ def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) ->
     for i, prompt in enumerate(PROMPTS):
         expected["base", i] = oracle_tokens(plain, prompt)
     settings = {"max_rows": 48, "max_step_tokens": 128, "max_step_adapters": 24, "max_resident_adapters": 160}
+    settings["block_size"] = 4  # so that a prompt fills some
     codec = word_codec(is_encoder_decoder=base_kind in SEQ2SEQ)
     with ServedModel(tmp_path / "base", tmp_path / "store", codec=codec, **settings) as served:
         for at, (method, name) in enumerate(names.items()):
@@ -107,7 +108,11 @@ def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) ->
             served.client.post(f"/adapters/{name}/load")  # so that rows need not wait for each other's adapters
         calls = sorted(expected, key=lambda call: call[1])
         given = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in calls], frozenset(with_tasks)))
+        again = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in calls], frozenset(with_tasks)))
         metrics = served.client.get("/metrics").text
+    assert again == given, "what is found in the prefix cache is what was computed"
+    hits = next(line for line in metrics.splitlines() if line.startswith("vllm:prefix_cache_hits_total"))
+    assert (float(hits.split()[1]) > 0) == (base_kind not in SEQ2SEQ)
     answers = dict(zip(calls, given, strict=True))
     assert {call: tokens for call, tokens in answers.items() if tokens != expected[call]} == {}
     # The adapters must matter, or equality would say nothing; on two prompts some are not heard.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from peft_serve.api.codecs import Codecs
@@ -16,6 +17,7 @@ from peft_serve.api.generation import Generation
 from peft_serve.api.plan import Call, Plan, Purpose
 from peft_serve.api.reading import ReadingPlans
 from peft_serve.api.resolving import Resolver
+from peft_serve.api.waiting import until
 from peft_serve.core import BASE, AdapterId, RequestId
 from peft_serve.engine.client import EngineClient
 from peft_serve.engine.parts import ServerParts
@@ -49,8 +51,10 @@ class Admission:
         self._generating = GenerationPlans(parts, self._codecs, new_id=self._new_id, draw_bits=draw_bits, hold=hold)
         self._reading = ReadingPlans(parts, self._codecs, self._generating, new_id=self._new_id, hold=hold)
 
-    async def admit(self, call: Call) -> list[Generation]:
+    async def admit(self, call: Call, *, max_wait_s: float | None = None) -> list[Generation]:
         """The running answers of a call, `call.num_answers` to each input, in order. The caller closes each.
+
+        Each is to have its first token in `max_wait_s`, else in what the operator allows.
 
         Raises what `errors` says a request can be refused with; then nothing runs.
         """
@@ -63,7 +67,8 @@ class Admission:
             for ask in call.asks:
                 plans += await planner.make(call, ask, served[ask.adapter])
             check_members(plans, call.num_members)
-            return self._submit(plans)
+            longest_s = max_wait_s or self._parts.settings.max_wait_s
+            return self._submit([replace(plan, request=until(plan.request, longest_s)) for plan in plans])
         except BaseException:
             for plan in plans:
                 plan.release()

@@ -20,6 +20,7 @@ from peft_serve.api.openapi import json_body, openai_error_responses
 from peft_serve.api.plan import Ask, Call, Piece, Style
 from peft_serve.api.replies import CLIENT_CLOSED, whole
 from peft_serve.api.service import Service
+from peft_serve.api.waiting import max_wait_of
 from peft_serve.errors import InvalidParameter
 
 
@@ -62,7 +63,7 @@ class ChatRoutes:
             num_answers=body.n,
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        generations = await self._service.open().admit(admitted)
+        generations = await self._service.open().admit(admitted, max_wait_s=max_wait_of(request))
         if body.stream:
             return await call.stream(generations, _Chunks(has_logprobs=body.logprobs))
         answers = await whole(generations, request)

@@ -25,6 +25,7 @@ from peft_serve.api.plan import Answer, Ask, Call, Plan, Purpose
 from peft_serve.api.reading_bodies import Classified, ClassifyBody, ClassifyParameters, Question
 from peft_serve.api.replies import CLIENT_CLOSED, whole, whole_headers
 from peft_serve.api.service import Service
+from peft_serve.api.waiting import max_wait_of
 
 MANY_TOKENS: Final = 2048
 """From so many on, the logits of single tokens are turned into answers beside the event loop."""
@@ -65,7 +66,7 @@ class ClassifyRoutes:
     async def answer(self, body: dict[str, Any], request: Request) -> Response:
         """The answer to a body that has been read."""
         wish = self._read(body, request)
-        generations = await self._service.open().admit(wish.call)
+        generations = await self._service.open().admit(wish.call, max_wait_s=max_wait_of(request))
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)

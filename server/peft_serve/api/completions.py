@@ -18,6 +18,7 @@ from peft_serve.api.openapi import json_body, openai_error_responses
 from peft_serve.api.plan import Answer, Ask, Call, Piece, Style
 from peft_serve.api.replies import CLIENT_CLOSED, whole
 from peft_serve.api.service import Service
+from peft_serve.api.waiting import max_wait_of
 from peft_serve.errors import InvalidParameter
 
 DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
@@ -61,7 +62,7 @@ class CompletionRoutes:
             # Choosing the best needs the log-probabilities even if nobody asked to see them.
             num_logprobs=0 if body.logprobs is None and best_of > body.n else body.logprobs,
         )
-        generations = await self._service.open().admit(admitted)
+        generations = await self._service.open().admit(admitted, max_wait_s=max_wait_of(request))
         has_logprobs = body.logprobs is not None
         if body.stream:
             return await call.stream(generations, _Chunks(has_logprobs=has_logprobs))

@@ -169,7 +169,7 @@ class Generation:
         reason = FinishReason.STOP if found_stop else FinishReason.EOS if self._scores else finish.reason
         outcome = "ok" if found_stop or self._scores else _OUTCOMES.get(finish.reason, "ok")
         num_prompt = finish.num_prompt_tokens or self._num_prompt()
-        self._observe(outcome, _reason_label(reason), num_prompt, finish.queue_s)
+        self._observe(outcome, _reason_label(reason), num_prompt, finish.queue_s, finish.num_cached_tokens)
         if outcome == "failed":
             raise _blame(finish)
         if outcome == "cancelled":
@@ -184,6 +184,7 @@ class Generation:
             reason=reason,
             scores=self._scores,
             num_prompt_tokens=num_prompt,
+            num_cached_tokens=finish.num_cached_tokens,
             queue_s=finish.queue_s,
             ttft_s=self.ttft_s,
             total_s=self._clock() - self._start_s,
@@ -202,7 +203,7 @@ class Generation:
             self._first_s = now
         self._last_s = now
 
-    def _observe(self, outcome: str, reason: str, num_prompt: int, queue_s: float) -> None:
+    def _observe(self, outcome: str, reason: str, num_prompt: int, queue_s: float, num_cached: int = 0) -> None:
         if self._is_observed:
             return
         self._is_observed = True
@@ -214,6 +215,7 @@ class Generation:
                 finish_reason=reason,
                 num_prompt_tokens=num_prompt,
                 num_output_tokens=len(self._tokens),
+                num_cached_tokens=num_cached,
                 queue_s=queue_s,
                 ttft_s=self.ttft_s,
                 e2e_s=self._clock() - self._start_s,

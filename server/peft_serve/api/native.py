@@ -18,7 +18,7 @@ from peft_serve.api.bodies import GenerateBody, Parameters
 from peft_serve.api.ensembles import describe_members, pooled
 from peft_serve.api.generation import Generation
 from peft_serve.api.json_body import read_object, validated
-from peft_serve.api.json_response import json_response
+from peft_serve.api.json_response import compact_json, json_response, json_text
 from peft_serve.api.naming import Mention, agreed_task, named_adapters, named_members
 from peft_serve.api.openapi import error_responses, json_body
 from peft_serve.api.plan import Answer, Ask, Call, Plan, Token
@@ -26,6 +26,7 @@ from peft_serve.api.problems import Family, body_of, problem_of
 from peft_serve.api.replies import CLIENT_CLOSED, merged, stream_headers, streamed, whole, whole_headers
 from peft_serve.api.service import Service
 from peft_serve.api.sse import event
+from peft_serve.api.waiting import max_wait_of
 from peft_serve.core import FinishReason
 from peft_serve.errors import InvalidParameter, ServeError
 
@@ -125,7 +126,7 @@ class NativeRoutes:
         )
 
     async def _whole(self, wish: _Wish, request: Request, *, always_list: bool = False) -> Response:
-        generations = await self._service.open().admit(wish.call)
+        generations = await self._service.open().admit(wish.call, max_wait_s=max_wait_of(request))
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)
@@ -136,7 +137,7 @@ class NativeRoutes:
         return json_response(content if wish.is_list or always_list else content[0], headers=headers)
 
     async def _stream(self, wish: _Wish, request: Request) -> Response:
-        generations = await self._service.open().admit(wish.call)
+        generations = await self._service.open().admit(wish.call, max_wait_s=max_wait_of(request))
         return await streamed(
             _events(generations),
             generations,
@@ -206,7 +207,7 @@ def _details(plan: Plan, answer: Answer) -> dict[str, Any]:
     content |= {
         "prompt_tokens": answer.num_prompt_tokens,
         "input_length": answer.num_prompt_tokens,
-        "skipped_tokens": 0,
+        "skipped_tokens": answer.num_cached_tokens,
     }
     if answer.scores:
         content["choices"] = [{"label": s.label, "score": s.score, "logprob": s.logprob} for s in answer.scores]
@@ -234,18 +235,29 @@ async def _events(generations: Sequence[Generation]) -> AsyncIterator[bytes]:
     async for _, piece in merged(generations):
         index += 1
         token = piece.token or Token(id=0, text=piece.text, logprob=None, special=not piece.text)
-        content: dict[str, Any] = {
-            "index": index,
-            "token": _token(token),
-            "top_tokens": _top(token),
-            "generated_text": None,
-            "details": None,
-        }
-        if piece.answer is not None:
-            content["generated_text"] = _text(plan, piece.answer)
-            content["details"] = _details(plan, piece.answer)
-            content["adapter"] = plan.served.describe()
-        yield event(content, space=False)
+        if piece.answer is None:
+            yield _token_event(index, token)
+        else:
+            content = {
+                "index": index,
+                "token": _token(token),
+                "top_tokens": _top(token),
+                "generated_text": _text(plan, piece.answer),
+                "details": _details(plan, piece.answer),
+                "adapter": plan.served.describe(),
+            }
+            yield event(content, space=False)
+
+
+def _token_event(index: int, token: Token) -> bytes:
+    """The event of a token that is not the last, as `event` would write it: thousands are made a second."""
+    logprob = "null" if token.logprob is None else float.__repr__(token.logprob)
+    special = "true" if token.special else "false"
+    top = compact_json(_top(token)) if token.top else "[]"
+    return (
+        f'data:{{"index":{index},"token":{{"id":{token.id},"text":{json_text(token.text)},"logprob":{logprob},'
+        f'"special":{special},"skipped":false}},"top_tokens":{top},"generated_text":null,"details":null}}\n\n'
+    ).encode()
 
 
 def _error_event(error: ServeError) -> bytes:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from peft_serve.api import openai_words as words
 from peft_serve.api.bodies import OpenAIBody
 from peft_serve.api.generation import Generation
-from peft_serve.api.json_response import json_response
+from peft_serve.api.json_response import compact_json, json_response
 from peft_serve.api.naming import BASE_NAME, Mention, agreed_name, agreed_task, mentions_of, model_mention
 from peft_serve.api.plan import Answer, Piece
 from peft_serve.api.problems import Family, body_of, problem_of
@@ -108,19 +108,24 @@ class OpenAICall:
 
     async def _events(self, generations: Sequence[Generation], choices_of: ChoicesOf) -> AsyncIterator[bytes]:
         head = self._head | ({"usage": None} if self._has_usage else {})
+        same = f"data: {compact_json(head)[:-1]}"  # of every chunk, written once
         answers: dict[int, Answer] = {}
         async for index, piece in merged(generations):
             for choice in choices_of(index, piece):
-                yield event(head | {"choices": [choice]})
+                yield f'{same},"choices":[{compact_json(choice)}]}}\n\n'.encode()
             if piece.answer is not None:
                 answers[index] = piece.answer
         if self._has_usage:
             yield event(head | {"choices": [], "usage": self._usage(answers)})
         yield DONE
 
-    def _usage(self, answers: dict[int, Answer]) -> dict[str, int]:
-        firsts = [a.num_prompt_tokens for i, a in answers.items() if i % self._answers_per_prompt == 0]
-        return words.usage(sum(firsts), sum(len(answer.tokens) for answer in answers.values()))
+    def _usage(self, answers: dict[int, Answer]) -> dict[str, Any]:
+        firsts = [answer for i, answer in answers.items() if i % self._answers_per_prompt == 0]
+        return words.usage(
+            sum(answer.num_prompt_tokens for answer in firsts),
+            sum(len(answer.tokens) for answer in answers.values()),
+            sum(answer.num_cached_tokens for answer in firsts),
+        )
 
 
 def _error_events(error: ServeError) -> bytes:

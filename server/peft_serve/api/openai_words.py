@@ -15,11 +15,13 @@ FINISH_REASONS: Final = {
 }
 
 
-def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
+def usage(num_prompt: int, num_completion: int, num_cached: int) -> dict[str, Any]:
+    """`num_cached` prompt tokens were found in the prefix cache."""
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
 

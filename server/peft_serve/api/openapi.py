@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from peft_serve.api.bodies import ChatBody, CompletionBody, GenerateBody, Parameters, TokenizeBody
 from peft_serve.api.reading_bodies import ClassifyBody, ClassifyParameters, EmbedBody, EmbeddingsBody, EmbedParameters
+from peft_serve.api.waiting import WAIT_HEADER
 
 _MODELS: Final[tuple[type[BaseModel], ...]] = (
     GenerateBody, Parameters, CompletionBody, ChatBody, TokenizeBody, ClassifyBody, ClassifyParameters, EmbedBody,
@@ -89,7 +90,7 @@ def json_body(model: str, example: Mapping[str, Any], *, has_adapter: bool = Fal
     content = {"schema": {"$ref": _REFERENCE + model}, "example": dict(example)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": content}}}
     if has_adapter:
-        extra["parameters"] = [ADAPTER_QUERY, TASK_QUERY]
+        extra["parameters"] = [ADAPTER_QUERY, TASK_QUERY, WAIT_HEADER]
     return extra
 
 

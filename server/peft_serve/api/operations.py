@@ -92,6 +92,7 @@ class OperationRoutes:
             device_bytes=snapshot.device_bytes,
             host_bytes=snapshot.host_bytes,
             kv_usage=snapshot.kv_usage,
+            step_time=snapshot.step_time,
             max_resident=snapshot.num_slots,
             num_blocks=snapshot.num_blocks,
             block_size=snapshot.block_size,

@@ -125,6 +125,7 @@ class Answer:
     reason: FinishReason
     scores: tuple[Score, ...] = ()
     num_prompt_tokens: int
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     queue_s: float
     ttft_s: float | None
     total_s: float

@@ -121,9 +121,10 @@ async def _continued(
     """The first event and the rest; what fails now becomes the last event."""
     try:
         chunk = await first
-        while chunk is not None:
+        if chunk is not None:
             yield chunk
-            chunk = await next_or_none(events)
+            async for chunk in events:
+                yield chunk
     except ServeError as error:
         yield on_error(error)
     except Exception:

@@ -6,13 +6,14 @@ Owns the connection of one stream. What the events say is its caller's business.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from peft_serve.api.json_response import compact_json
 
 T = TypeVar("T")
 
@@ -22,8 +23,7 @@ DONE: Final = b"data: [DONE]\n\n"
 
 def event(content: Mapping[str, Any], *, space: bool = True) -> bytes:
     """One event; TGI's clients were written against `data:` without a space."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data:{' ' if space else ''}{text}\n\n".encode()
+    return f"data:{' ' if space else ''}{compact_json(content)}\n\n".encode()
 
 
 class EventStreamResponse(Response):
@@ -44,6 +44,7 @@ class EventStreamResponse(Response):
         self._events = events
         self._on_close = on_close
         self._keep_alive_s = keep_alive_s
+        self._written_s = 0.0  # when the last event was, on the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
@@ -53,29 +54,26 @@ class EventStreamResponse(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in kept_alive(self._events, self._keep_alive_s):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        clock = asyncio.get_running_loop().time
+        self._written_s = clock()
+        comments = asyncio.ensure_future(self._comment(send))
+        try:
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._written_s = clock()
+        finally:
+            await _ended(comments)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-async def kept_alive(events: AsyncIterator[bytes], keep_alive_s: float) -> AsyncIterator[bytes]:
-    """`events`, with a comment wherever none came for `keep_alive_s`."""
-    pending: asyncio.Future[bytes | None] | None = None
-    try:
+    async def _comment(self, send: Send) -> None:
+        """A comment wherever nothing was written for `keep_alive_s`, from a task of its own: to wait for each event
+        with a timeout would cost every token a task and a timer."""
+        clock = asyncio.get_running_loop().time
         while True:
-            if pending is None:
-                pending = asyncio.ensure_future(next_or_none(events))
-            done, _ = await asyncio.wait({pending}, timeout=keep_alive_s)
-            if not done:
-                yield KEEP_ALIVE
-                continue
-            chunk, pending = pending.result(), None
-            if chunk is None:
-                return
-            yield chunk
-    finally:
-        if pending is not None:
-            pending.cancel()
+            await asyncio.sleep(self._written_s + self._keep_alive_s - clock())
+            if clock() - self._written_s >= self._keep_alive_s:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                self._written_s = clock()
 
 
 async def next_or_none(events: AsyncIterator[bytes]) -> bytes | None:
@@ -99,7 +97,12 @@ async def until_gone(work: Awaitable[T], receive: Receive) -> T | None:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        for each in (task, watch):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each
+        await _ended(task)
+        await _ended(watch)
+
+
+async def _ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait for its end, whatever that is; nothing waits for one that has ended."""
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task

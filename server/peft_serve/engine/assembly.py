@@ -17,19 +17,22 @@ import torch
 
 import peft_serve
 from peft_serve.adapters.catalog import Catalog
-from peft_serve.adapters.combining import for_task, load_combined
-from peft_serve.adapters.compiler import compile_adapter
+from peft_serve.adapters.eviction import make_policy
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.folders import CheckpointFolders
-from peft_serve.adapters.gate import Inspected, inspect
+from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.heads import own_facts
 from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.limits import GateLimits
+from peft_serve.adapters.load_costs import LoadCosts
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
+from peft_serve.engine.cache_figures import CacheFigures
+from peft_serve.engine.cache_trace import CacheTrace, appender
+from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import BaseCard, ServerParts
 from peft_serve.engine.speech import with_speech_checked
@@ -42,6 +45,7 @@ from peft_serve.model.runner import StepRunner
 from peft_serve.rendering.templates import ChatTemplates
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
+from peft_serve.scheduling.order import ArrivalOrder, FairOrder
 from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
 from peft_serve.text import TextCodec
@@ -57,6 +61,7 @@ a second team of threads exists, and then each small product of a step pays a wa
 work is done."""
 
 _AFFINITY_AGE_S = 2.0
+_OVERTAKEN_S = {"fcfs": 0.0, "affinity": _AFFINITY_AGE_S, "fair": _AFFINITY_AGE_S}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,23 +92,27 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     metrics = Metrics()
     limits = gate_limits(settings, card.max_context)
     templates = ChatTemplates() if settings.allow_chat_templates else None
-
-    def check(files: CheckpointFiles) -> Inspected:
-        """The whole of validation: the gate, then a compile whose result is thrown away."""
-        torch.set_num_threads(_BESIDE)
-        inspected = inspect(files, base, limits)
-        compile_adapter(inspected, base, limits)
-        return with_speech_checked(inspected, codec, vocab_size=card.vocab_size, templates=templates)
-
+    root = settings.store or default_store(card.name)
+    compiled = open_compiled_store(settings, base, limits, root, metrics, fingerprint, _stand_aside)
+    loading = Loading(
+        base,
+        limits,
+        compiled,
+        speech=lambda found: with_speech_checked(found, codec, vocab_size=card.vocab_size, templates=templates),
+        stand_aside=_stand_aside,
+    )
     words = f"{codec.fingerprint()} {settings.allow_chat_templates}"
-    catalog = _make_catalog(settings, card, check, f"{peft_serve.__version__} {fingerprint} {words} {limits}", say)
-    engine = _make_engine(settings, base, catalog, limits, metrics, num_threads)
+    checked_for = f"{peft_serve.__version__} {fingerprint} {words} {limits}"
+    catalog = _make_catalog(settings, root, card, loading.check, checked_for, compiled.forget, say)
+    engine = _make_engine(
+        settings, base, lambda adapter: loading.load(adapter, catalog.files), metrics, num_threads, compiled.settle
+    )
     parts = ServerParts(
         settings=settings,
         base=card,
         codec=codec,
         catalog=catalog,
-        inspect=check,
+        inspect=lambda files: loading.check(files, keeps=False),
         engine=engine,
         metrics=metrics,
         clock=time.monotonic,
@@ -177,7 +186,13 @@ def _card(settings: Settings, base: ResidentBase) -> BaseCard:
 
 
 def _make_catalog(
-    settings: Settings, card: BaseCard, check: Inspect, checked_for: str, say: Callable[[str], None]
+    settings: Settings,
+    root: Path,
+    card: BaseCard,
+    check: Inspect,
+    checked_for: str,
+    on_detach: Callable[[AdapterId], None],
+    say: Callable[[str], None],
 ) -> Catalog:
     """Names are listed and no file is read, however many there are."""
     for folder in settings.adapters:
@@ -185,9 +200,8 @@ def _make_catalog(
             raise ValueError(f"--adapters {folder}: there is no such folder; check the path")
     shipped = shipped_adapters(settings.model)
     paths = [*settings.adapters, *([] if shipped is None else [shipped])]
-    root = settings.store or default_store(card.name)
     disk = DiskFileSystem()
-    store = AdapterStore(root, disk)
+    store = AdapterStore(root, disk, on_detach=on_detach)
     folders = CheckpointFolders(paths, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes)
     for problem in folders.problems:
         say(f"adapters: {problem}")
@@ -198,22 +212,29 @@ def _make_catalog(
 def _make_engine(
     settings: Settings,
     base: ResidentBase,
-    catalog: Catalog,
-    limits: GateLimits,
+    load: Callable[[AdapterId], Adapter],
     metrics: Metrics,
     num_threads: int,
+    settle: Callable[[], bool],
 ) -> Engine:
-    def load_part(adapter: AdapterId, task: int | None) -> Adapter:
-        return compile_adapter(for_task(inspect(catalog.files(adapter), base, limits), task), base, limits)
-
-    def load(adapter: AdapterId) -> Adapter:
-        torch.set_num_threads(_BESIDE)
-        return load_combined(adapter, load_part, base, limits)
+    def stop() -> None:
+        settle()
+        if trace is not None:
+            trace.stop()
 
     sizes = _kv_sizes(settings, base)
     block_size, shape = settings.block_size, base.shape
+    costs = LoadCosts()
+    trace = _start_trace(settings)
+    figures = CacheFigures(metrics, costs, trace)
+    slots = SlotLedger(
+        num_slots=settings.max_resident_adapters,
+        max_bytes=settings.device_adapter_bytes,
+        policy=make_policy(settings.eviction_policy, costs.seconds),
+        on_lookup=figures.looked_up,
+    )
     return Engine(
-        scheduler=_make_scheduler(settings, base, sizes),
+        scheduler=_make_scheduler(settings, base, sizes, slots),
         make_runner=lambda adapters: StepRunner(
             base,
             num_blocks=sizes.num_blocks,
@@ -225,7 +246,10 @@ def _make_engine(
             load,
             max_bytes=settings.host_adapter_bytes,
             clock=time.monotonic,
-            observe_load=lambda _adapter, seconds: metrics.observe_load("host", seconds),
+            num_threads=num_load_threads(settings),
+            policy=make_policy(settings.eviction_policy, costs.seconds),
+            on_lookup=figures.looked_up,
+            on_evict=figures.evicted_from_host,
         ),
         metrics=metrics,
         clock=time.monotonic,
@@ -236,10 +260,19 @@ def _make_engine(
         ),
         block_size=block_size,
         on_thread_start=lambda: _claim_threads(num_threads),
+        on_stop=stop,
     )
 
 
-def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes) -> Scheduler:
+def _start_trace(settings: Settings) -> CacheTrace | None:
+    if settings.cache_trace is None:
+        return None
+    trace = CacheTrace(appender(settings.cache_trace), now=time.time)
+    trace.start()
+    return trace
+
+
+def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes, slots: SlotLedger) -> Scheduler:
     block_size, shape = settings.block_size, base.shape
     cross_blocks = None
     if shape.is_encoder_decoder:
@@ -256,13 +289,19 @@ def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes) -> 
             is_encoder_decoder=shape.is_encoder_decoder,
             is_encoder=shape.is_encoder,
             pad_id=base.pad_id,
-            affinity_age_s=_AFFINITY_AGE_S,
+            affinity_age_s=_OVERTAKEN_S[settings.scheduling_policy],
+            prefix_caching=settings.enable_prefix_caching,
         ),
-        slots=SlotLedger(num_slots=settings.max_resident_adapters, max_bytes=settings.device_adapter_bytes),
+        slots=slots,
         blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size),
         cross_blocks=cross_blocks,
         clock=time.monotonic,
+        order=FairOrder() if settings.scheduling_policy == "fair" else ArrivalOrder(),
     )
+
+
+def _stand_aside() -> None:
+    torch.set_num_threads(_BESIDE)
 
 
 def _claim_threads(num_threads: int) -> None:

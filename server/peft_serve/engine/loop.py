@@ -31,6 +31,7 @@ from peft_serve.core import (
 from peft_serve.engine.commands import Cancel, Command, Load, Loaded, Pin, Stop, Submit, Unload
 from peft_serve.engine.host_copies import HostCopies
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
+from peft_serve.engine.tally import StepTally
 from peft_serve.errors import Internal, InvalidParameter, QueueFull, ServeError, Unavailable
 from peft_serve.metrics import Metrics
 from peft_serve.scheduling.scheduler import Scheduler
@@ -63,6 +64,7 @@ class Engine:
         footprint_of: Callable[[Adapter], Footprint],
         block_size: int,
         on_thread_start: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._host_cache = host_cache
@@ -72,6 +74,7 @@ class Engine:
         self._max_queue = max_queue
         self._block_size = block_size
         self._on_thread_start = on_thread_start
+        self._on_stop = on_stop
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._copies = HostCopies(host_cache, scheduler, footprint_of, self._on_loaded)
         self._runner = make_runner(self._copies.__getitem__)
@@ -83,6 +86,7 @@ class Engine:
         self._books = EngineSnapshot(state=EngineState.STARTING)
         self._step_began_s: float | None = None
         self._num_steps = 0
+        self._tally = StepTally()
         self._idle = threading.Event()
         self._idle.set()
 
@@ -150,6 +154,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
         self._host_cache.close()
+        self._on_stop()
 
     # ---- the engine's own thread ----
 
@@ -171,6 +176,7 @@ class Engine:
         events: list[Event] = []
         try:
             if not self._scheduler.has_work:
+                self._tally.rest()
                 self._refresh_books()
                 if self._inbox.empty():
                     with self._lock:
@@ -239,6 +245,7 @@ class Engine:
         events = self._run(step)
         self._step_began_s = None
         self._num_steps += 1
+        self._tally.note(step)
         self._copies.release_unclaimed()
         self._copies.unload_idle()
         self._refresh_books()
@@ -293,6 +300,7 @@ class Engine:
             self._deliver(events)
 
     def _observe(self, step: Step, seconds: float) -> None:
+        self._scheduler.note_time(seconds)
         slots = {row.slot for row in step.rows} - {BASE_SLOT}
         self._metrics.observe_step(
             seconds=seconds, num_rows=len(step.rows), num_tokens=step.num_tokens, num_adapters=len(slots)
@@ -306,8 +314,10 @@ class Engine:
             state=self._state,
             num_running=books.num_running,
             num_waiting=books.num_waiting,
+            num_loading=books.num_loading,
             running_adapters=books.running_adapters,
             waiting_adapters=books.waiting_adapters,
+            num_waiters=books.num_waiters,
             resident=books.resident,
             pinned=books.pinned,
             host_adapters=self._host_cache.resident(),
@@ -315,7 +325,11 @@ class Engine:
             host_bytes=host.num_bytes,
             num_slots=books.num_slots,
             kv_usage=books.kv_usage,
+            step_time=books.step_time,
             num_blocks=books.num_blocks,
             block_size=self._block_size,
             num_steps=self._num_steps,
+            last_rows=self._tally.rows,
+            num_prompt_tokens=self._tally.num_prompt_tokens,
+            num_drawn_tokens=self._tally.num_drawn_tokens,
         )

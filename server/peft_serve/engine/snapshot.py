@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from peft_serve.core import AdapterId
+from peft_serve.core import AdapterId, Row
 from peft_serve.scheduling.slots import Resident
 
 
@@ -26,8 +27,10 @@ class EngineSnapshot:
     state: EngineState
     num_running: int = 0
     num_waiting: int = 0
+    num_loading: int = 0  # of those that wait: their adapter is on the way
     running_adapters: tuple[AdapterId, ...] = ()
     waiting_adapters: tuple[AdapterId, ...] = ()
+    num_waiters: tuple[int, ...] = ()  # requests that wait for each of `waiting_adapters`
     resident: tuple[Resident, ...] = ()
     pinned: frozenset[AdapterId] = frozenset()  # on the device, or to be kept there once they are
     host_adapters: tuple[AdapterId, ...] = ()
@@ -35,7 +38,11 @@ class EngineSnapshot:
     host_bytes: int = 0
     num_slots: int = 0
     kv_usage: float = 0.0  # share of KV blocks in use, 0 to 1
+    step_time: Mapping[str, float] = field(default_factory=dict)  # fitted seconds of a step, token, rank, position
     num_blocks: int = 0
     block_size: int = 0
     num_steps: int = 0
+    last_rows: tuple[Row, ...] = ()  # of the last step; empty while there is nothing to do
+    num_prompt_tokens: int = 0  # computed since the start
+    num_drawn_tokens: int = 0  # drawn since the start
     stalled_s: float = 0.0  # how long the step in progress has been running

@@ -29,6 +29,7 @@ def with_speech_checked(
     """
     inspected = _with_rows(inspected, vocab_size)
     own = codec.speaking(inspected.vocabulary, vocab_size=vocab_size, with_template=templates is not None)
+    inspected = replace(inspected, vocabulary=replace(inspected.vocabulary, foundation=None))  # it holds
     if templates is None and codec.has_news_in_template(inspected.vocabulary):
         inspected = _warned(inspected, NOT_USED)
     if templates is not None and own.own_template is not None:

@@ -12,10 +12,11 @@ from peft_serve.adapters.filesystem import FileSystem
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.name_record import NameRecord
 from peft_serve.adapters.names import is_name
-from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles
+from peft_serve.adapters.records import CONFIG_FILE, HUB_WEIGHTS_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles
 from peft_serve.adapters.sealed import unseal
 from peft_serve.adapters.store import blob_folder, record_file
-from peft_serve.errors import UnknownAdapter
+from peft_serve.adapters.vocabulary import MAX_BYTES, vocabulary_files
+from peft_serve.errors import BadRequest, UnknownAdapter
 
 
 def find_checkpoint(
@@ -51,9 +52,15 @@ def _uploaded(name: str, store: Path, fs: FileSystem) -> CheckpointFiles | None:
 
 
 def _read(folder: Path, fs: FileSystem) -> CheckpointFiles:
-    profile = folder / PROFILE_FILE
+    """The files of a folder; of one that AdapterHub's library saved, those that are no peft file are left out."""
+    names = (CONFIG_FILE, WEIGHTS_FILE, HUB_WEIGHTS_FILE, PROFILE_FILE, *MAX_BYTES)
+    found = {name: fs.read(folder / name) for name in names if fs.stamp(folder / name) is not None}
+    weights = found.get(WEIGHTS_FILE, found.get(HUB_WEIGHTS_FILE))
+    if weights is None:
+        raise BadRequest(f"{folder} holds no {WEIGHTS_FILE}; name a folder that peft's save_pretrained wrote")
     return CheckpointFiles(
-        config=fs.read(folder / CONFIG_FILE),
-        weights=fs.read(folder / WEIGHTS_FILE),
-        profile=fs.read(profile) if fs.stamp(profile) is not None else None,
+        config=found[CONFIG_FILE],
+        weights=weights,
+        profile=found.get(PROFILE_FILE),
+        vocabulary=vocabulary_files(found),
     )

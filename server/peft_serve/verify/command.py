@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -13,15 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_serve.adapters.filesystem import DiskFileSystem
+from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.profile import parse_profile
 from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.vocabulary import Vocabulary
 from peft_serve.config import Settings
 from peft_serve.engine.assembly import build, default_store, shipped_adapters
-from peft_serve.errors import BadRequest, ServeError
+from peft_serve.engine.parts import ServerParts
+from peft_serve.errors import AdapterInvalid, BadRequest, ServeError
 from peft_serve.verify import served
 from peft_serve.verify.checkpoint import find_checkpoint
-from peft_serve.verify.oracle import Oracle, generates
-from peft_serve.verify.report import Comparison, verdict
+from peft_serve.verify.oracle import Oracle
+from peft_serve.verify.report import Compared, Comparison, ReadComparison, Rows, verdict
+from peft_serve.verify.task import Task, refuse_foreign, task_of
 
 PROMPTS: Final = (
     "The weather today is",
@@ -29,6 +34,12 @@ PROMPTS: Final = (
     "What is the capital of France?",
     "I have never seen a film that was",
 )
+
+CONTEXT: Final = "The capital of France is Paris. My order is three weeks late, and nobody at @support answers."
+"""Where the answers to questions are looked for."""
+
+NOT_VERIFIED: Final = 2
+"""The exit status when nothing was compared; 1 is for an answer that differs."""
 
 app = typer.Typer(help="Work with adapters.", no_args_is_help=True)
 
@@ -47,11 +58,15 @@ def verify(
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to compare on; may be repeated")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1024, help="tokens of each answer")] = 16,
     task_id: Annotated[int | None, typer.Option(min=0, help="which task of an adapter that holds several")] = None,
+    context: Annotated[str, typer.Option(help="the text that an adapter for questions looks for answers in")] = CONTEXT,
 ) -> None:
     """Run an adapter's prompts through peft and through the server, in float32, and print the comparison.
 
-    Prompts are --prompt, else the examples of the adapter's peft_serve.json, else four of our own; the adapter's
-    template is put around each. Exits with 1 when an answer differs.
+    Of an adapter that generates, greedy tokens are compared; of a task head its logits; else the mean of the last
+    hidden states. Prompts are --prompt, else the examples of the adapter's peft_serve.json, else four of our own; the
+    adapter's template is put around each, unless tokens are read where they stand. Exits with 0 when all answers are
+    equal, with 1 when one differs, and with 2 when nothing was compared: the adapter is not found, not served or not
+    peft's (AdapterHub's own library needs an environment of its own).
     """
     console = Console()
     shipped = shipped_adapters(model)
@@ -60,55 +75,91 @@ def verify(
         base_name = Path(model).name if Path(model).is_dir() else model
         root = store or default_store(base_name)
         files = find_checkpoint(name, store=root, folders=folders, base_name=base_name, fs=DiskFileSystem())
-        comparisons = _compare(files, model, _texts(files, prompt), max_new_tokens, task_id, Console(stderr=True))
+        refuse_foreign(files)
+        wish = _Wish(
+            files=files, model=model, prompts=tuple(prompt or ()), max_new_tokens=max_new_tokens, task_id=task_id,
+            context=context,
+        )  # fmt: skip
+        comparisons = _compare(wish, Console(stderr=True))
     except (ServeError, ValueError, OSError) as error:
         console.print(f"[red]not verified:[/red] {error}")
-        raise typer.Exit(2) from None
+        raise typer.Exit(NOT_VERIFIED) from None
     console.print(_table(comparisons))
     is_equal, sentence = verdict(comparisons)
     console.print(f"{'[green]equal[/green]' if is_equal else '[red]different[/red]'}: {sentence}")
     raise typer.Exit(0 if is_equal else 1)
 
 
-def _texts(files: CheckpointFiles, prompts: Sequence[str] | None) -> list[str]:
-    profile = None if files.profile is None else parse_profile(files.profile)
-    bare = prompts or (profile.examples if profile else ()) or PROMPTS
-    template = profile.template if profile else None
-    return [template.replace("{text}", text) if template else text for text in bare]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """What is to be compared."""
+
+    files: CheckpointFiles
+    model: str
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    task_id: int | None
+    context: str
+
+    def texts(self, task: Task) -> list[str]:
+        profile = None if self.files.profile is None else parse_profile(self.files.profile)
+        bare = self.prompts or (profile.examples if profile else ()) or PROMPTS
+        template = profile.template if profile and not task.reads_tokens else None
+        return [template.replace("{text}", text) if template else text for text in bare]
 
 
-def _compare(
-    files: CheckpointFiles, model: str, texts: list[str], max_new_tokens: int, task_id: int | None, progress: Console
-) -> list[Comparison]:
-    if not generates(files):
-        raise BadRequest("this is no peft adapter that generates text, and only those can be verified this way")
+def _compare(wish: _Wish, progress: Console) -> Sequence[Compared]:
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(model=model, dtype="float32", device="cpu", store=Path(folder))
+        settings = Settings(model=wish.model, dtype="float32", device="cpu", store=Path(folder))
         parts, engine = build(settings, lambda line: progress.print(f"  {line}", highlight=False))
+        inspected = _inspected(parts, wish.files)
+        task = task_of(wish.files, inspected.summary.head, parts.base)
         engine.start()
         try:
-            given, plain = asyncio.run(served.ask(parts, files, texts, max_new_tokens=max_new_tokens, task_id=task_id))
+            compared = _generated if task.is_text else _read
+            return compared(wish, task, parts, lambda: _oracle(wish, task, inspected.vocabulary, progress))
         finally:
             engine.stop()
-        progress.print("  asking peft")
-        oracle = Oracle(model, files)
-        eos_ids = sorted(parts.base.eos_ids)
-        expected = [
-            oracle.answer(parts.codec.encode(text), max_new_tokens=max_new_tokens, eos_ids=eos_ids, task_id=task_id)
-            for text in texts
-        ]
+
+
+def _inspected(parts: ServerParts, files: CheckpointFiles) -> Inspected:
+    try:
+        return parts.inspect(files)
+    except AdapterInvalid as error:
+        reasons = "; ".join(f"{refusal.path} {refusal.reason}" for refusal in error.errors)
+        raise BadRequest(f"the server refuses the adapter: {reasons}") from error
+
+
+def _oracle(wish: _Wish, task: Task, vocabulary: Vocabulary, progress: Console) -> Oracle:
+    progress.print("  asking peft")
+    return Oracle(wish.model, wish.files, task, vocabulary)
+
+
+def _generated(wish: _Wish, task: Task, parts: ServerParts, oracle: Callable[[], Oracle]) -> Sequence[Compared]:
+    texts = wish.texts(task)
+    ask = served.ask(parts, wish.files, texts, max_new_tokens=wish.max_new_tokens, task_id=wish.task_id)
+    given, plain = asyncio.run(ask)
+    asked, eos_ids = oracle(), sorted(parts.base.eos_ids)
+    expected = [
+        asked.answer(text, max_new_tokens=wish.max_new_tokens, eos_ids=eos_ids, task_id=wish.task_id) for text in texts
+    ]
     each = zip(texts, expected, given, plain, strict=True)
     return [Comparison(text=t, expected=e, served=s, base=b) for t, e, s, b in each]
 
 
-def _table(comparisons: list[Comparison]) -> Table:
-    table = Table("prompt", "tokens", "equal to peft", "log-probability gap", "differs from base")
+def _read(wish: _Wish, task: Task, parts: ServerParts, oracle: Callable[[], Oracle]) -> Sequence[Compared]:
+    texts = [(text, wish.context if task.is_question else None) for text in wish.texts(task)]
+    given, plain = asyncio.run(served.read(parts, wish.files, texts, task, task_id=wish.task_id))
+    asked = oracle()
+    expected = [asked.read(text, pair, task_id=wish.task_id) for text, pair in texts]
+    of_base: Sequence[Rows | None] = plain or [None] * len(texts)
+    each = zip(texts, expected, given, of_base, strict=True)
+    return [ReadComparison(text=t, expected=e, served=s, base=b) for (t, _), e, s, b in each]
+
+
+def _table(comparisons: Sequence[Compared]) -> Table:
+    table = Table("prompt", "compared", "equal to peft", "largest gap", "differs from base")
     for one in comparisons:
-        table.add_row(
-            one.text[-60:],
-            str(len(one.served.tokens)),
-            "yes" if one.is_equal else f"no: {list(one.expected.tokens)} / {list(one.served.tokens)}",
-            f"{one.logprob_gap:.1e}",
-            "yes" if one.moves else "no",
-        )
+        moves = {True: "yes", False: "no", None: "-"}[one.moves]
+        table.add_row(one.text[-60:], one.told, "yes" if one.is_equal else "no", f"{one.gap:.1e}", moves)
     return table

@@ -1,0 +1,120 @@
+"""Steps in this process, without HTTP: the resident base, a `StepRunner` and rows of any length. What is timed is
+the executor alone."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from loadtest.work import Load
+from peft_serve.adapters.primitives import Adapter
+from peft_serve.core import BASE_SLOT, AdapterId, Draw, Install, RequestId, Row, SamplingParams, Step
+from peft_serve.model.base import ResidentBase
+from peft_serve.model.packing import can_pack
+from peft_serve.model.runner import StepRunner
+
+_BLOCK_SIZE = 16
+
+
+class StepBench:
+    """A base, and room for `num_positions` of context, rounded up to blocks for each row."""
+
+    def __init__(
+        self,
+        base: ResidentBase,
+        *,
+        num_positions: int,
+        max_rows: int = 64,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.base = base
+        self._clock = clock
+        self._adapters: dict[AdapterId, Adapter] = {}
+        self._num_blocks = num_positions // _BLOCK_SIZE + max_rows
+        self._runner = StepRunner(
+            base,
+            num_blocks=self._num_blocks + 1,
+            num_cross_blocks=0,
+            block_size=_BLOCK_SIZE,
+            adapters=self._adapters.__getitem__,
+        )
+
+    @contextmanager
+    def holding(self, adapters: Mapping[int, Adapter]) -> Iterator[None]:
+        """Adapters by slot, installed inside the block."""
+        self._adapters.update({adapter.id: adapter for adapter in adapters.values()})
+        installs = tuple(Install(slot=slot, adapter=adapter.id) for slot, adapter in adapters.items())
+        done = self._runner.run(Step(id=1, rows=(), installs=installs))
+        if done.failed_installs:
+            raise RuntimeError(f"an adapter could not be installed: {done.failed_installs[0][1]}")
+        try:
+            yield
+        finally:
+            self._runner.run(Step(id=2, rows=(), removes=tuple(adapters)))
+            self._adapters.clear()
+
+    def step_s(self, load: Load, *, repeats: int) -> float:
+        """Seconds of a step of the base alone: the median of so many."""
+        self._fill(load)
+        rows = self._rows(load, [BASE_SLOT] * load.num_rows)
+        skipped = _warm_ups(repeats)
+        return median([self._once_s(rows) for _ in range(repeats + skipped)][skipped:])
+
+    def beside_base_s(self, load: Load, slots: list[int], *, repeats: int) -> tuple[float, float]:
+        """Seconds of a step whose rows use these slots, and of one without adapters: medians of so many, taken in
+        turns, so that a machine that slows down slows both."""
+        self._fill(load)
+        own, base = (self._rows(load, each) for each in (sorted(slots), [BASE_SLOT] * load.num_rows))
+        skipped = _warm_ups(repeats)
+        times = [(self._once_s(own), self._once_s(base)) for _ in range(repeats + skipped)][skipped:]
+        return median(pair[0] for pair in times), median(pair[1] for pair in times)
+
+    def _fill(self, load: Load) -> None:
+        """Compute the context of every row."""
+        if load.context:
+            before = Load(num_rows=load.num_rows, num_tokens=load.context)
+            self._runner.run(Step(id=0, rows=self._rows(before, [BASE_SLOT] * load.num_rows, behind=load.num_tokens)))
+
+    def _once_s(self, rows: tuple[Row, ...]) -> float:
+        began_s = self._clock()
+        self._runner.run(Step(id=3, rows=rows))  # what is drawn is read back: the device is done
+        return self._clock() - began_s
+
+    def _rows(self, load: Load, slots: list[int], *, behind: int = 0) -> tuple[Row, ...]:
+        """`behind` positions are kept free after each row's tokens."""
+        each = -(-(load.context + load.num_tokens + behind) // _BLOCK_SIZE)
+        assert each * load.num_rows <= self._num_blocks, f"{load} needs more positions than the bench has"
+        return tuple(
+            self._row(number, slot, load, tuple(range(1 + number * each, 1 + (number + 1) * each)))
+            for number, slot in enumerate(slots)
+        )
+
+    def _row(self, number: int, slot: int, load: Load, blocks: tuple[int, ...]) -> Row:
+        places = range(load.context, load.context + load.num_tokens)
+        return Row(
+            request=RequestId(str(number)),
+            slot=slot,
+            tokens=tuple(5 + (7 * number + place) % 50 for place in places),
+            start=load.context,
+            blocks=blocks,
+            draw=Draw(params=SamplingParams(), seed=0, index=0),
+        )
+
+
+def _warm_ups(repeats: int) -> int:
+    """Runs that gather ops and fill caches, and are not counted."""
+    return 2 if repeats > 2 else 1
+
+
+def load_base(folder: Path, *, dtype: torch.dtype, device: str, num_threads: int) -> ResidentBase:
+    """The base of a folder, packed as the server would have it."""
+    torch.set_num_threads(num_threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    base = ResidentBase(model, name=folder.name)
+    if can_pack(base.device, base.dtype):
+        base.adapted.pack()
+    return base
