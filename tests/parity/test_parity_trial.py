@@ -188,6 +188,7 @@ def test_what_adapterhub_saved_is_tried_and_counted(family: str, tmp_path: Path)
             answer = upload(server.client, form.replace("_", "-"), files, weights_file=HUB_WEIGHTS_FILE)
             assert told(answer) == [], form
             content = answer.json()
-            assert content["num_sites"] > 0 or "prefix" in form, form  # a prefix takes no site, and no position
+            # what stands in front takes no site, and in that library no position
+            assert content["num_sites"] > 0 or "prefix" in form or "prompt" in form, form
             stored = [files.weights, *([] if files.head_weights is None else [files.head_weights])]
             assert content["num_tensors"] == sum(len(load(each)) for each in stored), form
