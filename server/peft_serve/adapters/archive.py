@@ -91,8 +91,9 @@ def read_upload(
     raise MalformedUpload(_not_an_archive(head, size))
 
 
-def files_from_parts(parts: Mapping[str, bytes], *, limits: UploadLimits | None = None) -> CheckpointFiles:
-    """The checkpoint in the parts of a form, by file name; raises MalformedUpload and PayloadTooLarge."""
+def files_from_parts(parts: Mapping[str, bytes | None], *, limits: UploadLimits | None = None) -> CheckpointFiles:
+    """The checkpoint in files by their names, None for one that was not read; raises MalformedUpload and
+    PayloadTooLarge."""
     return _gather(((name, content) for name, content in parts.items()), limits or UploadLimits())
 
 

@@ -170,12 +170,13 @@ class Catalog:
         create_only: bool = False,
         dry_run: bool = False,
         prove: Prove | None = None,
+        source: str = "",
     ) -> Published:
         """Make `files` what `name` stands for: once, whole, and durably before this returns, or not at all.
 
         `if_match` is the value of an If-Match header; `prove` tries new files out, once they are kept and before
-        the name stands for them. Raises InvalidParameter (the name), what the gate and `prove` raise,
-        PreconditionFailed, StoreFull and Unavailable.
+        the name stands for them; `source` is recorded with a new version. Raises InvalidParameter (the name), what
+        the gate and `prove` raise, PreconditionFailed, StoreFull and Unavailable.
         """
         check_name(name, base_name=self._base_name)
         found = self._inspect(files)
@@ -194,7 +195,8 @@ class Catalog:
                 record = self._names.record(name)
                 outcome = self._outcome(name, record, found.id, found.summary, created_at)
                 if outcome.created:
-                    self._names.write(record.published(found.id, created_at))
+                    self._names.write(record.published(found.id, created_at, source))
+                    outcome = replace(outcome, version=replace(outcome.version, source=source))
                 self._holds.keep(found.id)
                 self._findings.learn(found.id, manifest)
             return replace(outcome, proof=proof)
@@ -271,6 +273,7 @@ class Catalog:
             number=number,
             id=adapter,
             created=created_at if current is None or created else current.created,
+            source="" if current is None or created else current.source,
             summary=summary,
         )
         return Published(version=version, created=created, previous=previous)

@@ -93,6 +93,28 @@ def inspect(
     )
 
 
+def glance(
+    files: CheckpointFiles, limits: GateLimits, *, methods: Mapping[str, Method] = METHODS
+) -> tuple[str, str | None]:
+    """As much of `inspect` as needs no base; gives the peft type and the base that the config names.
+
+    Raises as `inspect` does. What passes may still not fit a base. The type of AdapterHub's own is "ADAPTERHUB".
+    """
+    verdict = Verdict()
+    peft_type, trained_on = "ADAPTERHUB", None
+    if not is_adapterhub(files.config, limits):
+        method, config = _read_config(files.config, methods, limits, verdict)
+        peft_type, trained_on = method.peft_type, config.text("base_model_name_or_path") or None
+        rank = config.raw("r")
+        if peft_type == "LORA" and isinstance(rank, int) and rank > limits.max_rank:
+            verdict.refuse(f"{CONFIG_FILE}: r", f"is {rank}; a server takes at most --max-rank {limits.max_rank}")
+    _read_profile(files.profile, limits, verdict)
+    parse_vocabulary(files.vocabulary, verdict)
+    _check_values(parse_tensors(files.weights, limits, verdict), limits, verdict)
+    verdict.settle()
+    return peft_type, trained_on
+
+
 def _inspect_hub(files: CheckpointFiles, base: Base, limits: GateLimits, verdict: Verdict) -> Inspected:
     """The same for a checkpoint that AdapterHub's library saved."""
     hub = read_checkpoint(files, base, limits, verdict)

@@ -73,6 +73,7 @@ class Listing:
             number=numbered.number,
             id=numbered.id,
             created=numbered.created,
+            source=numbered.source,
             summary=self._findings.summary(numbered.id) if is_there else None,
             state=VersionState.ACTIVE if is_there else VersionState.QUARANTINED,
         )

@@ -22,6 +22,7 @@ class Numbered:
     number: int
     id: AdapterId
     created: str  # RFC 3339, UTC
+    source: str = ""  # where the server fetched it; empty: it was uploaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +34,9 @@ class NameRecord:
     current: int | None = None
     versions: tuple[Numbered, ...] = ()
 
-    def published(self, adapter: AdapterId, created: str) -> NameRecord:
+    def published(self, adapter: AdapterId, created: str, source: str = "") -> NameRecord:
         """The record with one more version, which is current."""
-        version = Numbered(number=self.next_number, id=adapter, created=created)
+        version = Numbered(number=self.next_number, id=adapter, created=created, source=source)
         return replace(
             self,
             next_number=self.next_number + 1,
@@ -69,7 +70,10 @@ class NameRecord:
         return frozenset(v.id for v in self.versions)
 
     def to_json(self) -> dict[str, Any]:
-        versions = [{"number": v.number, "id": v.id, "created": v.created} for v in self.versions]
+        versions = [
+            {"number": v.number, "id": v.id, "created": v.created} | ({"source": v.source} if v.source else {})
+            for v in self.versions
+        ]
         return {"name": self.name, "next": self.next_number, "current": self.current, "versions": versions}
 
     @classmethod
@@ -77,7 +81,10 @@ class NameRecord:
         """The record that `to_json` gave; raises SealError when the body is not a consistent one."""
         try:
             versions = tuple(
-                Numbered(number=v["number"], id=AdapterId(v["id"]), created=v["created"]) for v in body["versions"]
+                Numbered(
+                    number=v["number"], id=AdapterId(v["id"]), created=v["created"], source=v.get("source", "")
+                )
+                for v in body["versions"]
             )
             record = cls(name=body["name"], next_number=body["next"], current=body["current"], versions=versions)
             numbers = [v.number for v in versions]

@@ -111,6 +111,7 @@ class Version:
     id: AdapterId
     created: str  # RFC 3339, UTC
     summary: Summary | None  # None until a checkpoint of a read-only folder is first used
+    source: str = ""  # where the server fetched it; empty: it was uploaded, or lies in a read-only folder
     state: VersionState = VersionState.ACTIVE
 
 
