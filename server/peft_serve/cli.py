@@ -6,18 +6,15 @@ and what loads a base is imported when it is run.
 
 from __future__ import annotations
 
-import inspect
-import os
 import sys
 from pathlib import Path
-from typing import Any, Final, Optional
+from typing import Any
 
 import typer
 
 import peft_serve
 from peft_serve.commands import adapters, bench, config, doctor, generate, top
-from peft_serve.commands.configuration import CONFIG_VARIABLE, ConfigurationInvalid, configured
-from peft_serve.commands.exits import CommandFailed, Exit
+from peft_serve.commands.config import CONFIG_OPTION, settings_of
 from peft_serve.commands.options import with_settings
 from peft_serve.commands.speech import Speech
 
@@ -54,21 +51,11 @@ def _serve(config: Path | None, **flags: Any) -> None:
     """Start the server on a base: demo-llama, demo-t5, a model folder, or a Hugging Face hub id."""
     speech = Speech()
     with speech.ending():
-        try:
-            settings = configured(flags, os.environ, config).settings
-        except ConfigurationInvalid as refusal:
-            raise CommandFailed(Exit.USAGE, "\n".join(refusal.lines), code="settings") from None
+        settings = settings_of(flags, config).settings
         from peft_serve.commands.serving import serve
 
         serve(settings, speech.err)
 
-
-CONFIG_OPTION: Final = inspect.Parameter(
-    "config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=typer.Option(None, "--config", help=f"YAML file with settings [env: {CONFIG_VARIABLE}]"),
-    annotation=Optional[Path],  # noqa: UP045  # read at run time
-)
 
 app.command("serve")(with_settings(_serve, extra=(CONFIG_OPTION,)))
 app.add_typer(adapters.app, name="adapters")

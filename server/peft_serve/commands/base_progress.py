@@ -7,7 +7,7 @@ client's own bars, a file each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,24 +30,29 @@ class BaseProgress:
         self._earlier: Any = None
 
     def __enter__(self) -> Self:
-        self._bars.start()
-        self._earlier = transformers_logging.set_tqdm_hook(self._make)
+        self._earlier = self._hook(self._make)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        transformers_logging.set_tqdm_hook(self._earlier)
+        self._hook(self._earlier)
         self._bars.stop()
 
+    def _hook(self, make: Any) -> Any:
+        """Give transformers the maker of its bars, and get the earlier one; without the hook it keeps its own."""
+        set_hook: Callable[[Any], Any] | None = getattr(transformers_logging, "set_tqdm_hook", None)
+        return None if set_hook is None else set_hook(make)
+
     def say(self, line: str) -> None:
-        self._console.print(f"  {line}", highlight=False)
+        self._console.print(f"  {line}", highlight=False, markup=False)
 
     def _make(self, _factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bar:
         given = args[0] if args else kwargs.get("iterable")
         total = kwargs.get("total")
-        if total is None and hasattr(given, "__len__"):
+        if total is None and isinstance(given, Sized):
             total = len(given)
+        self._bars.start()  # and not before: while it is on, the hub's own bars would not be drawn
         return _Bar(self._bars, given, total, str(kwargs.get("desc") or "loading"))
 
 
@@ -88,3 +93,4 @@ class _Bar:
     def close(self) -> None:
         self._bars.advance(self._task, self._waiting)
         self._waiting = 0
+        self._bars.stop()

@@ -85,7 +85,9 @@ def configured(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path 
     except ValidationError as error:
         raise ConfigurationInvalid([_told(problem, places) for problem in error.errors()]) from None
     except SettingsError as error:
-        raise ConfigurationInvalid([f"environment: {error}; a list is written as JSON, such as '[\"folder\"]'"]) from None
+        raise ConfigurationInvalid(
+            [f"environment: {error}; a list is written as JSON, such as '[\"folder\"]'"]
+        ) from None
     origins = (
         Origin(name=name, value=getattr(settings, name), source=source, place=place)
         for name in Settings.model_fields
@@ -103,7 +105,7 @@ def read_file(path: Path) -> dict[str, Any]:
     if len(content) > _MAX_FILE_BYTES:
         raise ConfigurationInvalid([f"{path}: has more than {_MAX_FILE_BYTES} bytes; a configuration is short"])
     try:
-        parsed = yaml.load(content, Loader=_Strict)  # noqa: S506  # a SafeLoader
+        parsed = yaml.load(content, Loader=_Strict)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationInvalid([f"{path}: is not YAML: {' '.join(str(error).split())}"]) from None
     if parsed is None:
@@ -183,4 +185,6 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Strict.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Strict.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)

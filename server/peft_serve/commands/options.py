@@ -66,7 +66,9 @@ def with_settings(run: Callable[..., None], *, extra: tuple[inspect.Parameter, .
     model = inspect.Parameter(
         "model",
         inspect.Parameter.KEYWORD_ONLY,
-        default=typer.Argument(None, help="demo-llama (the default), demo-t5, a folder, or a hub id", show_default=False),
+        default=typer.Argument(
+            None, help="demo-llama (the default), demo-t5, a folder, or a hub id", show_default=False
+        ),
         annotation=Optional[str],  # noqa: UP045  # as above
     )
     options = [_as_option(name, field) for name, field in Settings.model_fields.items() if name != "model"]

@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
-from typing import Any
 
 import typer
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 
 from peft_serve.api.app import create_app
+from peft_serve.api.exchanges import Tracer
 from peft_serve.commands.base_progress import BaseProgress
+from peft_serve.commands.exits import Exit
+from peft_serve.commands.listener import Listener
 from peft_serve.config import Settings
 from peft_serve.engine.assembly import build, shipped_adapters
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import ServerParts
+from peft_serve.engine.snapshot import EngineState
 from peft_serve.engine.watch import BaseWatch
 from peft_serve.errors import ServeError
+from peft_serve.logs import configure_logs
+
+_log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that they are not cut under a request
 _WATCH_S = 300.0  # between two readings of the base's weights, which cost a read of all of them
@@ -29,14 +35,33 @@ _WATCH_S = 300.0  # between two readings of the base's weights, which cost a rea
 
 def serve(settings: Settings, console: Console) -> None:
     """Start the server and serve until told to stop; a start that fails ends the command with 1."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(settings.log_level, settings.log_format)
     try:
         _check_port(settings)
+        tracer = _open_tracer(settings)
         parts, engine = _start(settings, console)
     except (ServeError, ValueError, OSError) as error:
-        console.print(f"[red]peft-serve does not start:[/red] {error}")
-        raise typer.Exit(1) from None
-    run_server(parts, engine, console)
+        if settings.log_format == "json":
+            _log.critical("peft-serve does not start: %s", error)
+        else:
+            console.print(f"[red]peft-serve does not start:[/red] {escape(str(error))}")
+        raise typer.Exit(Exit.FAILED) from None
+    run_server(parts, engine, console, tracer)
+
+
+def _open_tracer(settings: Settings) -> Tracer | None:
+    endpoint = settings.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    if not endpoint.startswith(("http://", "https://")):
+        raise ValueError(
+            f"--otlp-traces-endpoint {endpoint}: give the address of OTLP over HTTP, http://..:4318/v1/traces"
+        )
+    try:
+        from peft_serve.api.tracing import open_tracing
+    except ImportError:
+        raise ValueError("--otlp-traces-endpoint: needs OpenTelemetry; pip install 'peft-serve[otel]'") from None
+    return open_tracing(endpoint, model_name=settings.served_model_name or settings.model)
 
 
 def _check_port(settings: Settings) -> None:
@@ -54,56 +79,51 @@ def _check_port(settings: Settings) -> None:
 
 
 def _start(settings: Settings, console: Console) -> tuple[ServerParts, Engine]:
+    if settings.log_format == "json":
+        with BaseProgress(Console(stderr=True, quiet=True)):
+            return build(settings, _log.info)
     with BaseProgress(console) as progress:
         return build(settings, progress.say)
 
 
-def run_server(parts: ServerParts, engine: Engine, console: Console) -> None:
-    """Serve until told to stop; running requests get `drain_s` to end."""
+def run_server(parts: ServerParts, engine: Engine, console: Console, tracer: Tracer | None = None) -> None:
+    """Serve until told to stop; running requests get `drain_s` to end. Ends the command with 1 if the engine died."""
     settings = parts.settings
-    server = _Server(
+    server = Listener(
         uvicorn.Config(
-            create_app(parts),
+            create_app(parts, tracer=tracer),
             host=settings.host,
             port=settings.port,
             log_level="warning",
             timeout_keep_alive=_KEEP_ALIVE_S,
             access_log=False,
+            log_config=None,  # its records go where everybody's go
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
             server_header=False,
         ),
-        on_listening=lambda port: console.print(_ready_text(parts, port), highlight=False, soft_wrap=True),
+        on_listening=lambda port: _say_ready(parts, port, console),
         on_stopping=engine.close_admission,
+        is_dead=lambda: engine.snapshot().state is EngineState.DEAD,
+        delay_s=settings.drain_delay_s,
     )
     watch = BaseWatch(parts.check_base, engine.close_admission, parts.metrics, interval_s=_WATCH_S)
     engine.start()
     watch.start()
     try:
         server.run()
+        is_dead = engine.snapshot().state is EngineState.DEAD
     finally:
         watch.stop()
         engine.stop()
+    if is_dead:
+        raise typer.Exit(Exit.FAILED)
 
 
-class _Server(uvicorn.Server):
-    """Says where it listens once it does (the port may have been 0), and when it begins to stop."""
-
-    def __init__(
-        self, config: uvicorn.Config, *, on_listening: Callable[[int], None], on_stopping: Callable[[], None]
-    ) -> None:
-        super().__init__(config)
-        self._on_listening = on_listening
-        self._on_stopping = on_stopping
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets=sockets)
-        for bound in (each for server in self.servers for each in server.sockets):
-            self._on_listening(int(bound.getsockname()[1]))
-            return
-
-    async def shutdown(self, sockets: Any = None) -> None:
-        self._on_stopping()
-        await super().shutdown(sockets=sockets)
+def _say_ready(parts: ServerParts, port: int, console: Console) -> None:
+    if parts.settings.log_format == "json":
+        _log.info("ready", extra={"fields": {"host": parts.settings.host, "port": port, "base": parts.base.name}})
+    else:
+        console.print(_ready_text(parts, port), highlight=False, soft_wrap=True)
 
 
 def _ready_text(parts: ServerParts, port: int) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from peft_serve.commands.exits import CommandFailed
+
+_PIPED_WIDTH: Final = 140  # characters, where there is no window: wide enough for a digest beside other columns
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document, for programs")]
 
@@ -21,7 +24,9 @@ class Speech:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.out = Console(highlight=False, soft_wrap=False)
+        self.out = Console(highlight=False)
+        if not self.out.is_terminal and "COLUMNS" not in os.environ:
+            self.out.width = _PIPED_WIDTH
         self.err = Console(stderr=True, highlight=False)
 
     def tell(self, content: Any, shown: RenderableType) -> None:
