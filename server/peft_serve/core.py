@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, NewType
+from typing import Final, Literal, NewType, Protocol
 
 AdapterId = NewType("AdapterId", str)
 """`sha256:<64 hex>` of an adapter's files, or `BASE`."""
@@ -88,11 +88,39 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False  # report the chosen token's log-probability
     num_top_logprobs: int = 0  # and this many alternatives
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit before everything else)
+    num_beams: int = 1  # more than one: beam search, as in transformers; nothing is sampled
+    num_sequences: int = 1  # of the search's best continuations, so many are told
+    length_penalty: float = 1.0  # the exponent of the length that a continuation's log-probability is divided by
+    early_stopping: bool | Literal["never"] = False  # when the search gives up looking for something better
 
     @property
     def needs_history(self) -> bool:
         """Whether choosing the next token reads the ids that came before."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+
+class Matcher(Protocol):
+    """How far one answer has come in what constrains it. Belongs to that answer alone, and may raise `ServeError`."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can follow but the end."""
+        ...
+
+    def mask(self) -> bytes:
+        """The ids that may come next: id i is bit i % 8 of byte i // 8. An end of sequence may where the answer may."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this id, one that the mask allows."""
+        ...
+
+
+class Constraint(Protocol):
+    """What an answer has to look like: a grammar, ready to be matched any number of times."""
+
+    def start(self) -> Matcher: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +142,13 @@ class Request:
     forced_last: int | None = None  # that the last token of a full-length answer is this one
     choices: tuple[tuple[int, ...], ...] = ()  # token ids of each choice; not empty = score, do not generate
     reading: Reading | None = None  # not None = read one pass over the prompt, do not generate
+    constraint: Constraint | None = None  # what the answer has to look like
     segments: tuple[int, ...] = ()  # token type of each prompt token (BERT's second sentence: 1); empty = all 0
     arrival_s: float = 0.0
     deadline_s: float | None = None  # on the clock of `arrival_s`: end it, unless its first step comes before
+    max_time_s: float | None = None  # from its first step: the token that comes then is the last one
+    prompt_logprobs: int | None = None  # not None = report the log-probability of each token of the (decoder's)
+    # prompt behind the first, and this many alternatives; `max_new_tokens` may then be 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +177,8 @@ class Draw:
     output_history: tuple[int, ...] = ()
     suppress: tuple[int, ...] = ()  # ids that must not be chosen (end of sequence before min_new_tokens)
     forced: int | None = None  # the token, whatever the logits say
+    allowed: bytes | None = None  # one of these ids, as `Matcher.mask` tells them; None: any
+    num_candidates: int = 0  # not 0 = tell so many of the best tokens, for a beam search, and choose none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +197,7 @@ class Row:
     draw: Draw | None = None  # None: this is a prefill chunk, no token is chosen
     wanted: tuple[tuple[int, ...], ...] = ()  # log-probabilities asked for: one tuple of ids for each of the
     # last len(wanted) tokens of the row, read from that token's next-token distribution
+    num_wanted_top: int = 0  # and so many of the best ids there
     branch: int = 0  # which continuation of the request this is (choices are scored side by side)
     source: tuple[int, ...] = ()  # encoder-decoder: ids to encode in this step, in the row's first step only
     cross_blocks: tuple[int, ...] = ()  # encoder-decoder: where the cross-attention KV is kept
@@ -202,6 +237,15 @@ class Step:
         return sum(len(row.tokens) + len(row.source) for row in self.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that a beam may go on with."""
+
+    token: int
+    score: float  # its log-probability after bias, penalties and what must not or has to come
+    logprob: float  # that of the model's own logits
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowResult:
     """What a row gave: a token if it drew one, scores if it wanted some."""
@@ -212,6 +256,8 @@ class RowResult:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # (id, log-probability), best first
     scores: tuple[tuple[float, ...], ...] = ()  # parallel to Row.wanted
+    score_tops: tuple[tuple[tuple[int, float], ...], ...] = ()  # parallel to it too, if Row.num_wanted_top
+    candidates: tuple[Candidate, ...] = ()  # as Draw.num_candidates asks, best first
     readings: tuple[tuple[float, ...], ...] = ()  # what Row.reading asked for, of the tokens of this row
 
 
@@ -233,6 +279,7 @@ class TokenEvent:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    is_last: bool = False  # its `FinishEvent` comes next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +289,34 @@ class ScoresEvent:
     request: RequestId
     logprobs: tuple[float, ...]
     token_logprobs: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEvent:
+    """Log-probabilities of the decoder's prompt, of the tokens behind its first one; before any token is drawn."""
+
+    request: RequestId
+    logprobs: tuple[float, ...]
+    tops: tuple[tuple[tuple[int, float], ...], ...]  # parallel; (id, log-probability), best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """A finished beam."""
+
+    tokens: tuple[int, ...]
+    score: float  # the sum of its candidates' scores, divided by the length penalty
+    logprobs: tuple[float, ...]  # of each token, by the model's own logits
+    tops: tuple[tuple[tuple[int, float], ...], ...]  # the alternatives to each
+    is_ended: bool  # by an end-of-sequence id; False: by its length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamsEvent:
+    """What a beam search came to: the best continuations, best first."""
+
+    request: RequestId
+    continuations: tuple[Continuation, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,9 +335,10 @@ class FinishEvent:
     reason: FinishReason
     error: Exception | None = None
     queue_s: float = 0.0  # from arrival to its first step
+    load_s: float = 0.0  # of these, until its adapter was on the host; 0: it was there
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when the request began
 
 
-Event = TokenEvent | ScoresEvent | ReadingEvent | FinishEvent
+Event = TokenEvent | ScoresEvent | PromptEvent | BeamsEvent | ReadingEvent | FinishEvent

@@ -94,6 +94,23 @@ def test_self_attention_equals_the_reference(terms: str, num_kv_heads: int) -> N
 
 
 @pytest.mark.parametrize("terms", TERMS)
+def test_a_few_rows_at_a_time_are_all_rows_at_once(terms: str) -> None:
+    torch.manual_seed(0)
+    for seed in range(4):
+        plan = plan_self(random_spans(random.Random(seed), 9), block_size=BLOCK_SIZE, device=CPU)
+        q, k, v = step_tensors(*(2 * [sum(s.num_tokens for s in plan.spans)]), 2)
+        pool, asked = filled_pool(2), TERMS[terms]()
+        assert plan.writes_T is not None
+        pool.write(1, plan.writes_T, k, v)
+        for cached in plan.cached:
+            row_bytes = len(cached.blocks) // cached.num_rows * pool.bytes_per_block // torch.get_num_threads()
+            whole = attend_cached(cached, q, pool, 1, asked)
+            for num_rows in (0, 1, 2):
+                few = attend_cached(cached, q, pool, 1, asked, chunk_bytes=num_rows * row_bytes + 1)
+                torch.testing.assert_close(few, whole, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("terms", TERMS)
 def test_positions_that_count_for_no_token_are_read_by_all_of_them_or_by_none(terms: str) -> None:
     torch.manual_seed(0)
     for seed in range(6):

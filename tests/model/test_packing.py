@@ -9,7 +9,7 @@ from torch import nn
 from peft_serve.adapters.base import SiteKind
 from peft_serve.adapters.primitives import Adapter, Affine, LowRank
 from peft_serve.core import AdapterId
-from peft_serve.model.packing import can_pack, has_room, packed_linear
+from peft_serve.model.packing import can_pack, has_room, is_worth_its_room, packed_linear
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
 from tests.adapters.checkpoints import make_base
@@ -39,7 +39,7 @@ def test_a_packed_model_with_an_adapter_equals_a_plain_one(kind: str) -> None:
         model = make_base(kind)
         sites = AdaptedSites(model, stream_of=lambda path: Stream.HEAD if path == "lm_head" else Stream.TARGET)
         if is_packed:
-            sites.pack()
+            sites.pack(fewest=1)
         torch.manual_seed(0)
         dense = {p: s for p, s in sites.specs.items() if s.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and "lm" not in p}
         edits = {
@@ -56,8 +56,34 @@ def test_a_packed_model_with_an_adapter_equals_a_plain_one(kind: str) -> None:
     assert not torch.allclose(logits[0][0], logits[0][1], atol=1e-3 * scale)
 
 
-def test_packing_is_for_float32_on_a_cpu_with_room() -> None:
-    assert not can_pack(CPU, torch.bfloat16)
+@pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="this CPU computes in bfloat16")
+@pytest.mark.parametrize("num_rows", [1, 2, 16])
+def test_a_packed_bfloat16_layer_is_the_layer_but_for_its_last_rounding(num_rows: int) -> None:
+    torch.manual_seed(num_rows)
+    layer = nn.Linear(96, 64).bfloat16()
+    x = torch.randn(1, num_rows, 96).bfloat16()
+    with torch.inference_mode():
+        y = packed_linear(layer.weight, layer.bias)(x)
+        torch.testing.assert_close(y, layer(x), rtol=2**-7, atol=2**-7)
+        exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+        assert (y - exact).abs().max() <= (layer(x) - exact).abs().max() * 1.01
+    assert y.dtype == torch.bfloat16
+
+
+def test_a_small_matrix_is_not_packed() -> None:
+    model = make_base("llama")
+    sites = AdaptedSites(model, stream_of=lambda _: Stream.TARGET)
+    ids = torch.tensor([[5, 9, 30]])
+    with torch.inference_mode():
+        before = model(input_ids=ids, use_cache=False).logits
+        sites.pack()
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_packing_is_for_a_cpu_with_room() -> None:
+    assert not can_pack(CPU, torch.float16)
     assert not can_pack(torch.device("meta"), torch.float32)
     assert has_room(1)
     assert not has_room(1 << 60)
+    assert is_worth_its_room(1, torch.float32)
+    assert not is_worth_its_room(1, torch.bfloat16)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as hf
 
 from peft_serve.core import Draw, SamplingParams
-from peft_serve.model.sampler import Chosen, Sampler, edited, score, uniform, warped
+from peft_serve.model.sampler import Chosen, Sampler, best_ids, edited, score, uniform, warped
 
 VOCAB = 40
 
@@ -47,6 +47,20 @@ def test_greedy_is_argmax_and_ties_go_to_the_lowest_id() -> None:
 def test_no_rows() -> None:
     assert Sampler().choose(torch.empty(0, VOCAB), []) == []
     assert score(torch.empty(0, VOCAB), []) == []
+
+
+@pytest.mark.parametrize("size", [16384, 16385, 20000, 50257])
+def test_the_best_of_a_large_vocabulary_is_argmax(size: int) -> None:
+    x = torch.randn(7, size, generator=torch.Generator().manual_seed(size))
+    x[0, [size - 1, 300, 301, 9000]] = 50.0  # equals, in one part and in others
+    x[1, size - 1] = 50.0
+    x[2, :] = -math.inf
+    x[3, :] = -math.inf
+    x[3, size - 2] = 0.0
+    x[4, 12345] = math.nan
+    x[5, 127:129] = 50.0
+    assert best_ids(x).tolist() == x.argmax(-1).tolist()
+    assert best_ids(x)[0] == 300
 
 
 def test_temperature_zero_is_greedy() -> None:

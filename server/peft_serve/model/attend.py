@@ -10,6 +10,7 @@ heads, `K` key/value heads, `G` = H / K, `D` head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from peft_serve.model.pools import KVPool, places_of
 from peft_serve.model.ragged import Bias, Cached, Fresh, Plan, Span
+
+CHUNK_BYTES: Final = 4 << 20
+"""Keys and values that are gathered for one call on a CPU, for each of its threads (docs/decisions/0008)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +65,30 @@ def _behind(own_RKMD: Tensor, front_LKPD: Tensor, layer: int) -> Tensor:
     return torch.cat((front_LKPD[layer].expand(len(own_RKMD), -1, -1, -1), own_RKMD), dim=2)
 
 
-def attend_cached(group: Cached, q_THD: Tensor, pool: KVPool, layer: int, terms: Terms) -> Tensor:
-    """Rows that read their context from blocks. Gives [R * M, H, D]."""
-    k, v = pool.gather(layer, group.blocks, group.num_rows)
+def attend_cached(
+    group: Cached, q_THD: Tensor, pool: KVPool, layer: int, terms: Terms, *, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Rows that read their context from blocks. Gives [R * M, H, D].
+
+    On a CPU so many rows at a time that the copies of their keys and values stay in its cache: they are written and
+    read back at once, and one large copy is paid for in page faults too.
+    """
     mask = group.mask(terms.window, terms.bias, q_THD, layer)
-    return _attend_masked(q_THD[group.where], k, v, mask, terms, group.num_rows)
+    q_NHD = q_THD[group.where]
+    at_once = group.num_rows
+    if q_THD.device.type == "cpu":
+        width = group.blocks.shape[0] // group.num_rows
+        at_once = max(1, torch.get_num_threads() * chunk_bytes // (width * pool.bytes_per_block))
+    if at_once >= group.num_rows:
+        k, v = pool.gather(layer, group.blocks, group.num_rows)
+        return _attend_masked(q_NHD, k, v, mask, terms, group.num_rows)
+    parts = []
+    blocks_by_row = torch.split(group.blocks.view(group.num_rows, -1), at_once)
+    q_by_row = torch.split(q_NHD, at_once * group.num_tokens)
+    for blocks, q, part in zip(blocks_by_row, q_by_row, torch.split(mask, at_once), strict=True):
+        k, v = pool.gather(layer, blocks.flatten(), len(blocks))
+        parts.append(_attend_masked(q, k, v, part, terms, len(blocks)))
+    return torch.cat(parts)
 
 
 def _attend_masked(q_NHD: Tensor, k_RKCD: Tensor, v_RKCD: Tensor, mask: Tensor, terms: Terms, num_rows: int) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub import constants
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,6 +34,7 @@ from peft_serve.model.self_check import difference, probe, tolerance
 
 _DEMOS: Final = Path(__file__).parent.parent / "demo"
 DEMO_NAMES: Final = ("demo-llama", "demo-t5")
+_DEFAULT_REVISION: Final = "main"
 _DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 _WITH_HEADS: Final[Mapping[HeadTask, Any]] = {
@@ -75,27 +77,45 @@ def load_base(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     quantisation: str | None = None,
+    revision: str | None = None,
     on_progress: Callable[[str], None] = _log.info,
 ) -> ResidentBase:
     """Load `demo-llama`, `demo-t5`, a folder or a hub id, and check it against itself.
 
     `quantisation` names a `Quantisation` to load plain weights in; weights that are saved quantised say theirs.
-    `on_progress` is told what happens now, in words. Raises `NotServable`.
+    `revision` is a branch, a tag or a commit of a hub id; `on_progress` is told what happens now, in
+    words. Raises `NotServable`.
     """
     on_device = resolve_device(device) if isinstance(device, str) else device
     location = locate(source)
+    if revision is not None and Path(location).is_dir():
+        raise NotServable(f"--revision {revision}: {source} is a folder; only a hub id has revisions, leave it out")
     on_progress(f"reading the configuration of {source}")
-    config = _read_config(source, location)
+    config = _read_config(source, location, revision)
     on_progress(f"loading the weights of {source}")
     in_dtype = resolve_dtype(dtype, on_device)
     try:
         options = loading_options(config, quantisation, in_dtype, on_device)
     except ValueError as error:
         raise NotServable(f"{source}: {error}") from error
-    model = _read_model(source, location, config, in_dtype, options)
+    model = _read_model(source, location, config, in_dtype, options, revision)
     model = model if options else model.to(on_device)  # what is quantised was put there
     on_progress(f"checking {source} against itself")
     return wrap(model, name=Path(source).name if Path(source).is_dir() else source, on_progress=on_progress)
+
+
+def outline(source: str, *, revision: str | None = None) -> PreTrainedModel:
+    """The model a source describes, without its weights (torch's meta device): its sites, shapes and size.
+
+    Reads the configuration alone. Raises `NotServable`.
+    """
+    config = _read_config(source, locate(source), revision)
+    mapping = _mapping_for(config)
+    if type(config) not in mapping:
+        raise NotServable(f"{source}: model type {config.model_type!r} has no class that can be served")
+    with torch.device("meta"):
+        model: PreTrainedModel = mapping[type(config)]._from_config(config)
+    return model.eval()
 
 
 def wrap(model: PreTrainedModel, *, name: str, on_progress: Callable[[str], None] = _log.info) -> ResidentBase:
@@ -145,13 +165,14 @@ def locate(source: str) -> str:
     return str(folder)
 
 
-def _read_config(source: str, location: str) -> PreTrainedConfig:
+def _read_config(source: str, location: str, revision: str | None = None) -> PreTrainedConfig:
     if (Path(location) / "adapter_config.json").is_file():
         raise NotServable(f"{source} is an adapter, not a base; serve its base and upload it")
     try:
-        given: Mapping[str, Any] = PreTrainedConfig.get_config_dict(location)[0]
+        given: Mapping[str, Any] = PreTrainedConfig.get_config_dict(location, revision=revision or _DEFAULT_REVISION)[0]
     except (OSError, ValueError) as error:
-        raise NotServable(f"{source}: no configuration can be read: {_first_line(error)}") from error
+        what = source if revision is None else f"{source} at {revision}"
+        raise NotServable(f"{what}: no configuration can be read: {_first_line(error)}{_offline(location)}") from error
     kind = given.get("model_type")
     if kind is None:
         raise NotServable(f"{source}: no configuration with a model_type; name a folder with a config.json")
@@ -165,7 +186,12 @@ def _read_config(source: str, location: str) -> PreTrainedConfig:
 
 
 def _read_model(
-    source: str, location: str, config: PreTrainedConfig, dtype: torch.dtype, options: Mapping[str, Any]
+    source: str,
+    location: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    revision: str | None,
 ) -> PreTrainedModel:
     mapping = _mapping_for(config)
     if type(config) not in mapping:
@@ -179,6 +205,7 @@ def _read_model(
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            revision=revision or _DEFAULT_REVISION,
             attn_implementation=_own_attention(config),
             output_loading_info=True,
             **options,
@@ -187,7 +214,7 @@ def _read_model(
         raise NotServable(f"{source}: {_first_line(error)}; quantised bases need peft-serve[quantised]") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise NotServable(
-            f"{source}: its weights cannot be loaded from safetensors files: {_first_line(error)}"
+            f"{source}: its weights cannot be loaded from safetensors files: {_first_line(error)}{_offline(location)}"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing and is_encoder(config) and all(key.startswith("pooler.") for key in missing):
@@ -221,6 +248,13 @@ def _own_attention(config: PreTrainedConfig) -> str:
     That one is trained and used with the other, and the plain one adds its slopes twice.
     """
     return "sdpa" if config.model_type == "falcon" and config.alibi else "eager"
+
+
+def _offline(location: str) -> str:
+    """What to know about a hub id that cannot be read where the network is switched off."""
+    if not constants.HF_HUB_OFFLINE or Path(location).is_dir():
+        return ""
+    return " (HF_HUB_OFFLINE is set: what the hub's cache on this machine holds is all there is)"
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,12 @@
 
 A plain product packs its weight anew at every call, which is most of its time when it has a few rows only: packing
 once makes a decode step 1.3 (16 rows) to 2.6 times (4 rows) as fast and costs a second copy of the weights
-(docs/decisions/0004-packed-weights.md). The model's own weights stay as they are, for whoever reads them.
+(docs/decisions/0004-packed-weights.md). The model's own weights stay as they are, for whoever reads them; a single
+row reads them too, because a product of a matrix and a vector packs nothing and reads each weight once.
+
+A bfloat16 weight is packed as float32, for CPUs without instructions for bfloat16: torch computes such products in
+float32 there and rounds what comes out, row by row and slowly. The copy does the same, many rows at a time
+(docs/decisions/0008-the-step.md).
 """
 
 from __future__ import annotations
@@ -13,7 +18,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+FEWEST_WEIGHTS: Final = 1 << 17  # a call of the packed product costs more than it saves on a smaller matrix
 _LAYOUT_TOKENS: Final = 16  # the layout chosen for so many rows is the best or close to it from 1 to 512
 _MAX_SHARE: Final = 0.25  # of the memory that is free
 
@@ -21,22 +28,38 @@ _MAX_SHARE: Final = 0.25  # of the memory that is free
 def packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
     """x -> x W^T + b from a packed copy of W. Raises RuntimeError where `can_pack` is false."""
     ops: Any = torch.ops.mkldnn
-    packed = ops._reorder_linear_weight(weight_OI.detach().contiguous(), _LAYOUT_TOKENS)
-    bias = None if bias_O is None else bias_O.detach()
+    weight, bias = weight_OI.detach(), None if bias_O is None else bias_O.detach()
+    dtype, num_in = weight.dtype, weight.shape[1]
+    packed = ops._reorder_linear_weight(weight.float().contiguous(), _LAYOUT_TOKENS)
+    packed_bias = None if bias is None else bias.float()
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = ops._linear_pointwise(x, packed, bias, "none", [], "")
-        return y
+        if x.numel() == num_in:
+            return linear(x, weight, bias)
+        y: Tensor = ops._linear_pointwise(x.float(), packed, packed_bias, "none", [], "")
+        return y.to(dtype)
 
     return forward
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this build of torch packs weights of this kind, and to some use."""
-    if device.type != "cpu" or dtype != torch.float32:
+    """Whether this build of torch packs weights of this kind, and to some use on this CPU."""
+    if device.type != "cpu" or not bool(torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
-    has_ops = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has_ops and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    ops = torch.ops.mkldnn
+    if not hasattr(ops, "_reorder_linear_weight") or not hasattr(ops, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return hasattr(ops, "_is_mkldnn_bf16_supported") and not ops._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def is_worth_its_room(num_bytes: int, dtype: torch.dtype) -> bool:
+    """Whether packed weights are worth their memory unasked: the copy takes a modest share of what is free.
+
+    Weights in bfloat16 were chosen to save memory, and a copy of them takes twice as much again.
+    """
+    return dtype == torch.float32 and has_room(num_bytes)
 
 
 def has_room(num_bytes: int) -> bool:

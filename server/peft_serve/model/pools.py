@@ -52,6 +52,8 @@ class KVPool:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.device = device
+        num_layers = max(1, shape.num_layers)  # an encoder keeps nothing between steps: its pool has no layers
+        self.bytes_per_block = shape.bytes_per_block(block_size, dtype) // num_layers  # of one layer
         self._k_LNSHD = torch.zeros(size, dtype=dtype, device=device)
         self._v_LNSHD = torch.zeros(size, dtype=dtype, device=device)
         # Views by layer are made here once, not by every layer of every step.

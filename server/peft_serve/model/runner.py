@@ -7,7 +7,7 @@ tokens. It plans nothing: every slot and block it touches is named by the `Step`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import AdapterId, Install, Row, RowResult, Step, StepResult
 from peft_serve.errors import ServeError
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.candidates import candidates, tops
 from peft_serve.model.encoder_pass import EncoderPass
 from peft_serve.model.families.family import ReadsStates
 from peft_serve.model.heads import Heads
@@ -134,7 +135,10 @@ class StepRunner:
             return [_result(row, None, (), readings.get(i, ())) for i, row in enumerate(rows)]
         chosen = self._choose(rows, kept, logits)
         scores = self._score(rows, kept, logits)
-        return [_result(row, chosen.get(i), scores.get(i, ()), readings.get(i, ())) for i, row in enumerate(rows)]
+        results = [_result(row, chosen.get(i), scores.get(i, ()), readings.get(i, ())) for i, row in enumerate(rows)]
+        self._add_candidates(results, rows, kept, logits)
+        self._add_score_tops(results, rows, kept, logits)
+        return results
 
     def _read_whole(self, encoder: EncoderPass, rows: Sequence[Row]) -> list[RowResult]:
         asks = []
@@ -156,7 +160,7 @@ class StepRunner:
         return {i: given for (i, _), given in zip(wanting, read(self._heads, asks), strict=True)}
 
     def _choose(self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor) -> dict[int, Chosen]:
-        drawing = [(k, draw) for k in kept if (draw := rows[k.row].draw) is not None]
+        drawing = [(k, draw) for k in kept if (draw := rows[k.row].draw) is not None and not draw.num_candidates]
         if not drawing:
             return {}
         places = [k.last for k, _ in drawing]
@@ -172,6 +176,33 @@ class StepRunner:
         places = [k.last - len(wanted) + 1 + j for k, wanted in wanting for j in range(len(wanted))]
         each = iter(score(_rows_of(logits_NV, places), [ids for _, w in wanting for ids in w]))
         return {k.row: tuple(next(each) for _ in wanted) for k, wanted in wanting}
+
+    def _add_candidates(
+        self, results: list[RowResult], rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor
+    ) -> None:
+        """What the rows of beam searches asked for, and the alternatives to it that are to be reported."""
+        asking = [(k, draw) for k in kept if (draw := rows[k.row].draw) is not None and draw.num_candidates]
+        if not asking:
+            return
+        logits_MV = _rows_of(logits_NV, [k.last for k, _ in asking])
+        draws = [draw for _, draw in asking]
+        best = candidates(logits_MV, draws, self._base.banned_ids)
+        top = tops(logits_MV, [draw.params.num_top_logprobs for draw in draws])
+        for (k, _), each, alternatives in zip(asking, best, top, strict=True):
+            results[k.row] = replace(results[k.row], candidates=each, top=alternatives)
+
+    def _add_score_tops(
+        self, results: list[RowResult], rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor
+    ) -> None:
+        """The best ids behind each token that something is wanted of."""
+        asking = [(k, row) for k in kept if (row := rows[k.row]).wanted and row.num_wanted_top]
+        if not asking:
+            return
+        places = [k.last - len(row.wanted) + 1 + j for k, row in asking for j in range(len(row.wanted))]
+        counts = [row.num_wanted_top if ids else 0 for _, row in asking for ids in row.wanted]
+        each = iter(tops(_rows_of(logits_NV, places), counts))
+        for k, row in asking:
+            results[k.row] = replace(results[k.row], score_tops=tuple(next(each) for _ in row.wanted))
 
 
 def _result(row: Row, chosen: Chosen | None, scores: tuple[tuple[float, ...], ...], readings: Rows = ()) -> RowResult:

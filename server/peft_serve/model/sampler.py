@@ -1,10 +1,10 @@
 """The sampler: from logits to the next token of each row.
 
-The order of transformers' `generate`: suppress, repetition penalty, frequency and presence penalties, and then
+The order of transformers' `generate`: bias, suppress, repetition penalty, frequency and presence penalties, and then
 for rows that sample temperature, top-k, top-p, min-p, typical-p. A step that changes nothing for a row is not
 run for it. The random stream belongs to the request: draw i of a seed is a hash of the two, and the token is
 read off the cumulated probabilities in order of ids, so that neither the batch nor the device's generator has
-a say. Reported log-probabilities are those of the model's own logits, before any of this. Ties go to the
+a say. Reported log-probabilities are those of the model's own logits, before any of this, among the ids that a constraint allows. Ties go to the
 lowest id.
 
 Shapes: `N` rows, `V` vocabulary, `M` rows of a subset, `P` (row, id) pairs.
@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from peft_serve.core import Draw, SamplingParams
+from peft_serve.model.masks import masked
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _NEVER = float("-inf")
+_PART = 128  # ids of a part of the vocabulary, where the best one is looked for in parts,
+_MANY = 1 << 16  # which pays for so many scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +50,13 @@ class Sampler:
         assert len(draws) == logits_NV.shape[0], "a draw for each row"
         if not draws:
             return []
-        scores_NV = logits_NV
+        scores_NV = logits_NV = masked(logits_NV, draws)
         if self._banned:
             scores_NV = logits_NV.clone()
             scores_NV[:, self._banned] = _NEVER
         if any(_is_edited(draw) for draw in draws):
             scores_NV = edited(scores_NV.float(), draws)
-        tokens = scores_NV.argmax(-1).tolist()
+        tokens = best_ids(scores_NV).tolist()
         sampled = [row for row, draw in enumerate(draws) if is_sampled(draw.params)]
         if sampled:
             drawn = _sample(scores_NV[sampled].float(), [draws[row] for row in sampled])
@@ -63,6 +66,25 @@ class Sampler:
             if draw.forced is not None:
                 tokens[row] = draw.forced
         return _reported(logits_NV, draws, tokens)
+
+
+def best_ids(scores_NV: Tensor) -> Tensor:
+    """[N] The id of each row's best score, the lowest among equals.
+
+    A CPU finds the place of a maximum one element after the other, the maximum itself a vector at a time: so it finds
+    the part with the maximum first, and the place inside it (docs/decisions/0008).
+    """
+    size = scores_NV.shape[1]
+    if scores_NV.device.type != "cpu" or size < _PART or scores_NV.numel() < _MANY:
+        return scores_NV.argmax(-1)
+    whole = size // _PART * _PART
+    best_NP = scores_NV[:, :whole].view(len(scores_NV), -1, _PART).amax(-1)
+    if whole < size:
+        best_NP = torch.cat((best_NP, scores_NV[:, whole:].amax(-1, keepdim=True)), dim=1)
+    first_N1 = best_NP.argmax(-1, keepdim=True) * _PART
+    ids_NP: Tensor = (first_N1 + torch.arange(_PART)).clamp_(max=size - 1)
+    places_N1 = scores_NV.gather(1, ids_NP).argmax(-1, keepdim=True)
+    return ids_NP.gather(1, places_N1).squeeze(1)
 
 
 def score(logits_NV: Tensor, wanted: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
@@ -97,13 +119,17 @@ def is_sampled(params: SamplingParams) -> bool:
 
 
 def _is_edited(draw: Draw) -> bool:
-    return bool(draw.suppress) or draw.params.needs_history
+    return bool(draw.suppress) or bool(draw.params.logit_bias) or draw.params.needs_history
 
 
 def edited(scores_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """A copy with suppressed ids at -inf and penalties applied."""
+    """A copy with bias added, suppressed ids at -inf and penalties applied."""
     scores_NV = scores_NV.clone()
     size = scores_NV.shape[1]
+    biased = {(row, i): bias for row, draw in enumerate(draws) for i, bias in draw.params.logit_bias if i < size}
+    if biased:
+        rows_P, ids_P = _pairs(list(biased), scores_NV.device)
+        scores_NV[rows_P, ids_P] += scores_NV.new_tensor(list(biased.values()))
     hidden = [(row, i) for row, draw in enumerate(draws) for i in draw.suppress if i < size]
     if hidden:
         rows_P, ids_P = _pairs(hidden, scores_NV.device)
@@ -218,9 +244,14 @@ def _reported(logits_NV: Tensor, draws: Sequence[Draw], tokens: Sequence[int]) -
         chosen[row] = Chosen(
             token=tokens[row],
             logprob=float(log_V[tokens[row]]) if params.logprobs else None,
-            top=_top(log_V, min(params.num_top_logprobs, log_V.shape[0])),
+            top=_top(log_V, min(params.num_top_logprobs, _num_possible(log_V, draws[row]))),
         )
     return chosen
+
+
+def _num_possible(log_V: Tensor, draw: Draw) -> int:
+    """How many ids there are to tell of: what a constraint forbids is no alternative."""
+    return log_V.shape[0] if draw.allowed is None else int((log_V > _NEVER).sum())
 
 
 def _top(log_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:

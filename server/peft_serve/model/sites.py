@@ -25,6 +25,7 @@ from peft_serve.model.attention_site import AttentionSite, attention_spec
 from peft_serve.model.edit_check import check_edit
 from peft_serve.model.expert_site import ExpertsSite, expert_spec
 from peft_serve.model.extents import Extent
+from peft_serve.model.packing import FEWEST_WEIGHTS
 from peft_serve.model.quantised import logical_shapes
 from peft_serve.model.router_site import RouterSite, router_spec
 from peft_serve.model.routing import Lane, Stream, divided
@@ -114,10 +115,10 @@ class AdaptedSites:
         sites = ((module, self._sites[path]) for path, module in self._modules.items())
         return {module: site for module, site in sites if isinstance(site, AttentionSite)}
 
-    def pack(self) -> None:
-        """Run every Linear and Conv1D from a packed copy of its weight; see `packing`."""
+    def pack(self, *, fewest: int = FEWEST_WEIGHTS) -> None:
+        """Run every Linear and Conv1D of at least so many weights from a packed copy of them; see `packing`."""
         for site in {id(site): site for site in self._sites.values()}.values():
-            if isinstance(site, DenseSite) and site.can_pack:
+            if isinstance(site, DenseSite) and site.num_packable >= max(1, fewest):
                 site.pack()
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
+from peft_serve.model.norms import norm_forward
 from peft_serve.model.packing import packed_linear
 from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Lane, Route, Run
@@ -66,8 +67,10 @@ class DenseSite:
         self._plan: _DensePlan | None = None
 
     @property
-    def can_pack(self) -> bool:
-        return self._spec.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and not is_quantised(self._module)
+    def num_packable(self) -> int:
+        """How many weights can be packed here."""
+        is_matrix = self._spec.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and not is_quantised(self._module)
+        return self._spec.out_features * self._spec.in_features if is_matrix else 0
 
     def pack(self) -> None:
         """Run the base op of a Linear or Conv1D from a packed copy of its weight."""
@@ -128,7 +131,7 @@ class NormSite:
         self._own = OwnNorm(module)
         self.terms: tuple[Term, ...] = (self._own,)
         self._spec = spec
-        self._base = module.forward
+        self._base = norm_forward(module)
         self._planned: Route | None = None
         self._op: OwnOp | None = None
 

@@ -5,12 +5,18 @@ It turns requests into rows; which requests, and in which order, is the planner'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from peft_serve.core import BASE, AdapterId, Draw, Install, Reading, Request, Row, Step
+from peft_serve.scheduling.beams import num_candidates
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.step_time import StepLoad
 from peft_serve.scheduling.tracked import Branch, Tracked
+
+MAX_SCORED: Final = 256
+"""Prompt tokens of one step whose log-probabilities are wanted: each costs the logits of the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +38,7 @@ class StepDraft:
         self._copies: list[tuple[int, int]] = []
         self._ranks: dict[AdapterId, int] = {}
         self._num_tokens = 0
+        self._num_scored = 0
         self._has_source = False
 
     @property
@@ -76,7 +83,10 @@ class StepDraft:
         """The request's next row: as much of its tokens as the step has room for, one at least."""
         source = tracked.request.prompt if tracked.source_is_pending else ()
         start = tracked.num_computed
-        num_tokens = min(len(tracked.tokens) - start, max(1, self.tokens_left - len(source)))
+        room = self.tokens_left - len(source)
+        if tracked.wants_prompt:
+            room = min(room, MAX_SCORED - self._num_scored)
+        num_tokens = min(len(tracked.tokens) - start, max(1, room))
         end = start + num_tokens
         is_last = end == len(tracked.tokens)
         choices = tracked.request.choices
@@ -86,8 +96,9 @@ class StepDraft:
             tokens=tuple(tracked.tokens[start:end]),
             start=tracked.prefix + start,
             blocks=tracked.table,
-            draw=_draw(tracked) if is_last and not choices and tracked.request.reading is None else None,
-            wanted=(tuple(choice[0] for choice in choices),) if is_last and choices else (),
+            draw=_draw(tracked) if is_last and _has_draw(tracked) else None,
+            wanted=(tuple(choice[0] for choice in choices),) if is_last and choices else _wanted(tracked, start, end),
+            num_wanted_top=(tracked.request.prompt_logprobs or 0) if tracked.wants_prompt else 0,
             source=source,
             cross_blocks=tracked.cross_blocks,
             num_source=tracked.num_source,
@@ -98,6 +109,7 @@ class StepDraft:
             segments=tracked.request.segments if source else tracked.request.segments[start:end],
         )
         self._append(tracked, row, num_tokens + len(source))
+        self._num_scored += len(row.wanted) if tracked.wants_prompt else 0
         self._has_source = self._has_source or bool(source)
         self._copies.extend(tracked.copies)
         tracked.copies = ()
@@ -124,6 +136,29 @@ class StepDraft:
         self._append(tracked, row, end - done)
         self._copies.extend(branch.copies)
         branch.copies = ()
+
+    def add_beam_row(self, tracked: Tracked, index: int) -> None:
+        """The next row of one of the beams of the request's search."""
+        beam = tracked.beams[index]
+        done = beam.num_computed
+        end = done + min(beam.num_left, self.tokens_left)
+        row = Row(
+            request=tracked.request.id,
+            slot=_slot_of(tracked),
+            tokens=beam.tokens[done:end],
+            start=tracked.num_positions + done,
+            blocks=beam.blocks,
+            draw=_draw_behind(tracked, beam.tokens) if end == len(beam.tokens) else None,
+            branch=index + 1,
+            cross_blocks=tracked.cross_blocks,
+            num_source=tracked.num_source,
+            num_unplaced=tracked.num_unplaced,
+            active_from=tracked.active_from,
+            prompt=tracked.prompt_positions,
+        )
+        self._append(tracked, row, end - done)
+        self._copies.extend(beam.copies)
+        beam.copies = ()
 
     def seal(self, removes: tuple[int, ...], installs: tuple[Install, ...]) -> Flight:
         """The finished step, rows sorted by slot and then by arrival."""
@@ -162,20 +197,43 @@ def _reading(request: Request, *, is_first: bool, is_last: bool) -> Reading | No
     return request.reading
 
 
+def _has_draw(tracked: Tracked) -> bool:
+    """Whether a token is chosen behind the request's known ones. A search that was begun goes on behind its beams."""
+    request = tracked.request
+    is_silent = bool(request.choices) or request.reading is not None or request.sampling.max_new_tokens == 0
+    return not is_silent and not tracked.beams
+
+
+def _wanted(tracked: Tracked, start: int, end: int) -> tuple[tuple[int, ...], ...]:
+    """What follows each of these tokens of the prompt in the prompt, if somebody wants to know how likely it is."""
+    if not tracked.wants_prompt:
+        return ()
+    following = tracked.tokens[start + 1 : min(end + 1, tracked.num_prompt)]
+    return (*((token,) for token in following), *((),) * (end - start - len(following)))
+
+
 def _draw(tracked: Tracked) -> Draw:
     """How the token behind the request's known ones is chosen."""
+    return _draw_behind(tracked, tracked.tokens[tracked.num_prompt :])
+
+
+def _draw_behind(tracked: Tracked, output: Sequence[int]) -> Draw:
+    """How the token behind this much of the answer is chosen."""
     request, params = tracked.request, tracked.request.sampling
-    index = tracked.num_outputs
+    index = len(output)
     holds_back_eos = index < params.min_new_tokens and not params.ignore_eos
     num_prompt = tracked.num_prompt
+    eos_ids = frozenset[int]() if params.ignore_eos else request.eos_ids
     return Draw(
         params=params,
         seed=params.seed or 0,
         index=index,
         prompt_history=tuple(tracked.tokens[:num_prompt]) if params.needs_history else (),
-        output_history=tuple(tracked.tokens[num_prompt:]) if params.needs_history else (),
-        suppress=tuple(sorted(request.eos_ids)) if holds_back_eos else (),
+        output_history=tuple(output) if params.needs_history else (),
+        suppress=tuple(sorted(request.eos_ids)) if holds_back_eos and not tracked.is_complete else (),
         forced=_forced(request, index),
+        allowed=tracked.allowed,
+        num_candidates=num_candidates(params.num_beams, eos_ids) if tracked.is_searching else 0,
     )
 
 

@@ -2,7 +2,8 @@
 
 A request's table is the adapter's KV prefix (full blocks shared, a partly filled one copied) and its own blocks
 behind it; on an encoder-decoder base it has cross-attention blocks as well; each choice that is being scored
-has a fork of the table. Everything is taken here and given back here.
+has a fork of the table, and each beam of a search one of its own that forks again when the search branches.
+Everything is taken here and given back here.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Iterator, Sequence
 
 from peft_serve.core import Footprint
 from peft_serve.errors import PromptTooLong
+from peft_serve.scheduling.beams import Hypothesis
 from peft_serve.scheduling.blocks import BlockLedger, Fork
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.prefix_cache import PrefixCache
 from peft_serve.scheduling.residency import Residency
 from peft_serve.scheduling.slots import SlotLedger
-from peft_serve.scheduling.tracked import Branch, Tracked
+from peft_serve.scheduling.tracked import Beam, Branch, Tracked
 
 
 class Memory:
@@ -45,6 +47,7 @@ class Memory:
         capacity = self._blocks.capacity - pinned
         num_blocks = self._residency.num_prefix_blocks(footprint) + self._num_own_blocks(tracked, footprint)
         num_blocks += self._num_branch_blocks(tracked, footprint)
+        num_blocks += self._num_beam_blocks(tracked, footprint, self.max_new_tokens(tracked))
         if num_blocks > capacity:
             raise PromptTooLong(
                 f"request {tracked.id} needs {num_blocks} KV blocks of {self._limits.block_size} positions; "
@@ -63,6 +66,7 @@ class Memory:
         """Whether all blocks of the tokens known so far, and of a prefix still to install, are there now."""
         tracked.learn(footprint)
         num_blocks = self._num_own_blocks(tracked, footprint)
+        num_blocks += self._num_beam_blocks(tracked, footprint, max((len(b.tokens) for b in tracked.beams), default=1))
         num_blocks -= sum(map(self._blocks.is_held, self._cache.find(tracked)))
         if not self._residency.is_seated(tracked.adapter):
             num_blocks += self._residency.num_prefix_blocks(footprint)
@@ -101,6 +105,11 @@ class Memory:
         if tracked.first_step_s is None:
             tracked.num_cached = tracked.num_computed
 
+    def max_new_tokens(self, tracked: Tracked) -> int:
+        """Tokens that a search may be long: what was asked for, as far as the context has room."""
+        room = self._limits.max_context - tracked.num_placed
+        return max(1, min(tracked.request.sampling.max_new_tokens, room))
+
     def keep(self, tracked: Tracked) -> None:
         """A row of the request has run: the blocks it filled can be found again."""
         self._cache.keep(tracked)
@@ -109,6 +118,8 @@ class Memory:
         """Make sure that the running request has the blocks of a next row; False while there are none."""
         if tracked.request.choices:
             return tracked.num_left > 0 or bool(tracked.branches) or self.open_branch(tracked)
+        if tracked.beams and tracked.is_read:
+            return self._secure_beams(tracked)
         missing = self._limits.blocks_for(tracked.num_positions) - len(tracked.table)
         if missing <= 0:
             return True
@@ -131,12 +142,51 @@ class Memory:
     def close_branch(self, tracked: Tracked, index: int) -> None:
         self._blocks.release(tracked.branches.pop(index).blocks)
 
+    def regroup(self, tracked: Tracked) -> None:
+        """Let the search's running hypotheses take over the tables of the beams they continue.
+
+        The first child of a beam has its table, the others fork it in the next step. A beam without one lets go.
+        """
+        assert tracked.search is not None, f"request {tracked.id} has no beams"
+        before = tracked.beams
+        tracked.beams = _children(before, tracked.search.running)
+        living = {each.parent for each in tracked.search.running}
+        for place, beam in enumerate(before):
+            if place not in living:
+                self._blocks.release(beam.blocks)
+
+    def _secure_beams(self, tracked: Tracked) -> bool:
+        """Give every beam a table with room for all its tokens, or none of them."""
+        start = tracked.num_positions
+        lacking = [
+            (beam, self._limits.blocks_for(start + len(beam.tokens)) - num_held)
+            for beam in tracked.beams
+            for num_held in [len(beam.blocks) or (start + beam.num_computed) // self._limits.block_size]
+        ]
+        if not self._residency.make_free(sum(num_blocks for _, num_blocks in lacking)):
+            return False
+        for beam, num_blocks in lacking:
+            if beam.blocks:
+                beam.blocks += self._fresh(num_blocks)
+                continue
+            table = tracked.table if beam.origin is None else beam.origin.blocks
+            fork = self._extend(table, start + beam.num_computed, start + len(beam.tokens))
+            assert fork is not None, "blocks that were made free are gone"
+            beam.blocks, beam.copies, beam.origin = fork.blocks, fork.copies, None
+        return True
+
     def give_back(self, tracked: Tracked) -> None:
         """Return the lease and every block of a request that stops running."""
         assert tracked.lease is not None, f"request {tracked.id} does not run: it has nothing to give back"
         for index in sorted(tracked.branches, reverse=True):
             self.close_branch(tracked, index)
             tracked.open_choices.append(index)
+        for beam in tracked.beams:
+            self._blocks.release(beam.blocks)
+        tracked.beams = [Beam(tokens=beam.tokens) for beam in tracked.beams]
+        if not tracked.is_prompt_told:
+            tracked.prompt_scores.clear()
+            tracked.prompt_tops.clear()
         self._blocks.release(tracked.table)
         if self._cross_blocks is not None:
             self._cross_blocks.release(tracked.cross_blocks)
@@ -155,6 +205,7 @@ class Memory:
         for tracked in running:
             tables.append(tracked.table)
             tables.extend(branch.blocks for branch in tracked.branches.values())
+            tables.extend(beam.blocks for beam in tracked.beams)
             cross.append(tracked.cross_blocks)
         self._blocks.check(tables)
         if self._cross_blocks is not None:
@@ -176,7 +227,7 @@ class Memory:
 
     def _require_context(self, tracked: Tracked, footprint: Footprint) -> None:
         # a choice's last token is scored but never computed; a drawn token has a position of its own
-        draws = 0 if tracked.request.reading is not None else 1
+        draws = 0 if tracked.request.reading is not None or not tracked.request.sampling.max_new_tokens else 1
         longest = max((len(choice) - 1 for choice in tracked.request.choices), default=draws)
         num_positions = footprint.num_prefix_tokens + len(tracked.tokens) + longest
         num_virtual = footprint.num_prefix_tokens
@@ -203,6 +254,29 @@ class Memory:
         start = footprint.num_prefix_tokens + len(tracked.tokens)
         return self._limits.blocks_for(start + longest - 1) - start // self._limits.block_size
 
+    def _num_beam_blocks(self, tracked: Tracked, footprint: Footprint, length: int) -> int:
+        """For beams of so many tokens, if no two of them had a block in common behind the prompt."""
+        if not tracked.is_searching:
+            return 0
+        start = footprint.num_prefix_tokens + tracked.num_prompt
+        num_blocks = self._limits.blocks_for(start + length) - start // self._limits.block_size
+        return tracked.num_rows * num_blocks
+
     def _num_cross_blocks(self, tracked: Tracked, footprint: Footprint) -> int:
         in_front = footprint.num_source_tokens + footprint.num_cross_tokens
         return self._limits.blocks_for(in_front + len(tracked.request.prompt))
+
+
+def _children(before: Sequence[Beam], running: Sequence[Hypothesis]) -> list[Beam]:
+    """The beams that continue those of before; none of before: those that continue the prompt."""
+    heirs: dict[int, Beam] = {}
+    children = []
+    for each in running:
+        beam = Beam(tokens=each.tokens)
+        if before:
+            parent, heir = before[each.parent], heirs.setdefault(each.parent, beam)
+            assert each.tokens[:-1] == parent.tokens, "a hypothesis continues another beam"
+            beam.num_computed = parent.num_computed
+            beam.blocks, beam.origin = (parent.blocks, None) if heir is beam else ((), heir)
+        children.append(beam)
+    return children

@@ -1,9 +1,9 @@
 """The planner: who runs in the next step.
 
-Order of service: requests that decode, one token each; requests in the middle of their prompt or of scoring
-their choices, oldest first; then the queue in its `Order`. A waiting request that cannot start yet is overtaken
-only by requests whose adapter the step carries anyway, and only while it is younger than `affinity_age_s`.
-A request whose adapter is still on its way is overtaken by everyone.
+Order of service: requests that decode, one token each or one for each beam; requests in the middle of their
+prompt or of scoring their choices, oldest first; then the queue in its `Order`. A waiting request that cannot start
+yet is overtaken only by requests whose adapter the step carries anyway, and only while it is younger than
+`affinity_age_s`. A request whose adapter is still on its way is overtaken by everyone.
 
 When KV blocks run out, the youngest running request goes back to the queue. Knows no tokens' meaning and no
 results: that is `Outcome`.
@@ -87,11 +87,13 @@ class Planner:
         """Rows for the running requests of the adapters that this step has room for."""
         self._choose_adapters(draft)
         running = [t for t in self._roster.by_arrival if draft.carries(t.adapter)]
-        decoding = [tracked for tracked in running if tracked.is_decoding]
-        for tracked in decoding:
+        for tracked in running:
             if draft.is_full:
                 return
-            draft.add_row(tracked)
+            if tracked.is_decoding:
+                draft.add_row(tracked)
+            elif tracked.beams and tracked.is_read:
+                self._serve_beams(draft, tracked)
         for tracked in running:
             if draft.is_full:
                 return
@@ -125,6 +127,14 @@ class Planner:
                 return
             draft.add_branch_row(tracked, next(reversed(tracked.branches)))
 
+    def _serve_beams(self, draft: StepDraft, tracked: Tracked) -> None:
+        """Rows for the beams that the search has no word on yet."""
+        for index, beam in enumerate(tracked.beams):
+            if draft.is_full:
+                return
+            if beam.given is None:
+                draft.add_beam_row(tracked, index)
+
     # -- those who wait
 
     def _start_overdue(self, now_s: float, failures: list[FinishEvent]) -> None:
@@ -134,7 +144,7 @@ class Planner:
         """
         for tracked in self._roster.queue:
             if self._residency.footprint(tracked.adapter) is not None:
-                if self._is_overdue(tracked, now_s) and len(self._roster.running) < self._limits.max_rows:
+                if self._is_overdue(tracked, now_s) and self._roster.has_rows_for(tracked):
                     self._start(tracked, failures)
                 return
 
@@ -148,6 +158,7 @@ class Planner:
             if footprint is None or (is_held and not draft.carries(tracked.adapter)):
                 continue
             fits = draft.has_tokens_for(tracked) and draft.allows(tracked.adapter, footprint.max_rank)
+            fits = fits and self._roster.has_rows_for(tracked)
             if fits and self._start(tracked, failures):
                 draft.join(tracked.adapter, footprint.max_rank)
                 draft.add_row(tracked)

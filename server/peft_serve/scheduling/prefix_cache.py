@@ -40,6 +40,8 @@ class PrefixCache:
         footprint = tracked.footprint
         if footprint is None or not self._allows(footprint) or tracked.request.reading not in _FROM_THE_LAST:
             return ()
+        if tracked.wants_prompt:
+            return ()  # what follows each token is read from that token
         first = footprint.num_prefix_tokens // self._block_size
         end = (footprint.num_prefix_tokens + len(tracked.tokens) - 1) // self._block_size
         return self._blocks.find(self._labels(tracked, footprint, end - first))

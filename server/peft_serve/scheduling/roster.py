@@ -50,6 +50,7 @@ class Roster:
         self._num_seen = 0
         self.queue = WaitingQueue(max_queue=limits.max_queue)
         self.running: dict[RequestId, Tracked] = {}
+        self._num_rows = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -59,6 +60,10 @@ class Roster:
 
     def open_ids(self) -> tuple[RequestId, ...]:
         return tuple(self._requests)
+
+    def has_rows_for(self, tracked: Tracked) -> bool:
+        """Whether the request may run beside those that do: each beam counts as a row."""
+        return self._num_rows + tracked.num_rows <= self._limits.max_rows
 
     @property
     def by_arrival(self) -> list[Tracked]:
@@ -79,7 +84,7 @@ class Roster:
         now_s = self._clock()
         self.queue.require_room(now_s)
         tracked = track(request, self._limits, seq=self._num_seen)
-        self._forecast.require_in_time(tracked, self.queue, num_running=len(self.running), now_s=now_s)
+        self._forecast.require_in_time(tracked, self.queue, num_running=self._num_rows, now_s=now_s)
         self._num_seen += 1
         self._order.note_arrival(tracked, self.queue)
         if self._residency.is_asked(tracked.adapter):
@@ -93,8 +98,14 @@ class Roster:
         self.queue.remove(tracked)
         self._memory.open(tracked, footprint)
         self.running[tracked.id] = tracked
+        self._num_rows += tracked.num_rows
         if tracked.first_step_s is None:
             self._order.note_start(tracked)
+
+    def note_loaded(self, tracked: Tracked) -> None:
+        """The load that a request waited for is over."""
+        tracked.move(RequestState.WAITING)
+        tracked.loaded_s = self._clock()
 
     def note_token(self, tracked: Tracked) -> None:
         """A running request has been given a token."""
@@ -127,6 +138,7 @@ class Roster:
             reason=reason,
             error=error,
             queue_s=max(0.0, started_s - tracked.request.arrival_s),
+            load_s=0.0 if tracked.loaded_s is None else max(0.0, tracked.loaded_s - tracked.request.arrival_s),
             num_prompt_tokens=len(tracked.request.prompt),
             num_output_tokens=tracked.num_outputs,
             num_cached_tokens=tracked.num_cached,
@@ -143,10 +155,13 @@ class Roster:
             assert tracked.state is (RequestState.LOADING if is_asked else RequestState.WAITING), "wrong state"
             assert tracked.lease is None, "a waiting request has a lease"
             assert not tracked.table, "a waiting request has blocks"
+        num_rows = sum(tracked.num_rows for tracked in self.running.values())
+        assert num_rows == self._num_rows <= self._limits.max_rows, "more rows run than may, or they are miscounted"
         for tracked in self.running.values():
             assert tracked.state is RequestState.RUNNING, "a running request is in the wrong state"
             assert tracked.lease is not None, "a running request has no lease"
 
     def _stop(self, tracked: Tracked) -> None:
         del self.running[tracked.id]
+        self._num_rows -= tracked.num_rows
         self._memory.give_back(tracked)

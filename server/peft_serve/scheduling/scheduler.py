@@ -69,7 +69,7 @@ class Scheduler:
         forecast = Forecast(limits, self._step_time)
         self._roster = Roster(limits, self._memory, self._residency, order, forecast, clock)
         self._planner = Planner(limits, self._roster, self._memory, self._residency, order, clock)
-        self._outcome = Outcome(limits, self._roster, self._memory, self._residency)
+        self._outcome = Outcome(limits, self._roster, self._memory, self._residency, clock)
         self._flight: Flight | None = None
         self._landed: Flight | None = None
         self._failures: list[FinishEvent] = []  # of `plan`, until somebody takes events
@@ -228,5 +228,5 @@ class Scheduler:
         assert adapter != BASE, "the base is not loaded"
         if self._residency.is_asked(adapter):
             for tracked in self._roster.queue.waiters(adapter):
-                tracked.move(RequestState.WAITING)
+                self._roster.note_loaded(tracked)
         self._residency.forget(adapter)

@@ -7,8 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from peft_serve.core import TRANSITIONS, AdapterId, Footprint, Reading, Request, RequestId, RequestState
+from peft_serve.core import (
+    TRANSITIONS,
+    AdapterId,
+    Footprint,
+    Matcher,
+    Reading,
+    Request,
+    RequestId,
+    RequestState,
+    RowResult,
+)
 from peft_serve.scheduling.activation import active_from
+from peft_serve.scheduling.beams import BeamSearch
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.slots import Lease
 
@@ -27,6 +38,23 @@ class Branch:
     def num_left(self) -> int:
         """Tokens still to compute: the last token of a choice is scored and never computed."""
         return len(self.choice) - 1 - self.num_computed
+
+
+@dataclass(slots=True, eq=False)
+class Beam:
+    """One running beam on its way through the model behind the prompt: a `Hypothesis` with its keys and values."""
+
+    tokens: tuple[int, ...]
+    num_computed: int = 0
+    blocks: tuple[int, ...] = ()  # empty: it has no table yet
+    origin: Beam | None = None  # whose table it forks, up to `num_computed`; None: the prompt's
+    copies: tuple[tuple[int, int], ...] = ()
+    given: RowResult | None = None  # what the model says behind its last token
+
+    @property
+    def num_left(self) -> int:
+        """Tokens still to compute; the last one is computed too, for its candidates."""
+        return len(self.tokens) - self.num_computed
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +89,15 @@ class Tracked:
     first_scores: tuple[float, ...] = ()  # log-probabilities of each choice's first token
     scored: dict[int, tuple[float, ...]] = field(default_factory=dict)
     readings: list[tuple[float, ...]] = field(default_factory=list)  # of the tokens computed so far
+    search: BeamSearch | None = None  # once the prompt has been read
+    beams: list[Beam] = field(default_factory=list)  # of its running hypotheses, in their order
+    prompt_scores: list[float] = field(default_factory=list)  # log-probabilities of the prompt's tokens so far
+    prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)  # parallel
+    is_prompt_told: bool = False  # they have become an event
+    matcher: Matcher | None = None  # of a constrained answer
+    allowed: bytes | None = None  # what may come next by it
     first_step_s: float | None = None
+    loaded_s: float | None = None  # when the load that it waited for was over
     last_step: int = -1
 
     @property
@@ -78,7 +114,25 @@ class Tracked:
 
     @property
     def num_outputs(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        """Tokens of its answer, the best one if it is a search's."""
+        if self.search is None:
+            return len(self.tokens) - self.num_prompt
+        return sum(len(best.tokens) for best in self.search.best(1) if self.search.is_over)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the rows that may be in one step, those it counts for."""
+        return self.request.sampling.num_beams if self.is_searching else 1
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the answer is found by beam search."""
+        return _draws(self.request) and self.request.sampling.num_beams > 1
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt are still to be computed."""
+        return self.request.prompt_logprobs is not None and not self.is_prompt_told
 
     @property
     def num_positions(self) -> int:
@@ -120,6 +174,17 @@ class Tracked:
         self.active_from = active_from(self.tokens[: self.num_prompt], footprint.start, prefix=self.prefix)
         self.labels.clear()
 
+    def follow(self, token: int) -> None:
+        """The answer goes on with a token that was drawn; raises what the constraint raises."""
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            self.allowed = self.matcher.mask()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its constraint lets nothing follow."""
+        return self.matcher is not None and self.matcher.is_over
+
     def move(self, state: RequestState) -> None:
         """Change state along the table; any other move is a bug."""
         assert state in TRANSITIONS[self.state], f"request {self.id} cannot go from {self.state} to {state}"
@@ -138,19 +203,44 @@ def track(request: Request, limits: Limits, *, seq: int) -> Tracked:
         stream = _without_padding(stream, limits.pad_id)
     if not all(request.choices):
         raise ValueError(f"request {request.id} has a choice without tokens: give each at least one")
-    draws = not request.choices and request.reading is None
-    if draws and request.sampling.max_new_tokens < 1:
-        raise ValueError(f"request {request.id} asks for no token: max_new_tokens must be at least 1")
-    if draws and request.sampling.do_sample and request.sampling.seed is None:
-        raise ValueError(f"request {request.id} samples without a seed: draw one at admission")
+    if _draws(request):
+        _require_drawable(request, limits)
+    elif request.prompt_logprobs is not None:
+        raise ValueError(f"request {request.id} wants log-probabilities of its prompt: let it generate")
+    matcher = None if request.constraint is None else request.constraint.start()
     return Tracked(
         request=request,
         seq=seq,
         tokens=list(stream),
         num_prompt=len(stream),
+        matcher=matcher,
+        allowed=None if matcher is None else matcher.mask(),
         source_is_pending=limits.is_encoder_decoder or limits.is_encoder,
         open_choices=[i for i, choice in reversed(list(enumerate(request.choices))) if len(choice) > 1],
     )
+
+
+def _draws(request: Request) -> bool:
+    """Whether it generates."""
+    return not request.choices and request.reading is None
+
+
+def _require_drawable(request: Request, limits: Limits) -> None:
+    """Raise `ValueError` for parameters that no answer can be drawn by."""
+    params = request.sampling
+    if params.max_new_tokens < (1 if request.prompt_logprobs is None else 0):
+        raise ValueError(f"request {request.id} asks for no token: max_new_tokens must be at least 1")
+    if params.do_sample and params.seed is None:
+        raise ValueError(f"request {request.id} samples without a seed: draw one at admission")
+    if params.num_beams > 1 and request.constraint is not None:
+        raise ValueError(f"request {request.id} has beams and a grammar: choose one of them")
+    if params.num_beams > 1 and params.do_sample:
+        raise ValueError(f"request {request.id} samples and has beams: choose one of them")
+    if not 1 <= params.num_sequences <= params.num_beams <= limits.max_rows:
+        raise ValueError(
+            f"request {request.id} wants {params.num_sequences} sequences of {params.num_beams} beams: give at least "
+            f"as many beams as sequences, and at most {limits.max_rows} (max_rows)"
+        )
 
 
 def _without_padding(tokens: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
