@@ -23,6 +23,7 @@ class Settings(BaseSettings):
 
     # the base
     model: str = Field(default="demo-llama", description="demo-llama, demo-t5, a folder, or a hub id")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id; default its main branch")
     served_model_name: str | None = Field(default=None, description="name of the base in /v1/models")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="compute dtype; auto = float32 on CPU, bfloat16 on CUDA"
@@ -39,6 +40,18 @@ class Settings(BaseSettings):
     # adapters
     adapters: list[Path] = Field(default_factory=list, description="read-only folders of checkpoints to serve")
     store: Path | None = Field(default=None, description="folder that keeps uploads; default ~/.local/share/peft-serve")
+    allow_source: list[str] = Field(
+        default_factory=list,
+        description="where adapters may be fetched from: hf://org/*, s3://bucket/folder, file:/folder; default nowhere",
+    )
+    fetch_timeout_s: float = Field(default=600.0, gt=0, description="longest time that reading one source may take")
+    allow_runtime_lora_updating: bool = Field(
+        default=False, description="serve vLLM's /v1/load_lora_adapter and /v1/unload_lora_adapter"
+    )
+    watch: list[Path] = Field(default_factory=list, description="folders whose sub-folders become adapters")
+    watch_interval_s: float = Field(default=2.0, gt=0, description="time between two looks at the watched folders")
+    watch_settle_s: float = Field(default=5.0, ge=0, description="a watched folder is read when unchanged for so long")
+    watch_removes: bool = Field(default=False, description="delete an adapter when its watched folder is gone")
     max_rank: int = Field(default=256, ge=1, description="largest rank of an adapter after compilation")
     max_adapter_bytes: int = Field(default=512 * MIB, ge=1, description="largest upload, and largest compiled adapter")
     max_virtual_tokens: int = Field(default=1024, ge=1, description="longest soft prompt or prefix")
@@ -84,8 +97,23 @@ class Settings(BaseSettings):
     max_inputs: int = Field(default=256, ge=1, description="inputs in one request")
     max_new_tokens: int = Field(default=4096, ge=1, description="largest max_new_tokens a request may ask for")
     max_stop_sequences: int = Field(default=16, ge=0)
+    max_grammar_bytes: int = Field(default=64 << 10, ge=64, description="largest JSON schema, pattern or grammar")
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral"] | None = Field(
+        default=None, description="how the base writes tool calls; default: as its chat template tells"
+    )
     max_top_logprobs: int = Field(default=20, ge=0)
     max_choices: int = Field(default=256, ge=1)
+    max_num_beams: int = Field(default=16, ge=1, description="largest num_beams; each beam is one of max_rows")
     keep_alive_s: float = Field(default=15.0, gt=0, description="a comment is sent on a quiet stream this often")
     drain_s: float = Field(default=30.0, ge=0, description="time that running requests get after SIGTERM")
+    drain_delay_s: float = Field(
+        default=2.0, ge=0, description="after SIGTERM, time in which probes and new connections still get a 503"
+    )
+
+    # operations
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field(default="text", description="how log lines are written")
+    log_client_address: bool = Field(default=False, description="tell the client's address in the access log")
+    otlp_traces_endpoint: str | None = Field(
+        default=None, description="where spans go, such as http://collector:4318/v1/traces; needs peft-serve[otel]"
+    )

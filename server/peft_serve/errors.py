@@ -17,6 +17,7 @@ ServeError
 |-- QueueFull             429  with Retry-After
 |   `-- DeadlineMissed    429  would be, or was, not begun in the time it was to wait
 |-- Internal              500
+|-- FetchFailed           502  a source of adapters did not give what it should
 |-- Unavailable           503  starting, draining or dead, with Retry-After
 |   `-- AdapterUnavailable 503 this adapter's files are corrupt, missing or do not load
 `-- StoreFull             507
@@ -124,6 +125,10 @@ class DeadlineMissed(QueueFull):
 
 class Internal(ServeError):
     status, code = 500, "internal"
+
+
+class FetchFailed(ServeError):
+    status, code = 502, "fetch_failed"
 
 
 class Unavailable(ServeError):

@@ -6,16 +6,19 @@ vLLM's names where vLLM has the figure, so that dashboards and gateways made for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Final, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 Tier = Literal["device", "host", "disk"]
 
 MAX_ADAPTER_LABELS: Final = 100  # more names than this share the label `_other`
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+COMPILED_OUTCOMES: Final = ("hit", "miss", "written", "passed_over", "evicted", "damaged", "failed")
+UPLOAD_OUTCOMES: Final = ("created", "unchanged", "refused", "failed")
+ENGINE_STATES: Final = ("starting", "running", "draining", "stopped", "dead")
 
 _LATENCY_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -34,6 +37,7 @@ class RequestFigures:
     num_output_tokens: int
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     queue_s: float
+    load_s: float = 0.0  # of these, until its adapter was on the host; 0: it was there
     ttft_s: float | None
     e2e_s: float
 
@@ -54,6 +58,21 @@ class StateFigures:
     max_resident: int
     num_blocks: int
     block_size: int
+    engine_state: str  # one of ENGINE_STATES
+    stalled_s: float  # how long the step in progress has been running
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildFacts:
+    """What runs here; the same from start to end."""
+
+    version: str
+    python: str
+    torch: str
+    transformers: str
+    base: str  # its class
+    dtype: str
+    device: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,29 +89,44 @@ class Totals:
 class Metrics:
     """The registry and the few acts that change it. Safe from any thread."""
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | None = None, *, model_name: str = "", build: BuildFacts | None = None
+    ) -> None:
+        """`model_name` is the base's as served: the label by which dashboards made for vLLM pick a server."""
         self._registry = registry or CollectorRegistry()
+        self._model_name = model_name
         self._labels: set[str] = set()
+        self._make_request_metrics()
         self._make_engine_metrics()
         self._make_adapter_metrics()
+        self._make_server_metrics(build)
+
+    def _make_request_metrics(self) -> None:
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.")
+        self._inter_token = self._histogram("vllm:inter_token_latency_seconds", "From token to token.")
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.")
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "Arrival to first step.")
+        self._prefill = self._histogram("vllm:request_prefill_time_seconds", "First step to first token.")
+        self._decode = self._histogram("vllm:request_decode_time_seconds", "First token to last token.")
+        self._request_prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._request_output = self._histogram("vllm:request_generation_tokens", "Tokens it was given.", _TOKENS)
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
+        self._output_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._prefix_queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.")
+        self._prefix_hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found computed.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
 
     def _make_engine_metrics(self) -> None:
         r = self._registry
-        self._running = Gauge("vllm:num_requests_running", "Requests that are in the batch.", registry=r)
-        self._waiting = Gauge("vllm:num_requests_waiting", "Requests that wait.", registry=r)
-        self._kv_usage = Gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", registry=r)
-        self._ttft = _histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", r)
-        self._inter_token = _histogram("vllm:inter_token_latency_seconds", "From token to token.", r)
-        self._e2e = _histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", r)
-        self._queue = _histogram("vllm:request_queue_time_seconds", "Arrival to first step.", r)
-        self._prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens computed.", registry=r)
-        self._output_tokens = Counter("vllm:generation_tokens", "Tokens generated.", registry=r)
-        self._prefix_queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", registry=r)
-        self._prefix_hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found computed.", registry=r)
-        self._step_tokens = Histogram(
-            "vllm:iteration_tokens_total", "Tokens computed in a step.", buckets=_TOKENS, registry=r
-        )
-        self._success = Counter("vllm:request_success", "Requests that ended.", ["finished_reason"], registry=r)
+        self._running = self._gauge("vllm:num_requests_running", "Requests that are in the batch.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait.")
+        self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
+        self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKENS)
         self._cache_config = Gauge(
             "vllm:cache_config_info", "Size of the KV cache.", ["block_size", "num_gpu_blocks"], registry=r
         )
@@ -102,7 +136,9 @@ class Metrics:
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
             registry=r,
         )
-        self._step_s = _histogram("peft_serve_step_seconds", "Plan, run and commit of a step.", r)
+        self._step_s = Histogram(
+            "peft_serve_step_seconds", "Plan, run and commit of a step.", buckets=_LATENCY_S, registry=r
+        )
         self._step_time = Gauge(
             "peft_serve_step_time_model_seconds",
             "What a step takes, as fitted: of itself, and for each token, adapter rank and KV position.",
@@ -120,8 +156,31 @@ class Metrics:
             "peft_serve_step_padding_ratio", "Padded share of the last step's tokens (ragged: 0).", registry=r
         )
         self._padding.set(0.0)
+        self._engine_state = Gauge("peft_serve_engine_state", "1 for the engine's state.", ["state"], registry=r)
+        self._stalled = Gauge("peft_serve_engine_stalled_seconds", "How long the step in progress runs.", registry=r)
+
+    def _make_server_metrics(self, build: BuildFacts | None) -> None:
+        r = self._registry
+        ProcessCollector(registry=r)  # memory, CPU time, files and start of this process; on Linux
+        self._loop_lag = Histogram(
+            "peft_serve_event_loop_lag_seconds", "How late the event loop is.", buckets=_LATENCY_S, registry=r
+        )
         self._fingerprint = Gauge("peft_serve_base_fingerprint_ok", "1 while the base is unchanged.", registry=r)
         self._fingerprint.set(1)
+        names = [each.name for each in fields(BuildFacts)]
+        built = Gauge("peft_serve_build_info", "Always 1; the labels say what runs here.", names, registry=r)
+        if build is not None:
+            built.labels(**asdict(build)).set(1)
+
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        return Gauge(name, documentation, ["model_name"], registry=self._registry).labels(self._model_name)
+
+    def _counter(self, name: str, documentation: str) -> Counter:
+        return Counter(name, documentation, ["model_name"], registry=self._registry).labels(self._model_name)
+
+    def _histogram(self, name: str, documentation: str, buckets: Sequence[float] = _LATENCY_S) -> Histogram:
+        made = Histogram(name, documentation, ["model_name"], buckets=buckets, registry=self._registry)
+        return made.labels(self._model_name)
 
     def _make_adapter_metrics(self) -> None:
         r = self._registry
@@ -151,6 +210,20 @@ class Metrics:
             "peft_serve_compiled_cache", "What the cache of compiled adapters on disk did.", ["outcome"], registry=r
         )
         self._uploads = Counter("peft_serve_adapter_uploads", "Uploads by outcome.", ["outcome"], registry=r)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A series that appears with its first event has no rate at the moment when that matters."""
+        for tier in ("device", "host", "disk"):
+            self._hits.labels(tier)
+            self._misses.labels(tier)
+        for tier in ("device", "host"):
+            self._loaded_bytes.labels(tier)
+            self._evictions.labels(tier)
+        for outcome in COMPILED_OUTCOMES:
+            self._compiled.labels(outcome)
+        for outcome in UPLOAD_OUTCOMES:
+            self._uploads.labels(outcome)
 
     def observe_request(self, figures: RequestFigures) -> None:
         """A request has ended."""
@@ -167,10 +240,21 @@ class Metrics:
         if figures.ttft_s is not None:
             self._ttft.observe(figures.ttft_s)
         if figures.outcome == "ok":
-            self._success.labels(figures.finish_reason).inc()
+            self._observe_success(figures)
+
+    def _observe_success(self, figures: RequestFigures) -> None:
+        self._success.labels(self._model_name, figures.finish_reason).inc()
+        self._request_prompt.observe(figures.num_prompt_tokens)
+        self._request_output.observe(figures.num_output_tokens)
+        if figures.ttft_s is not None:
+            self._prefill.observe(max(0.0, figures.ttft_s - figures.queue_s))
+            self._decode.observe(figures.e2e_s - figures.ttft_s)
 
     def observe_inter_token(self, seconds: float) -> None:
         self._inter_token.observe(seconds)
+
+    def observe_loop_lag(self, seconds: float) -> None:
+        self._loop_lag.observe(seconds)
 
     def observe_step(self, *, seconds: float, num_rows: int, num_tokens: int, num_adapters: int) -> None:
         """A step has been planned, run and committed; `num_adapters` counts adapters, not the base."""
@@ -192,11 +276,11 @@ class Metrics:
         self._load_s.labels(tier).observe(seconds)
 
     def observe_compiled(self, outcome: str) -> None:
-        """`hit`, `miss`, `written`, `passed_over`, `evicted`, `damaged` or `failed`."""
+        """One of `COMPILED_OUTCOMES`."""
         self._compiled.labels(outcome).inc()
 
     def observe_upload(self, outcome: str) -> None:
-        """`created`, `unchanged`, `refused` or `failed`."""
+        """One of `UPLOAD_OUTCOMES`."""
         self._uploads.labels(outcome).inc()
 
     def set_base_ok(self, *, ok: bool) -> None:
@@ -211,6 +295,9 @@ class Metrics:
             self._step_time.labels(part).set(seconds)
         self._adapter_bytes.labels("device").set(state.device_bytes)
         self._adapter_bytes.labels("host").set(state.host_bytes)
+        self._stalled.set(state.stalled_s)
+        for name in ENGINE_STATES:
+            self._engine_state.labels(name).set(name == state.engine_state)
         self._cache_config.clear()
         self._cache_config.labels(str(state.block_size), str(state.num_blocks)).set(1)
         # Gateways read exactly one sample, whose *running* are the adapters that are ready to run: the residents.
@@ -243,10 +330,6 @@ class Metrics:
             return "_other"
         self._labels.add(adapter)
         return adapter
-
-
-def _histogram(name: str, documentation: str, registry: CollectorRegistry) -> Histogram:
-    return Histogram(name, documentation, buckets=_LATENCY_S, registry=registry)
 
 
 def _sum_of(metric: Counter | Histogram, suffix: str) -> float:

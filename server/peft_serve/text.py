@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from transformers import AddedToken, AutoTokenizer
 
 from peft_serve.adapters.verdict import Verdict, quoted
 from peft_serve.adapters.vocabulary import Vocabulary
-from peft_serve.detokenizer import Detokenizer, decoder_of
 from peft_serve.errors import BadRequest
+from peft_serve.fast_tokenizer import decoder_of, encoder_of
+
+_REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +79,14 @@ class TextCodec:
         self.own_eos_ids: frozenset[int] = frozenset()  # what ends an answer besides the base's own
         self.own_template: str | None = None  # a stranger's: it is for `rendering` to run, never for this class
         self._words: Mapping[str, str] = {}
+        self._encode_text = encoder_of(tokenizer)
         self._decode_ids = decoder_of(tokenizer)
 
     @classmethod
-    def load(cls, source: str | Path, *, is_encoder_decoder: bool) -> TextCodec:
-        """The tokenizer of a model folder or hub id."""
-        return cls(AutoTokenizer.from_pretrained(source), is_encoder_decoder=is_encoder_decoder)
+    def load(cls, source: str | Path, *, is_encoder_decoder: bool, revision: str | None = None) -> TextCodec:
+        """The tokenizer of a model folder or hub id, of which `revision` is a branch, a tag or a commit."""
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        return cls(tokenizer, is_encoder_decoder=is_encoder_decoder)
 
     def speaking(self, vocabulary: Vocabulary, *, vocab_size: int, with_template: bool) -> TextCodec:
         """A codec that knows an adapter's own tokens as well, and its chat template if that is wanted.
@@ -119,13 +123,26 @@ class TextCodec:
         return {**self._tokenizer.special_tokens_map, **self._words}
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        return self._is_encoder_decoder
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are no text."""
+        return self._special_ids | self._own_special
+
+    def description(self) -> str | None:
+        """The whole tokenizer in the JSON of the `tokenizers` library; None for one written in Python."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else str(backend.to_str())
+
+    @property
     def has_chat_template(self) -> bool:
         return self.own_template is not None or bool(getattr(self._tokenizer, "chat_template", None))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Ids of `text`, with the tokenizer's own special tokens around it unless told otherwise."""
-        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return tuple(int(i) for i in ids)
+        return tuple(self._encode_text(text, add_special_tokens))
 
     def encode_fully(self, text: str, pair: str | None = None) -> Encoded:
         """A text, or two as the tokenizer joins them, with its special tokens and where each token comes from."""
@@ -199,13 +216,22 @@ class TextCodec:
             raise BadRequest(f"choices: {choice!r} has no tokens; give a word the tokenizer knows", param="choices")
         return ids
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Messages rendered by the base's chat template, or, for a base without one, a plain transcript."""
+    @property
+    def chat_template(self) -> str | None:
+        """The template that chats are put by, an adapter's own or the base's."""
+        template = self.own_template or getattr(self._tokenizer, "chat_template", None)
+        return template if isinstance(template, str) else None
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Messages rendered by the base's chat template, or, for a base without one, a plain transcript.
+
+        `tools` are what the model may call, in OpenAI's words; a transcript cannot tell of them.
+        """
         assert self.own_template is None, "a stranger's template is rendered elsewhere"
         if self.has_chat_template:
             try:
                 rendered = self._tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+                    [dict(m) for m in messages], tools=[*tools] or None, tokenize=False, add_generation_prompt=True
                 )
             except Exception as error:  # jinja raises whatever the template's author chose
                 raise BadRequest(f"messages: the chat template refuses them: {error}", param="messages") from error
@@ -272,6 +298,37 @@ def _extended(tokenizer: Any, vocabulary: Vocabulary, new: Sequence[str]) -> Any
 def _token(text: str, vocabulary: Vocabulary) -> Any:
     flags = dict.fromkeys(vocabulary.traits.get(text, ()), True)
     return AddedToken(text, **{"normalized": False, "special": text in vocabulary.special, **flags})
+
+
+class Detokenizer:
+    """Turns ids into text as they come, never showing half a character.
+
+    Some tokenizers decode a token differently at the start of a text (a leading space is dropped), so each piece
+    is read as the difference between two decodings that share a few ids of context.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> None:
+        self._decode = decode
+        self._ids = list(context)
+        self._start = 0
+        self._read = len(self._ids)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, perhaps none."""
+        self._ids.append(token)
+        known = self._decode(self._ids[self._start : self._read])
+        text = self._decode(self._ids[self._start :])
+        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(known) :]
+
+    def flush(self) -> str:
+        """What is left at the end, an incomplete character included."""
+        known = self._decode(self._ids[self._start : self._read])
+        text = self._decode(self._ids[self._start :])
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(known) :]
 
 
 class StopFinder:

@@ -27,9 +27,12 @@ from peft_serve.config import Settings
 from peft_serve.core import (
     BASE,
     AdapterId,
+    BeamsEvent,
+    Continuation,
     Event,
     FinishEvent,
     FinishReason,
+    PromptEvent,
     Reading,
     ReadingEvent,
     Request,
@@ -60,6 +63,21 @@ class Live:
     request: Request
     left: list[int]
     index: int = 0
+
+
+def obedient(request: Request) -> list[int]:
+    """A random walk through what the request's answer may look like, up to its end or its length."""
+    assert request.constraint is not None
+    matcher, ids = request.constraint.start(), list[int]()
+    for i in range(request.sampling.max_new_tokens):
+        mask = matcher.mask()
+        allowed = [id_ for id_ in range(len(mask) * 8) if mask[id_ // 8] >> (id_ % 8) & 1]
+        ends = [id_ for id_ in allowed if id_ in request.eos_ids]
+        ids.append(ends[0] if ends else allowed[digest_int(request.prompt, request.sampling.seed, i) % len(allowed)])
+        if ends:
+            break
+        matcher.accept(ids[-1])
+    return ids
 
 
 class FakeEngine:
@@ -153,6 +171,8 @@ class FakeEngine:
         )
 
     def _answer(self, request: Request) -> list[int]:
+        if request.constraint is not None:
+            return obedient(request)
         said = self.says.get(self._codec.decode(request.prompt))
         if said is not None:
             ids = list(self._codec.encode(said))
@@ -201,17 +221,49 @@ class FakeEngine:
                 request=request.id, logprobs=tuple(map(sum, token_logprobs)), token_logprobs=token_logprobs
             )
             return [scores, self._finish(live, FinishReason.EOS)]
-        token = live.left.pop(0)
         sampling = request.sampling
+        told: list[Event] = []
+        if request.prompt_logprobs is not None and live.index == 0:
+            told = [self._prompt(request, request.prompt_logprobs)]
+        if sampling.max_new_tokens == 0:
+            return [*told, self._finish(live, FinishReason.LENGTH)]
+        if sampling.num_beams > 1:
+            found = BeamsEvent(request=request.id, continuations=self._beams(request, live.left))
+            return [*told, found, self._finish(live, FinishReason.EOS)]
+        token = live.left.pop(0)
         logprob = -0.25 if sampling.logprobs else None
         top = tuple((token + k, -0.25 - k) for k in range(sampling.num_top_logprobs))
-        events: list[Event] = [TokenEvent(request=request.id, index=live.index, token=token, logprob=logprob, top=top)]
+        events: list[Event] = [
+            *told,
+            TokenEvent(request=request.id, index=live.index, token=token, logprob=logprob, top=top),
+        ]
         live.index += 1
         if token in request.eos_ids:
             events.append(self._finish(live, FinishReason.EOS))
         elif live.index == sampling.max_new_tokens or not live.left:
             events.append(self._finish(live, FinishReason.LENGTH))
         return events
+
+    def _prompt(self, request: Request, count: int) -> PromptEvent:
+        ids = (request.decoder_prompt or request.prompt)[1:]
+        return PromptEvent(
+            request=request.id,
+            logprobs=tuple(-1.0 - i for i in range(len(ids))),
+            tops=tuple(tuple((id_ + k, -1.0 - i - k) for k in range(count)) for i, id_ in enumerate(ids)),
+        )
+
+    def _beams(self, request: Request, ids: list[int]) -> tuple[Continuation, ...]:
+        """Of falling scores, each begun a token later."""
+        return tuple(
+            Continuation(
+                tokens=tuple(ids[i:]),
+                score=-0.5 - i,
+                logprobs=(-0.25,) * len(ids[i:]),
+                tops=((),) * len(ids[i:]),
+                is_ended=True,
+            )
+            for i in range(request.sampling.num_sequences)
+        )
 
     def _read(self, request: Request) -> list[list[float]]:
         """As many rows, and as wide, as the real engine reads; every value depends on adapter, prompt and place."""

@@ -393,7 +393,7 @@ async def test_requests_are_counted(client: httpx.AsyncClient) -> None:
     await client.post("/generate?adapter=plain", json={"inputs": "hello"})
     page = (await client.get("/metrics")).text
     assert 'peft_serve_adapter_requests_total{adapter="plain",method="LORA",outcome="ok"} 1.0' in page
-    assert 'vllm:request_success_total{finished_reason="stop"} 1.0' in page
+    assert 'vllm:request_success_total{finished_reason="stop",model_name=""} 1.0' in page
 
 
 async def test_what_is_wrong_with_inputs_is_said_in_one_sentence(client: httpx.AsyncClient) -> None:

@@ -87,3 +87,11 @@ def test_a_child_that_does_not_start_is_told() -> None:
         templates.render("ok", MESSAGES, WORDS)
     templates.close()
     templates.close()
+
+
+def test_tools_are_rendered_as_transformers_renders_them(templates: ChatTemplates, tiny_tokenizer: Any) -> None:
+    template = "{% for tool in tools or [] %}{{ tool.function | tojson }}{% endfor %}{{ messages[0].content }}"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    expected = tiny_tokenizer.apply_chat_template(MESSAGES, chat_template=template, tools=tools, tokenize=False)
+    assert templates.render(template, MESSAGES, WORDS, tools) == expected
+    assert templates.render(template, MESSAGES, WORDS) == MESSAGES[0]["content"]

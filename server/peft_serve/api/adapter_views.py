@@ -19,6 +19,7 @@ def version_view(version: Version) -> dict[str, Any]:
         "digest": version.id,
         "state": version.state.value,
         "created": version.created,
+        "source": version.source or None,
         **summary_view(version.summary),
     }
 
@@ -54,6 +55,7 @@ def entry_view(entry: Entry, snapshot: EngineSnapshot) -> dict[str, Any]:
     version = entry.version
     if version is None:
         content = {"name": entry.name, "version": None, "digest": None, "state": "active", "created": None}
+        content |= {"source": None}
         content |= summary_view(None)
     else:
         content = version_view(version)

@@ -15,18 +15,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from peft_serve.adapters.catalog import Published, etag
-from peft_serve.adapters.combined import is_combined, parts_of
 from peft_serve.adapters.listing import Entry
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.names import check_name
 from peft_serve.api.adapter_views import entry_view, published_view, summary_view, version_view
+from peft_serve.api.fetching import FetchRoutes, or_source
 from peft_serve.api.json_body import parse_object
 from peft_serve.api.json_response import json_response
 from peft_serve.api.openapi import UPLOAD_BODY, error_responses
 from peft_serve.api.service import Service
 from peft_serve.api.uploads import Upload, receive_upload
 from peft_serve.core import AdapterId
-from peft_serve.engine.snapshot import EngineSnapshot
 from peft_serve.errors import (
     AdapterInvalid,
     AdapterUnavailable,
@@ -50,6 +49,7 @@ class AdapterRoutes:
         self._parts = service.parts
         self._limits = UploadLimits(max_bytes=service.parts.settings.max_adapter_bytes)
         self._turns = asyncio.Semaphore(MAX_UPLOADS)
+        self._fetching = FetchRoutes(service)
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["adapters"])
@@ -60,7 +60,13 @@ class AdapterRoutes:
         known: dict[str, Any] = {"responses": error_responses(404, 503)}
         add = router.add_api_route
         add("/adapters", self.list, methods=["GET"], summary="Every adapter, resident or not")
-        add("/adapters", self.create, methods=["POST"], summary="Upload an adapter by form", **upload)
+        add(
+            "/adapters",
+            self.create,
+            methods=["POST"],
+            summary="Upload by form, or have a source fetched",
+            **upload | {"openapi_extra": or_source(UPLOAD_BODY)},
+        )
         add("/adapters/validate", self.validate, methods=["POST"], summary="Check an upload, keep nothing", **upload)
         add(
             "/adapters/{name}", self.put, methods=["PUT"], summary="Upload an adapter, or a new version of it", **upload
@@ -84,7 +90,8 @@ class AdapterRoutes:
     async def list(self) -> Response:
         entries = await asyncio.to_thread(self._parts.catalog.list)
         snapshot = self._parts.engine.snapshot()
-        return json_response({"adapters": [entry_view(entry, snapshot) for entry in entries]})
+        problems = [{"source": each.source, "problem": each.problem} for each in self._service.intake.problems]
+        return json_response({"adapters": [entry_view(entry, snapshot) for entry in entries], "problems": problems})
 
     async def get(self, name: str) -> Response:
         return await self._entry(name)
@@ -101,6 +108,8 @@ class AdapterRoutes:
         return await self._publish(name, upload, request)
 
     async def create(self, request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+            return await self._fetching.create(request, create_only=_create_only(request))
         upload = await self._receive(request)
         if upload.name is None:
             raise InvalidParameter("name: the form needs a field of this name", param="name")
@@ -121,11 +130,7 @@ class AdapterRoutes:
             tags = [tag.strip() for tag in if_match.split(",")]
             if tags != ["*"] and (version is None or etag(version.id) not in tags):
                 raise PreconditionFailed(f"adapter '{name}' is not at what If-Match names; look again")
-        ids = {version.id for version in await asyncio.to_thread(catalog.versions, name)}
-        in_flight = await asyncio.to_thread(catalog.delete, name)
-        for adapter in ids | _made_of(ids, self._parts.engine.snapshot()):
-            self._parts.engine.set_pinned(adapter, pinned=False)
-            self._parts.engine.unload(adapter)
+        in_flight = await asyncio.to_thread(self._service.intake.remove, name)
         if in_flight == 0:
             return Response(status_code=204)
         return json_response({"name": name, "state": "draining", "in_flight": in_flight}, status=202)
@@ -236,12 +241,6 @@ class AdapterRoutes:
                 catalog.resolve(name)
             entry = catalog.get(name)
         return entry
-
-
-def _made_of(ids: set[AdapterId], snapshot: EngineSnapshot) -> set[AdapterId]:
-    """The combinations in memory that one of these is a part of."""
-    loaded = {*snapshot.host_adapters, *(resident.adapter for resident in snapshot.resident)}
-    return {each for each in loaded if is_combined(each) and any(part.id in ids for part in parts_of(each))}
 
 
 def _plain(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,12 +15,19 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from peft_serve import __version__
+from peft_serve.api.access_log import AccessLog
+from peft_serve.api.adapter_archive import ArchiveRoutes
 from peft_serve.api.adapters import AdapterRoutes
 from peft_serve.api.chats import ChatRoutes
 from peft_serve.api.classify import ClassifyRoutes
 from peft_serve.api.completions import CompletionRoutes
 from peft_serve.api.docs_page import PAGE
 from peft_serve.api.embed import EmbedRoutes
+from peft_serve.api.events import EventRoutes
+from peft_serve.api.exchanges import Exchanges, Tracer
+from peft_serve.api.fetching import FetchRoutes
+from peft_serve.api.loop_lag import watched_lag
+from peft_serve.api.lora_updating import LoraUpdatingRoutes
 from peft_serve.api.middleware import Envelope
 from peft_serve.api.native import NativeRoutes
 from peft_serve.api.openapi import describe
@@ -28,6 +36,7 @@ from peft_serve.api.problems import Problem, family_of, problem_of, problem_of_h
 from peft_serve.api.root import RootRoutes
 from peft_serve.api.service import Service
 from peft_serve.api.tgi import TGIRoutes
+from peft_serve.api.ui import PlaygroundRoutes
 from peft_serve.engine.parts import ServerParts
 from peft_serve.errors import InvalidParameter, ServeError
 
@@ -43,17 +52,23 @@ def create_app(
     *,
     now: Callable[[], float] = time.time,
     draw_bits: Callable[[int], int] | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The application over a server's parts. `now` gives unix seconds; `draw_bits(n)` gives n random bits, for
-    ids and for the seeds of requests that bring none (default: the system's source)."""
+    ids and for the seeds of requests that bring none (default: the system's source). It closes the `tracer`."""
     service = Service(parts, now=now, draw_bits=draw_bits or random.SystemRandom().getrandbits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.open()
-        yield
+        service.intake.start()
+        async with watched_lag(parts.metrics.observe_loop_lag):
+            yield
+        service.intake.close()
         if parts.templates is not None:
             parts.templates.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="peft-serve",
@@ -66,7 +81,7 @@ def create_app(
     )
     families = (
         NativeRoutes, RootRoutes, TGIRoutes, ClassifyRoutes, EmbedRoutes, CompletionRoutes, ChatRoutes, AdapterRoutes,
-        OperationRoutes,
+        ArchiveRoutes, OperationRoutes, EventRoutes, PlaygroundRoutes, FetchRoutes, LoraUpdatingRoutes,
     )  # fmt: skip
     for family in families:
         app.include_router(family(service).router())
@@ -80,6 +95,13 @@ def create_app(
         max_upload_bytes=parts.settings.max_adapter_bytes,
         new_id=service.new_id,
     )
+    app.add_middleware(
+        Exchanges,
+        log=AccessLog(with_client=parts.settings.log_client_address),
+        tracer=tracer,
+        now=now,
+        clock=parts.clock,
+    )
     _describe_once(app)
     return app
 
@@ -90,7 +112,9 @@ async def _docs() -> Response:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     family = family_of(request.url.path)
-    return response_of(_problem(request, error), family, request.scope["state"].get("request_id"))
+    problem = _problem(request, error)
+    request.state.error = problem.code
+    return response_of(problem, family, request.scope["state"].get("request_id"))
 
 
 def _problem(request: Request, error: Exception) -> Problem:

@@ -1,6 +1,6 @@
-"""The beat: one snapshot of the server twice a second for everybody who watches, and none while nobody does.
+"""The beat: one look at the server twice a second for everybody who watches, and none while nobody does.
 
-Owns the one task that looks, and the content that was made last. Lives on the event loop's thread.
+Owns the one task that looks and the event that was made last. Lives on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -10,99 +10,159 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Final
 
+from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.combined import parts_of
 from peft_serve.api.live_view import live_view
 from peft_serve.api.rates import Counts, RateWindow
 from peft_serve.api.service import Service
 from peft_serve.api.sse import event
-from peft_serve.core import BASE, AdapterId, Row
+from peft_serve.core import BASE, BASE_SLOT, AdapterId, Row
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.errors import QueueFull, ServeError
 
 EVERY_S: Final = 0.5
-LOOKS: Final = 10  # at the rows of the step, for each event: a request can be shorter than the time between two
+LOOKS: Final = 10
+"""At the rows, for each event: a request may be shorter than the time between two, and the fullest step is told."""
 MAX_LISTENERS: Final = 64
-_MAX_METHODS: Final = 4096
-_RETRY_S: Final = 5.0
+MAX_METHODS: Final = 4096
+RETRY_S: Final = 5.0
+
+
+class _Run:
+    """The events of one time that somebody watches: the last one, and word of the next."""
+
+    def __init__(self) -> None:
+        self.content: bytes | None = None
+        self.is_over = False
+        self._tick = asyncio.Event()  # set when the next event is there, and then replaced
+
+    def publish(self, content: bytes, *, is_last: bool) -> None:
+        self.content, self.is_over = content, is_last
+        self._wake()
+
+    def end(self) -> None:
+        self.is_over = True
+        self._wake()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The event made last, and those to come; a slow listener misses some."""
+        seen: bytes | None = None
+        while True:
+            if self.content is not seen and self.content is not None:
+                seen = self.content
+                yield seen
+            elif self.is_over:
+                return
+            else:
+                await self._tick.wait()
+
+    def _wake(self) -> None:
+        self._tick.set()
+        self._tick = asyncio.Event()
 
 
 class Beat:
-    """`listen` is called when somebody begins to watch; the listener closes itself."""
+    """Each `join`, which gives the events, is answered by one `leave`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._parts = service.parts
         self._began_s = service.parts.clock()
-        self._window = RateWindow()
         self._methods: dict[AdapterId, str | None] = {}
         self._num_listeners = 0
         self._task: asyncio.Task[None] | None = None
-        self._tick = asyncio.Event()  # set when the next event is there, and then another one
-        self._content = b""
-        self._is_over = False
+        self._run = _Run()
+        self._window = RateWindow()
 
-    def listen(self) -> Listener:
-        """Raises `QueueFull` when too many watch already."""
+    def join(self) -> AsyncIterator[bytes]:
+        """Somebody begins to watch. Raises `QueueFull` when too many do already."""
         if self._num_listeners >= MAX_LISTENERS:
-            raise QueueFull(f"{MAX_LISTENERS} clients watch already; close one, or look later", retry_after_s=_RETRY_S)
+            raise QueueFull(f"{MAX_LISTENERS} clients watch already; close one, or look later", retry_after_s=RETRY_S)
         self._num_listeners += 1
         if self._task is None or self._task.done():
-            self._window = RateWindow()
-            self._is_over = False
-            self._task = asyncio.get_running_loop().create_task(self._run())
-        return Listener(self)
-
-    async def next_content(self) -> bytes | None:
-        """The next event; None when there will be no more."""
-        if self._is_over:
-            return None
-        await self._tick.wait()
-        return self._content
+            self._run, self._window = _Run(), RateWindow()
+            self._task = asyncio.get_running_loop().create_task(self._look(self._run))
+        return self._run.events()
 
     def leave(self) -> None:
-        """A listener has gone; with the last one the looking ends."""
+        """Somebody watches no longer; with the last one the looking ends."""
         self._num_listeners -= 1
+        assert self._num_listeners >= 0, "more have left than joined"
         if self._num_listeners == 0 and self._task is not None:
             self._task.cancel()
             self._task = None
 
-    async def _run(self) -> None:
-        num_steps, rows = -1, ()
-        while not self._is_over:
-            snapshot = self._parts.engine.snapshot()
-            rows = snapshot.last_rows if snapshot.num_steps != num_steps or snapshot.last_rows else ()
-            num_steps = snapshot.num_steps
-            await self._learn_methods(snapshot, rows)
-            # A server that stops waits for its connections: they end with the last request.
-            self._is_over = _is_done(snapshot)
-            self._content = event(self._view(snapshot, rows))
-            self._tick.set()
-            self._tick = asyncio.Event()
-            await self._fullest(EVERY_S)
+    async def _look(self, run: _Run) -> None:
+        snapshot = self._parts.engine.snapshot()
+        num_steps, num_looks = snapshot.num_steps, 0  # the first event comes at once
+        try:
+            while not run.is_over:
+                rows: tuple[tuple[AdapterId, Row], ...] = ()
+                for _ in range(num_looks):
+                    await asyncio.sleep(EVERY_S / LOOKS)
+                    snapshot = self._parts.engine.snapshot()
+                    if snapshot.num_steps != num_steps and len(snapshot.last_rows) >= len(rows):
+                        rows = _with_adapters(snapshot)
+                    num_steps = snapshot.num_steps
+                await self._look_up({adapter for adapter, _ in rows} - self._methods.keys())
+                # A server that stops waits for its connections: these end with the last request.
+                run.publish(event(self._view(snapshot, rows)), is_last=_is_done(snapshot))
+                num_looks = LOOKS
+        finally:
+            run.end()
 
-    async def _fullest(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-    def _view(self, snapshot: EngineSnapshot, rows: tuple[Row, ...]) -> dict[str, object]:
+    def _view(self, snapshot: EngineSnapshot, rows: tuple[tuple[AdapterId, Row], ...]) -> dict[str, object]:
         now_s = self._parts.clock()
         totals = self._parts.metrics.totals()
-        rates = self._window.add(
-            Counts(
-                time_s=now_s,
-                drawn_tokens=snapshot.num_drawn_tokens,
-                prompt_tokens=snapshot.num_prompt_tokens,
-                requests=totals.num_requests,
-                steps=totals.num_steps,
-                step_s=totals.step_s,
-                looked_up=totals.prompt_tokens,
-                cached=totals.cached_tokens,
-            )
+        counts = Counts(
+            time_s=now_s,
+            drawn_tokens=snapshot.num_drawn_tokens,
+            prompt_tokens=snapshot.num_prompt_tokens,
+            requests=totals.num_requests,
+            steps=totals.num_steps,
+            step_s=totals.step_s,
+            looked_up=totals.prompt_tokens,
+            cached=totals.cached_tokens,
         )
         return live_view(
             snapshot,
             rows,
-            rates,
+            self._window.add(counts),
             time_s=now_s - self._began_s,
             name_of=self._service.name_of,
             method_of=self._methods.get,
         )
+
+    async def _look_up(self, adapters: set[AdapterId]) -> None:
+        """Learn the methods of adapters that were not seen before."""
+        if len(self._methods) > MAX_METHODS:
+            self._methods.clear()
+        for adapter in adapters:
+            name = self._service.name_of(adapter)
+            self._methods[adapter] = await asyncio.to_thread(_method_of, self._parts.catalog, adapter, name)
+
+
+def _with_adapters(snapshot: EngineSnapshot) -> tuple[tuple[AdapterId, Row], ...]:
+    """The last step's rows; one whose adapter has left its slot since is not told."""
+    seats = {resident.slot: resident.adapter for resident in snapshot.resident} | {BASE_SLOT: BASE}
+    return tuple((seats[row.slot], row) for row in snapshot.last_rows if row.slot in seats)
+
+
+def _method_of(catalog: Catalog, adapter: AdapterId, name: str) -> str | None:
+    """The peft type of an adapter, or those of a combination's parts joined by `+`. May read the disk."""
+    if adapter == BASE:
+        return None
+    known: dict[AdapterId, str] = {}
+    for part in name.split("+"):
+        with suppress(ServeError):
+            for version in catalog.versions(part.partition(":")[0].partition("@")[0]):
+                if version.summary is not None:
+                    known[version.id] = version.summary.peft_type
+    methods = [known.get(part.id) for part in parts_of(adapter)]
+    return "+".join(method for method in methods if method) if all(methods) else None
+
+
+def _is_done(snapshot: EngineSnapshot) -> bool:
+    is_idle = snapshot.num_running + snapshot.num_waiting == 0
+    is_ending = snapshot.state in (EngineState.DRAINING, EngineState.STOPPED)
+    return snapshot.state is EngineState.DEAD or (is_ending and is_idle)

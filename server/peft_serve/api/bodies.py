@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from peft_serve.api.chat_bodies import Message, Tool, ToolChoice
+from peft_serve.api.fail_fast import FAIL_FAST
+from peft_serve.api.form_bodies import GrammarField, ResponseFormat, Schema, StructuredOutputs, Words
 
 MAX_COUNT: Final = 2**31 - 1
 MAX_SEED: Final = 2**63 - 1
@@ -19,15 +23,6 @@ TASK: Final = "which task is meant, of an adapter that holds several"
 ENSEMBLE: Final = "adapters that all answer each input; their scores are averaged"
 ENSEMBLE_BY: Final = "mean: of the scores (default); vote: each member has one"
 
-
-class _FirstError(FailFast):
-    """pydantic's own is not hashable in every version, as a member of a union must be."""
-
-    __hash__ = object.__hash__
-
-
-FAIL_FAST: Final = _FirstError()
-"""A list of a million wrong items is one error."""
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[str], FAIL_FAST, Field(min_length=1)]
@@ -39,6 +34,14 @@ TaskId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Members = Annotated[list[Text], FAIL_FAST, Field(min_length=2, max_length=MAX_MEMBERS)]
 EnsembleBy = Literal["mean", "vote"]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias], Field(max_length=1024)]
+LengthPenalty = Annotated[float, Field(ge=-10.0, le=10.0)]
+EarlyStopping = bool | Literal["never"]
+BIAS: Final = 'added to the logits of token ids, e.g. {"50256": -100}, before everything else'
+BEAMS: Final = "beam search over so many continuations, as in transformers; nothing is sampled or streamed"
+LENGTH_PENALTY: Final = "beams are compared by their log-probability divided by length ** length_penalty; default 1"
+EARLY_STOPPING: Final = "the search ends: false (default), by a heuristic; true, with enough beams; never, for sure"
 
 
 def checked_temperature(value: float | None) -> float | None:
@@ -133,14 +136,34 @@ class Parameters(Body):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     stop: Stops | None = Field(default=None, description="the answer ends after the first of these strings")
     ignore_eos: bool | None = None
+    ignore_eos_token: bool | None = Field(default=None, description="LoRAX' name of ignore_eos")
     best_of: int | None = Field(
-        default=None, ge=1, le=MAX_COUNT, description="sample so many, answer with the likeliest"
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="sample so many, answer with the likeliest; with num_beams: tell so many of the beams",
     )
     n: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="the same as best_of")
+    num_beams: int | None = Field(default=None, ge=1, le=MAX_COUNT, description=BEAMS)
+    length_penalty: LengthPenalty | None = Field(default=None, description=LENGTH_PENALTY)
+    early_stopping: EarlyStopping | None = Field(default=None, description=EARLY_STOPPING)
+    logit_bias: LogitBias | None = Field(default=None, description=BIAS)
+    max_time: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=86_400.0,
+        description="seconds from the first step; the token of then is the last",
+    )
     return_full_text: bool | None = None
     truncate: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="keep the prompt's last tokens only")
     details: bool | None = None
+    decoder_input_details: bool | None = Field(
+        default=None, description="the prompt's tokens and their log-probabilities, as details.prefill; needs details"
+    )
     top_n_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    return_k_alternatives: int | None = Field(
+        default=None, ge=0, le=MAX_COUNT, description="as top_n_tokens; they stand in each token's alternative_tokens"
+    )
     template: str | None = Field(default=None, description="holds {text} once; null switches the adapter's off")
     choices: Choices | None = Field(
         default=None, description="answer with one of these; null switches the adapter's off"
@@ -149,6 +172,10 @@ class Parameters(Body):
     task_id: TaskId | None = Field(default=None, description=TASK)
     ensemble: Members | None = Field(default=None, description=ENSEMBLE)
     ensemble_by: EnsembleBy | None = Field(default=None, description=ENSEMBLE_BY)
+    json_schema: Schema | None = Field(default=None, description="the answer is JSON that the schema allows")
+    regex: Text | None = Field(default=None, description="the answer matches as a whole")
+    grammar: GrammarField | None = Field(default=None, description="TGI's way of saying either")
+    response_format: ResponseFormat | None = Field(default=None, description="OpenAI's and LoRAX' way")
 
     _temperature = field_validator("temperature")(checked_temperature)
     _template = field_validator("template")(checked_template)
@@ -212,11 +239,25 @@ class OpenAIBody(Body):
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     typical_p: Share | None = None
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100.0)
+    num_beams: int | None = Field(default=None, ge=1, le=MAX_COUNT, description=BEAMS)
+    length_penalty: LengthPenalty | None = Field(default=None, description=LENGTH_PENALTY)
+    early_stopping: EarlyStopping | None = Field(default=None, description=EARLY_STOPPING)
+    logit_bias: LogitBias | None = Field(default=None, description=BIAS)
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_COUNT, description="log-probabilities of the prompt's tokens, and of so many others"
+    )
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     template: str | None = None
     choices: Choices | None = None
+
+    response_format: ResponseFormat | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: Text | None = None
+    guided_choice: Words | None = None
+    guided_grammar: Text | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     _temperature = field_validator("temperature")(checked_temperature)
     _template = field_validator("template")(checked_template)
@@ -227,51 +268,23 @@ class OpenAIBody(Body):
 class CompletionBody(OpenAIBody):
     """`POST /v1/completions`."""
 
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT, description="0 = only the prompt; needs echo")
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], FAIL_FAST, Field(min_length=1)]
     best_of: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    echo: bool = Field(default=False, description="the answer begins with the prompt, and so do its log-probabilities")
     add_special_tokens: bool = True
 
     _prompt = field_validator("prompt", mode="before")(checked_prompt)
-
-
-class ContentPart(BaseModel):
-    """A piece of a message. Only text is understood."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    type: str
-    text: str | None = None
-
-    @field_validator("type")
-    @classmethod
-    def _is_text(cls, value: str) -> str:
-        if value != "text":
-            raise ValueError("only parts of type text are served")
-        return value
-
-
-class Message(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    role: Text
-    content: str | Annotated[list[ContentPart], FAIL_FAST] | None = None
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The message's words."""
-        if isinstance(self.content, list):
-            return "".join(part.text or "" for part in self.content)
-        return self.content or ""
 
 
 class ChatBody(OpenAIBody):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], FAIL_FAST, Field(min_length=1)]
+    tools: Annotated[list[Tool], FAIL_FAST] | None = None
+    tool_choice: ToolChoice | None = Field(default=None, description="default auto")
+    parallel_tool_calls: bool = True
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_COUNT)

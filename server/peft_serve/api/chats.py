@@ -5,7 +5,8 @@ An adapter with a template is asked with what the user said last: it was trained
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -14,14 +15,20 @@ from starlette.responses import Response
 from peft_serve.api import fields
 from peft_serve.api import openai_words as words
 from peft_serve.api.bodies import ChatBody
+from peft_serve.api.chat_answers import ArgumentsReader, CallsReader, ChatChunks, Reader, WordsReader, chat_choice
+from peft_serve.api.forms import Form, field_of, form_of_openai
+from peft_serve.api.generation import Generation
 from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.openai_call import DEFAULTS, NAMES, OpenAICall, explicit_parameters
 from peft_serve.api.openapi import json_body, openai_error_responses
-from peft_serve.api.plan import Ask, Call, Piece, Style
-from peft_serve.api.replies import CLIENT_CLOSED, whole
+from peft_serve.api.plan import Ask, Call, Style
+from peft_serve.api.replies import CLIENT_CLOSED, grouped, whole
 from peft_serve.api.service import Service
+from peft_serve.api.tools import ToolUse, rendered_message, tool_use_of
 from peft_serve.api.waiting import max_wait_of
 from peft_serve.errors import InvalidParameter
+
+_CALL_ID_CHARS: Final = 29  # of `call_` and a random part, as OpenAI's are
 
 
 class ChatRoutes:
@@ -48,9 +55,11 @@ class ChatRoutes:
             raise InvalidParameter("top_logprobs: needs logprobs to be true", param="top_logprobs")
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         call = OpenAICall(self._service, request, body, prefix="chatcmpl-", kind=kind, answers_per_prompt=body.n)
-        messages = tuple({"role": message.role, "content": message.text} for message in body.messages)
+        messages = tuple(rendered_message(message) for message in body.messages)
+        use = tool_use_of(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls)
         admitted = Call(
-            asks=(Ask(messages=messages, adapter=call.adapter),),
+            asks=(Ask(messages=messages, tools=use, adapter=call.adapter),),
+            form=_form(body, use),
             explicit=explicit_parameters(body) | _longest(body) | call.task,
             style=Style(
                 defaults=DEFAULTS,
@@ -62,36 +71,56 @@ class ChatRoutes:
             ),
             num_answers=body.n,
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs if _wants_prompt(body) else None,
+            is_streamed=body.stream,
         )
         generations = await self._service.open().admit(admitted, max_wait_s=max_wait_of(request))
         if body.stream:
-            return await call.stream(generations, _Chunks(has_logprobs=body.logprobs))
+            chunks = ChatChunks(has_logprobs=body.logprobs, make_reader=lambda: self._reader(use, generations))
+            return await call.stream(generations, chunks)
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)
-        choices = [words.chat_choice(i, a, has_logprobs=body.logprobs) for i, a in enumerate(answers)]
-        return call.whole(choices, generations, answers)
+        told = [answer for group in grouped(generations, answers, body.n) for _, answer in group]
+        choices = [
+            chat_choice(i, a, self._reader(use, generations), has_logprobs=body.logprobs) for i, a in enumerate(told)
+        ]
+        extra = {"prompt_logprobs": words.prompt_logprobs(told[0].prompt_tokens)} if _wants_prompt(body) else {}
+        return call.whole(choices, generations, answers, extra)
+
+    def _reader(self, use: ToolUse | None, generations: Sequence[Generation]) -> Reader:
+        """What reads an answer, in the syntax of the chat template it was asked by."""
+        if use is None:
+            return WordsReader()
+        if use.named is not None:
+            return ArgumentsReader(use.named, self._new_call_id)
+        template = generations[0].plan.codec.chat_template or ""
+        syntax = use.syntax(template, self._service.parts.settings.tool_call_parser)
+        assert syntax is not None, "admission refuses tools without a syntax"
+        return CallsReader(syntax, use.is_single, self._new_call_id)
+
+    def _new_call_id(self) -> str:
+        return self._service.new_id("call_")[:_CALL_ID_CHARS]
 
 
-class _Chunks:
-    """Choices of chunks: the role once, the words as they come, and the reason of the end by itself."""
+def _form(body: ChatBody, use: ToolUse | None) -> Form | None:
+    """What the answer is to look like, by itself or because a tool has to be called; raises InvalidParameter."""
+    form = form_of_openai(body)
+    if use is None or use.form is None:
+        return form
+    if form is not None:
+        raise InvalidParameter(
+            f"{form.place}: tool_choice says already that the answer is a call; send one of them",
+            param=field_of(form.place),
+        )
+    return use.form
 
-    def __init__(self, *, has_logprobs: bool) -> None:
-        self._has_logprobs = has_logprobs
-        self._begun: set[int] = set()
 
-    def __call__(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        choices = []
-        if index not in self._begun:
-            self._begun.add(index)
-            choices.append(words.chat_delta(index, {"role": "assistant", "content": ""}))
-        has_tokens = self._has_logprobs and piece.token is not None and not piece.token.special
-        if piece.text or has_tokens:
-            tokens = [piece.token] if has_tokens and piece.token is not None else None
-            choices.append(words.chat_delta(index, {"content": piece.text}, tokens))
-        if piece.answer is not None:
-            choices.append(words.chat_delta(index, {}, reason=piece.answer.reason))
-        return choices
+def _wants_prompt(body: ChatBody) -> bool:
+    """Whether log-probabilities of the prompt are asked for; raises InvalidParameter in a stream."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidParameter("prompt_logprobs: not told in a stream; leave it out", param="prompt_logprobs")
+    return body.prompt_logprobs is not None
 
 
 def _longest(body: ChatBody) -> dict[str, int]:

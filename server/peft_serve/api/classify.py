@@ -50,14 +50,16 @@ class ClassifyRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["classify"])
-        router.add_api_route(
-            "/classify",
-            self.classify,
-            methods=["POST"],
-            summary="Label texts, their tokens, or the answer in a context; by a task head or by choices",
-            openapi_extra=json_body("ClassifyBody", _EXAMPLE, has_adapter=True),
-            responses=error_responses(400, 404, 413, 415, 422, 429, 500, 503),
-        )
+        summary = "Label texts, their tokens, or the answer in a context; by a task head or by choices"
+        for path, what in (("/classify", summary), ("/classify_batch", "As /classify, by LoRAX' name for a list")):
+            router.add_api_route(
+                path,
+                self.classify,
+                methods=["POST"],
+                summary=what,
+                openapi_extra=json_body("ClassifyBody", _EXAMPLE, has_adapter=True),
+                responses=error_responses(400, 404, 413, 415, 422, 429, 500, 503),
+            )
         return router
 
     async def classify(self, request: Request) -> Response:

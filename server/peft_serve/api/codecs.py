@@ -55,7 +55,13 @@ class Codecs:
             )
         return own[0][1] if own else self._base
 
-    async def chat_prompt(self, codec: TextCodec, messages: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    async def chat_prompt(
+        self,
+        codec: TextCodec,
+        messages: Sequence[Mapping[str, Any]],
+        name: str,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str | None:
         """Messages in the words of an adapter's own template, `name` being its name; None: it has none.
 
         Raises BadRequest for what the template refuses or does not get done, QueueFull and Unavailable.
@@ -63,7 +69,7 @@ class Codecs:
         if codec.own_template is None or self._templates is None:
             return None
         try:
-            return await self._templates.rendered(codec.own_template, messages, codec.template_words)
+            return await self._templates.rendered(codec.own_template, messages, codec.template_words, tools)
         except TemplateError as error:
             raise BadRequest(
                 f"messages: the chat template of adapter '{name}' refuses them: {error.message}", param="messages"

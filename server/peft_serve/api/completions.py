@@ -12,11 +12,13 @@ from starlette.responses import Response
 from peft_serve.api import fields
 from peft_serve.api import openai_words as words
 from peft_serve.api.bodies import CompletionBody
+from peft_serve.api.forms import form_of_openai
+from peft_serve.api.generation import Generation
 from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.openai_call import DEFAULTS, NAMES, OpenAICall, explicit_parameters
 from peft_serve.api.openapi import json_body, openai_error_responses
-from peft_serve.api.plan import Answer, Ask, Call, Piece, Style
-from peft_serve.api.replies import CLIENT_CLOSED, whole
+from peft_serve.api.plan import Answer, Ask, Call, Piece, Style, Token
+from peft_serve.api.replies import CLIENT_CLOSED, grouped, whole
 from peft_serve.api.service import Service
 from peft_serve.api.waiting import max_wait_of
 from peft_serve.errors import InvalidParameter
@@ -51,6 +53,7 @@ class CompletionRoutes:
         admitted = Call(
             asks=tuple(_asks(body, call.adapter)),
             explicit=explicit_parameters(body) | call.task,
+            form=form_of_openai(body),
             style=Style(
                 defaults=DEFAULTS,
                 max_new_tokens=DEFAULT_MAX_TOKENS,
@@ -61,36 +64,68 @@ class CompletionRoutes:
             num_answers=best_of,
             # Choosing the best needs the log-probabilities even if nobody asked to see them.
             num_logprobs=0 if body.logprobs is None and best_of > body.n else body.logprobs,
+            prompt_logprobs=_of_prompt(body, has_encoder=self._service.parts.base.is_encoder_decoder),
+            is_streamed=body.stream,
         )
         generations = await self._service.open().admit(admitted, max_wait_s=max_wait_of(request))
-        has_logprobs = body.logprobs is not None
         if body.stream:
-            return await call.stream(generations, _Chunks(has_logprobs=has_logprobs))
+            return await call.stream(generations, _Chunks(body, generations))
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)
-        choices = [
-            words.completion_choice(i, a.text, a.tokens if has_logprobs else None, a.reason)
-            for i, a in enumerate(_best(answers, best_of, body.n))
-        ]
+        told = [each for group in grouped(generations, answers, best_of) for each in _best(group, body.n)]
+        choices = [_choice(i, generation, answer, body) for i, (generation, answer) in enumerate(told)]
         return call.whole(choices, generations, answers)
 
 
 class _Chunks:
-    """Choices of chunks, each beginning where the text before it ended."""
+    """Choices of chunks, each beginning where the text before it ended; the first with the prompt if it is echoed."""
 
-    def __init__(self, *, has_logprobs: bool) -> None:
-        self._has_logprobs = has_logprobs
+    def __init__(self, body: CompletionBody, generations: Sequence[Generation]) -> None:
+        self._has_logprobs = body.logprobs is not None
+        self._echoes = body.echo
+        self._generations = generations
         self._offsets: dict[int, int] = {}
 
     def __call__(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        tokens = None
-        offset = self._offsets.get(index, 0)
+        begins = index not in self._offsets
+        offset, text = self._offsets.setdefault(index, 0), piece.text
+        tokens: list[Token] | None = None
         if self._has_logprobs:
             tokens = [] if piece.token is None else [piece.token]
+            if begins:
+                tokens = [*self._generations[index].prompt_tokens, *tokens]
             self._offsets[index] = offset + sum(len(t.text) for t in tokens if not t.special)
+        if begins and self._echoes:
+            text = self._generations[index].plan.prompt_text + text
         reason = None if piece.answer is None else piece.answer.reason
-        return [words.completion_choice(index, piece.text, tokens, reason, offset=offset)]
+        return [words.completion_choice(index, text, tokens, reason, offset=offset, has_prompt=self._echoes)]
+
+
+def _choice(index: int, generation: Generation, answer: Answer, body: CompletionBody) -> dict[str, Any]:
+    """One answer, behind its prompt if that is echoed."""
+    text, tokens = answer.text, answer.tokens
+    if body.echo:
+        text, tokens = generation.plan.prompt_text + text, (*answer.prompt_tokens, *tokens)
+    choice = words.completion_choice(
+        index, text, None if body.logprobs is None else tokens, answer.reason, has_prompt=body.echo
+    )
+    if body.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = words.prompt_logprobs(answer.prompt_tokens)
+    return choice
+
+
+def _of_prompt(body: CompletionBody, *, has_encoder: bool) -> int | None:
+    """How many alternatives are wanted to each token of the prompt; None: nothing is wanted of them."""
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidParameter("max_tokens: 0 generates nothing; send echo: true, or at least 1", param="max_tokens")
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidParameter("prompt_logprobs: not told in a stream; use echo and logprobs", param="prompt_logprobs")
+    echoed = body.logprobs if body.echo else None
+    if has_encoder and echoed is not None:
+        raise InvalidParameter("echo: an encoder gives its text no log-probabilities; leave logprobs out", param="echo")
+    wanted = [number for number in (echoed, body.prompt_logprobs) if number is not None]
+    return max(wanted, default=0 if body.max_tokens == 0 else None)
 
 
 def _best_of(body: CompletionBody) -> int:
@@ -117,14 +152,11 @@ def _ids(prompt: object) -> tuple[int, ...]:
     return tuple(prompt)
 
 
-def _best(answers: Sequence[Answer], best_of: int, n: int) -> list[Answer]:
-    """Of the `best_of` answers to each prompt the `n` likeliest, likeliest first; all as they are if n is all."""
-    if best_of == n:
+def _best(answers: Sequence[tuple[Generation, Answer]], n: int) -> list[tuple[Generation, Answer]]:
+    """Of the answers to one prompt the `n` likeliest, likeliest first; all as they are if `n` is all."""
+    if len(answers) <= n:
         return list(answers)
-    kept: list[Answer] = []
-    for i in range(0, len(answers), best_of):
-        kept += sorted(answers[i : i + best_of], key=lambda a: -a.mean_logprob)[:n]
-    return kept
+    return sorted(answers, key=lambda each: -each[1].merit)[:n]
 
 
 _EXAMPLE: Final = {

@@ -89,7 +89,9 @@ class EmbedRoutes:
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)
         vectors = [_vector(answer, is_unit=bool(said.get("normalize"))) for answer in answers]
-        return json_response(vectors, headers=whole_headers(generations, answers))
+        # Nobody but LoRAX' client says `stream` here, and it reads the vector of its one text from an object.
+        content: Any = {"embeddings": vectors[0]} if "stream" in body and isinstance(read.inputs, str) else vectors
+        return json_response(content, headers=whole_headers(generations, answers))
 
     async def embeddings(self, request: Request) -> Response:
         body = validated(EmbeddingsBody, await read_object(request), fields.EMBEDDINGS)

@@ -29,31 +29,19 @@ class FieldRules:
 
 
 _NULLABLE: Final = frozenset({"template", "choices"})
-_BEAMS: Final = Refused("beam search is not served; leave it out, or send 1", (1, False))
-_GRAMMAR: Final = Refused(
-    "constrained decoding is not served; use `choices` to pick one of several answers", ({"type": "text"}, {}, [])
-)
-_TOOLS: Final = Refused("tool calls are not served; leave them out", ([], "none", "auto", False))
+_GROUPS: Final = Refused("diverse beam search is not served; leave it out, or send 1", (1,))
+_BEAMS: Final = Refused("send num_beams", (False,))
 _AUDIO: Final = Refused("only text is served; leave it out", (["text"],))
 
 PARAMETERS: Final = FieldRules(
     refused={
-        "num_beams": _BEAMS,
-        "num_beam_groups": _BEAMS,
-        "early_stopping": _BEAMS,
-        "length_penalty": Refused("beam search is not served; leave it out, or send 1.0", (1, 1.0)),
-        "diversity_penalty": Refused("beam search is not served; leave it out, or send 0.0", (0, 0.0)),
+        "num_beam_groups": _GROUPS,
+        "diversity_penalty": Refused("diverse beam search is not served; leave it out, or send 0.0", (0, 0.0)),
         "no_repeat_ngram_size": Refused("not served; use repetition_penalty", (0,)),
         "penalty_alpha": Refused("contrastive search is not served; leave it out"),
-        "decoder_input_details": Refused("log-probabilities of the prompt are not served; send false", (False,)),
         "watermark": Refused("watermarks are not served; send false", (False,)),
-        "grammar": _GRAMMAR,
-        "response_format": _GRAMMAR,
-        "schema": _GRAMMAR,
-        "logit_bias": Refused("not served; leave it out", ({}, [])),
-        "bad_words_ids": Refused("not served; leave it out", ([],)),
-        "max_time": Refused("not served; bound the answer with max_new_tokens"),
-        "return_k_alternatives": Refused("not served; use top_n_tokens", (0,)),
+        "schema": Refused("send it as json_schema"),
+        "bad_words_ids": Refused("not served; use logit_bias", ([],)),
         "merged_adapters": Refused("say it in adapter_id: a:0.7+b:0.3"),
         "adapter_source": Refused("adapters are uploaded, by PUT /adapters/{name}; send local", ("local", "")),
         "apply_chat_template": Refused("use POST /v1/chat/completions", (False,)),
@@ -67,7 +55,9 @@ GENERATE: Final = FieldRules(
     ignored=frozenset({"options", "user", "metadata", "priority", "api_token"}),
 )
 
-CLASSIFY: Final = FieldRules(ignored=GENERATE.ignored)
+_STREAM: Final = Refused("is answered whole; send false", (False,))  # LoRAX' client sends false
+
+CLASSIFY: Final = FieldRules(refused={"stream": _STREAM}, ignored=GENERATE.ignored)
 
 _WHOLE: Final = Refused("a text is read in one pass; send it in parts, or set truncate")
 
@@ -86,6 +76,7 @@ CLASSIFY_PARAMETERS: Final = FieldRules(
 
 EMBED: Final = FieldRules(
     refused={
+        "stream": _STREAM,
         "prompt_name": Refused("named prompts are not served; send the whole text, or a template"),
         "truncation_direction": Refused("a text is cut at its end; send right", ("right", "Right")),
         "dimensions": Refused("vectors have the base's own length; leave it out"),
@@ -100,31 +91,22 @@ TOKENIZE: Final = FieldRules(ignored=frozenset({"parameters", "options", "model"
 _OPENAI_IGNORED: Final = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity", "priority",
+        "prompt_cache_retention", "prompt_cache_options",
+        "parallel_tool_calls", "reasoning_effort", "verbosity", "priority",
         "request_id", "cache_salt", "skip_special_tokens", "spaces_between_special_tokens",
-        "add_generation_prompt", "tool_prompt", "guideline",
+        "add_generation_prompt", "tool_prompt", "guideline", "guided_decoding_backend",
     }
 )  # fmt: skip
 
 _OPENAI_REFUSED: Final = {
-    "logit_bias": PARAMETERS.refused["logit_bias"],
-    "response_format": _GRAMMAR,
-    "guided_json": _GRAMMAR,
-    "guided_regex": _GRAMMAR,
-    "guided_grammar": _GRAMMAR,
-    "guided_choice": Refused("use `choices`", ([],)),
-    "structured_outputs": _GRAMMAR,
-    "num_beams": _BEAMS,
+    "guided_whitespace_pattern": Refused("white space in JSON is the server's choice; leave it out"),
     "use_beam_search": _BEAMS,
-    "length_penalty": PARAMETERS.refused["length_penalty"],
-    "bad_words": Refused("not served; leave it out", ([],)),
-    "prompt_logprobs": Refused("log-probabilities of the prompt are not served; leave it out", (0,)),
+    "bad_words": Refused("not served; use logit_bias", ([],)),
 }
 
 COMPLETIONS: Final = FieldRules(
     refused={
         **_OPENAI_REFUSED,
-        "echo": Refused("the prompt is not sent back; send false", (False,)),
         "suffix": Refused("text is not filled in; leave it out", ("",)),
         "prompt_embeds": _AUDIO,
     },
@@ -140,10 +122,8 @@ EMBEDDINGS: Final = FieldRules(
 CHAT: Final = FieldRules(
     refused={
         **_OPENAI_REFUSED,
-        "tools": _TOOLS,
-        "tool_choice": _TOOLS,
-        "functions": _TOOLS,
-        "function_call": _TOOLS,
+        "functions": Refused("OpenAI's older name; use tools", ([],)),
+        "function_call": Refused("OpenAI's older name; use tool_choice", ("none", "auto")),
         "modalities": _AUDIO,
         "audio": _AUDIO,
         "prediction": Refused("predicted outputs are not served; leave it out"),

@@ -13,13 +13,17 @@ from typing import Any, Final
 from peft_serve.api.abilities import check_generates
 from peft_serve.api.bodies import MAX_SEED
 from peft_serve.api.codecs import Codecs
+from peft_serve.api.constraints import Constraints
+from peft_serve.api.forms import field_of
 from peft_serve.api.plan import Ask, Call, Plan, Style
 from peft_serve.api.prompts import Asking, Prompt, check_known, make_prompt
-from peft_serve.api.sampling import check_bounds, layered, sampling_params, stops_of
+from peft_serve.api.sampling import check_bias, check_bounds, layered, sampling_params, stops_of
 from peft_serve.api.served import Served
-from peft_serve.core import AdapterId, Request, RequestId, SamplingParams
+from peft_serve.core import AdapterId, Constraint, Request, RequestId, SamplingParams
 from peft_serve.engine.parts import BaseCard, ServerParts
 from peft_serve.errors import InvalidParameter, PromptTooLong
+from peft_serve.grammars.compiler import GrammarCompiler
+from peft_serve.text import TextCodec
 
 SEED_BITS: Final = 32
 
@@ -42,6 +46,9 @@ class GenerationPlans:
         self._new_id = new_id
         self._draw_bits = draw_bits
         self._hold = hold
+        self._constraints = Constraints(
+            GrammarCompiler(), vocab_size=parts.base.vocab_size, max_bytes=parts.settings.max_grammar_bytes
+        )
 
     async def make(self, call: Call, ask: Ask, served: Served) -> list[Plan]:
         """One plan for each answer that is wanted, with one hold of the adapter each."""
@@ -52,19 +59,35 @@ class GenerationPlans:
         asking = Asking.of(profile, merged, call.style)
         self._check_choices(asking)
         codec = await self._codecs.of(served)
+        if ask.tools is not None:
+            template = codec.chat_template if asking.template is None else None
+            ask.tools.check(template, self._parts.settings.tool_call_parser)
         chat = None
         if ask.messages is not None and asking.template is None:
-            chat = await self._codecs.chat_prompt(codec, ask.messages, served.name)
+            chat = await self._codecs.chat_prompt(codec, ask.messages, served.name, ask.offered)
         prompt = await make_prompt(codec, ask, asking, call.explicit, chat)
         check_known([*prompt.ids, *(i for choice in prompt.choices for i in choice)], self._parts.base.vocab_size)
         if prompt.choices:
-            merged.pop("min_new_tokens", None)  # nothing is generated
+            for name in ("min_new_tokens", "num_beams"):
+                merged.pop(name, None)  # nothing is generated
+            _check_unasked(call)
         max_new_tokens = self._max_new_tokens(merged, prompt, served.num_virtual_tokens, call)
         check_bounds(merged, max_new_tokens, call, self._parts.settings)
         stops = stops_of(merged, self._parts.settings, call.style)
-        sampling = sampling_params(merged, max_new_tokens=max_new_tokens, num_logprobs=call.num_logprobs)
+        sampling = sampling_params(merged, call, max_new_tokens=max_new_tokens)
+        check_bias(sampling, self._parts.base.vocab_size)
         eos_ids = self._parts.base.eos_ids | codec.own_eos_ids
-        requests = self._requests(adapter, prompt, eos_ids, self._seeded(sampling, merged, call.num_answers))
+        constraint = await self._constraint(call, prompt, codec, sampling, eos_ids)
+        num_requests = 1 if sampling.num_beams > 1 else call.num_answers
+        requests = [
+            replace(
+                request,
+                prompt_logprobs=call.prompt_logprobs,
+                max_time_s=merged.get("max_time"),
+                constraint=constraint,
+            )
+            for request in self._requests(adapter, prompt, eos_ids, self._seeded(sampling, merged, num_requests))
+        ]
         return [
             Plan(
                 request=request,
@@ -75,10 +98,25 @@ class GenerationPlans:
                 stops=stops,
                 keep_stop=call.style.keep_stop,
                 full_text=bool(merged.get("return_full_text")),
+                num_answers=sampling.num_sequences,
                 release=self._hold(served),
             )
             for request in requests
         ]
+
+    async def _constraint(
+        self, call: Call, prompt: Prompt, codec: TextCodec, sampling: SamplingParams, eos_ids: frozenset[int]
+    ) -> Constraint | None:
+        """What holds the answers to the form that is asked for; raises InvalidParameter."""
+        form = call.form
+        if form is None:
+            return None
+        if prompt.choices:
+            reason = "the answer is one of the choices, of the request or the adapter; send `choices`: null for a form"
+            raise InvalidParameter(f"{form.place}: {reason}", param=field_of(form.place))
+        if sampling.num_beams > 1:
+            raise InvalidParameter(f"{form.place}: not with beams; leave num_beams out", param=field_of(form.place))
+        return await self._constraints.of(form, codec, frozenset() if sampling.ignore_eos else eos_ids)
 
     def _check_choices(self, asking: Asking) -> None:
         limit = self._parts.settings.max_choices
@@ -133,6 +171,13 @@ class GenerationPlans:
             )
             for sampling in samplings
         ]
+
+
+def _check_unasked(call: Call) -> None:
+    """Raise InvalidParameter for log-probabilities of a prompt whose choices are scored."""
+    if call.prompt_logprobs is not None:
+        name = call.style.name("prompt_logprobs")
+        raise InvalidParameter(f"{name}: not told of a prompt with choices; send choices: null", param=name)
 
 
 def _too_long(style: Style, limit: int, requested: int, num_prompt: int, num_new: int) -> PromptTooLong:

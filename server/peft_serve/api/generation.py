@@ -12,14 +12,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
-from peft_serve.api.plan import LOWEST_LOGPROB, Alternative, Answer, Piece, Plan, Score, Token
+from peft_serve.api.plan import Answer, Piece, Plan, Score, Token
 from peft_serve.api.problems import IncompleteGeneration
-from peft_serve.core import FinishEvent, FinishReason, ReadingEvent, ScoresEvent, TokenEvent
+from peft_serve.api.transcript import Transcript, finite, prompt_tokens
+from peft_serve.core import (
+    BeamsEvent,
+    Continuation,
+    FinishEvent,
+    FinishReason,
+    PromptEvent,
+    ReadingEvent,
+    ScoresEvent,
+    TokenEvent,
+)
 from peft_serve.engine.client import EngineClient, EventStream
 from peft_serve.errors import Internal, ServeError
 from peft_serve.metrics import Metrics, RequestFigures
-from peft_serve.text import StopFinder
 
 _OUTCOMES = {FinishReason.CANCELLED: "cancelled", FinishReason.FAILED: "failed"}
 
@@ -45,15 +55,18 @@ class Generation:
         self._start_s = clock()
         self._first_s: float | None = None
         self._last_s: float | None = None
-        self._decoder = plan.codec.detokenizer(plan.request.prompt)
-        self._stops = StopFinder(plan.stops, keep_stop=plan.keep_stop)
-        self._tokens: list[Token] = []
-        self._decoded = ""  # all text so far
-        self._shown = ""  # the part of it that has been shown
+        self._transcript = Transcript(plan)
+        self._found: tuple[Continuation, ...] = ()  # by beam search, the best first; the transcript is of that one
         self._scores: tuple[Score, ...] = ()
         self._rows: tuple[tuple[float, ...], ...] = ()
+        self.prompt_tokens: tuple[Token, ...] = ()  # with their log-probabilities, if they were asked for
         self._is_closed = False
-        self._is_observed = False
+        self.figures: RequestFigures | None = None  # what it came to, once it has ended
+
+    @property
+    def start_s(self) -> float:
+        """When it was submitted, on the server's clock."""
+        return self._start_s
 
     @property
     def ttft_s(self) -> float | None:
@@ -67,7 +80,7 @@ class Generation:
         self._is_closed = True
         self._stream.close()
         self.plan.release()
-        self._observe("cancelled", FinishReason.CANCELLED.value, self._num_prompt(), 0.0)
+        self._observe("cancelled", FinishReason.CANCELLED.value, self._num_prompt(), None)
 
     async def answer(self) -> Answer:
         """The whole answer; raises what the request failed with."""
@@ -82,11 +95,11 @@ class Generation:
             async for event in self._stream:
                 self._note_time(event)
                 if isinstance(event, TokenEvent):
-                    if self._stops.found is not None:
+                    if self._transcript.has_stopped:
                         continue  # a step was under way when the stop string was found
                     is_last = self._is_last(event)
-                    token, text = self._take(event)
-                    if self._stops.found is not None:
+                    token, text = self._transcript.take(event.token, event.logprob, event.top, is_last=is_last)
+                    if self._transcript.has_stopped:
                         self._client.stop(self.plan.request.id, FinishReason.STOP)
                         is_last = True
                     if is_last:
@@ -98,6 +111,11 @@ class Generation:
                     token = self._take_scores(event)
                     yield self._conclude(await self._finish(), token, token.text)
                     return
+                elif isinstance(event, PromptEvent):
+                    self.prompt_tokens = prompt_tokens(self.plan, event.logprobs, event.tops)
+                elif isinstance(event, BeamsEvent):
+                    self._found = event.continuations
+                    self._transcript = written(self.plan, self._found[0])
                 elif isinstance(event, ReadingEvent):
                     self._rows = event.rows
                 elif isinstance(event, FinishEvent):
@@ -116,37 +134,7 @@ class Generation:
     def _is_last(self, event: TokenEvent) -> bool:
         sampling = self.plan.request.sampling
         is_eos = event.token in self.plan.request.eos_ids and not sampling.ignore_eos
-        return is_eos or event.index + 1 >= sampling.max_new_tokens
-
-    def _take(self, event: TokenEvent) -> tuple[Token, str]:
-        """The token of an event, and the text that can be shown with it."""
-        special = self._codec.is_special(event.token)
-        piece = self._decoder.push(event.token)
-        if self._is_last(event):
-            piece += self._decoder.flush()
-        token, text = self._shown_with(event, piece, special=special)
-        if self._is_last(event) and self._stops.found is None:
-            text += self._stops.flush()
-        self._tokens.append(token)
-        self._shown += text
-        return token, text
-
-    def _shown_with(self, event: TokenEvent, piece: str, *, special: bool) -> tuple[Token, str]:
-        before = len(self._decoded)
-        self._decoded += piece
-        text = self._stops.push(piece) if self.plan.stops else piece
-        if self._stops.found is not None and self.plan.keep_stop:
-            piece = (self._shown + text)[before:]  # the answer ends with the stop string, and so does its last token
-        return (
-            Token(
-                id=event.token,
-                text=self._codec.token_text(event.token) if special else piece,
-                logprob=_shown_logprob(event.logprob),
-                special=special,
-                top=tuple(Alternative(i, self._codec.token_text(i), _finite(p)) for i, p in event.top),
-            ),
-            text,
-        )
+        return is_eos or event.is_last or event.index + 1 >= sampling.max_new_tokens
 
     def _take_scores(self, event: ScoresEvent) -> Token:
         """The tokens of the likeliest choice. The one that is shown stands for the whole choice."""
@@ -155,33 +143,33 @@ class Generation:
         order = sorted(range(len(sums)), key=lambda i: -sums[i])
         best = order[0]
         labels = self.plan.labels
-        self._scores = tuple(Score(labels[i], shares[i], _finite(sums[i])) for i in order)
+        self._scores = tuple(Score(labels[i], shares[i], finite(sums[i])) for i in order)
         for id_, logprob in zip(self.plan.request.choices[best], event.token_logprobs[best], strict=True):
             special = self._codec.is_special(id_)
             text = self._codec.token_text(id_)
-            self._tokens.append(Token(id=id_, text=text, logprob=_finite(logprob), special=special))
-        self._shown = labels[best]
+            self._transcript.tokens.append(Token(id=id_, text=text, logprob=finite(logprob), special=special))
+        self._transcript.shown = labels[best]
         first = self.plan.request.choices[best][0]
-        return Token(id=first, text=labels[best], logprob=_finite(sums[best]), special=False)
+        return Token(id=first, text=labels[best], logprob=finite(sums[best]), special=False)
 
     def _conclude(self, finish: FinishEvent, token: Token | None, text: str) -> Piece:
-        found_stop = self._stops.found is not None
+        found_stop = self._transcript.has_stopped
         reason = FinishReason.STOP if found_stop else FinishReason.EOS if self._scores else finish.reason
         outcome = "ok" if found_stop or self._scores else _OUTCOMES.get(finish.reason, "ok")
         num_prompt = finish.num_prompt_tokens or self._num_prompt()
-        self._observe(outcome, _reason_label(reason), num_prompt, finish.queue_s, finish.num_cached_tokens)
+        self._observe(outcome, _reason_label(reason), num_prompt, finish)
         if outcome == "failed":
             raise _blame(finish)
         if outcome == "cancelled":
             raise IncompleteGeneration("the server ended this request before it was complete; send it again")
-        if token is None:  # an end that no token announced
-            rest = self._decoder.flush()
-            text = (self._stops.push(rest) + self._stops.flush()) if self.plan.stops else rest
-            self._shown += text
+        if token is None and not self._found:  # an end that no token announced
+            text = self._transcript.flush()
         answer = Answer(
-            text=self._shown,
-            tokens=tuple(self._tokens),
+            text=self._transcript.shown,
+            tokens=tuple(self._transcript.tokens),
             reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            score=self._found[0].score if self._found else None,
             scores=self._scores,
             num_prompt_tokens=num_prompt,
             num_cached_tokens=finish.num_cached_tokens,
@@ -190,12 +178,26 @@ class Generation:
             total_s=self._clock() - self._start_s,
             rows=self._rows,
         )
-        return Piece(token=token, text=text, answer=answer)
+        others = tuple(self._other(each, answer) for each in self._found[1:])
+        return Piece(token=token, text=text, answer=replace(answer, others=others))
+
+    def _other(self, found: Continuation, best: Answer) -> Answer:
+        """The answer that another beam makes."""
+        transcript = written(self.plan, found)
+        return replace(
+            best,
+            text=transcript.shown,
+            tokens=tuple(transcript.tokens),
+            reason=FinishReason.STOP if transcript.has_stopped else _end_of(found),
+            score=found.score,
+        )
 
     def _num_prompt(self) -> int:
         return len(self.plan.request.prompt)
 
     def _note_time(self, event: object) -> None:
+        if isinstance(event, PromptEvent):
+            return
         now = self._clock()
         if isinstance(event, TokenEvent) and self._last_s is not None:
             self._metrics.observe_inter_token(now - self._last_s)
@@ -203,24 +205,23 @@ class Generation:
             self._first_s = now
         self._last_s = now
 
-    def _observe(self, outcome: str, reason: str, num_prompt: int, queue_s: float, num_cached: int = 0) -> None:
-        if self._is_observed:
+    def _observe(self, outcome: str, reason: str, num_prompt: int, finish: FinishEvent | None) -> None:
+        if self.figures is not None:
             return
-        self._is_observed = True
-        self._metrics.observe_request(
-            RequestFigures(
-                adapter=self.plan.served.name,
-                method=self.plan.served.method,
-                outcome=outcome,
-                finish_reason=reason,
-                num_prompt_tokens=num_prompt,
-                num_output_tokens=len(self._tokens),
-                num_cached_tokens=num_cached,
-                queue_s=queue_s,
-                ttft_s=self.ttft_s,
-                e2e_s=self._clock() - self._start_s,
-            )
+        self.figures = RequestFigures(
+            adapter=self.plan.served.name,
+            method=self.plan.served.method,
+            outcome=outcome,
+            finish_reason=reason,
+            num_prompt_tokens=num_prompt,
+            num_output_tokens=len(self._transcript.tokens),
+            num_cached_tokens=0 if finish is None else finish.num_cached_tokens,
+            queue_s=0.0 if finish is None else finish.queue_s,
+            load_s=0.0 if finish is None else finish.load_s,
+            ttft_s=self.ttft_s,
+            e2e_s=self._clock() - self._start_s,
         )
+        self._metrics.observe_request(self.figures)
 
 
 def softmax(sums: Sequence[float]) -> list[float]:
@@ -243,9 +244,16 @@ def _reason_label(reason: FinishReason) -> str:
     return "length" if reason is FinishReason.LENGTH else "stop"
 
 
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB) if not math.isnan(logprob) else LOWEST_LOGPROB
+def written(plan: Plan, found: Continuation) -> Transcript:
+    """A beam as an answer, cut behind the first stop string in it."""
+    transcript = Transcript(plan)
+    last = len(found.tokens) - 1
+    for place, (id_, logprob, top) in enumerate(zip(found.tokens, found.logprobs, found.tops, strict=True)):
+        transcript.take(id_, logprob, top, is_last=place == last)
+        if transcript.has_stopped:
+            break
+    return transcript
 
 
-def _shown_logprob(logprob: float | None) -> float | None:
-    return None if logprob is None else _finite(logprob)
+def _end_of(found: Continuation) -> FinishReason:
+    return FinishReason.EOS if found.is_ended else FinishReason.LENGTH

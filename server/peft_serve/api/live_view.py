@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from peft_serve.api.rates import Rates
-from peft_serve.core import BASE, BASE_SLOT, AdapterId, Row
+from peft_serve.core import BASE, AdapterId, Row
 from peft_serve.engine.snapshot import EngineSnapshot
 from peft_serve.engine.tally import is_prefill
 
@@ -19,16 +19,15 @@ BASE_WORD: Final = "base"
 
 def live_view(
     snapshot: EngineSnapshot,
-    rows: Sequence[Row],
+    rows: Sequence[tuple[AdapterId, Row]],
     rates: Rates,
     *,
     time_s: float,
     name_of: Callable[[AdapterId], str],
     method_of: Callable[[AdapterId], str | None],
 ) -> dict[str, Any]:
-    """One event. `rows` are those of a step; `name_of` and `method_of` tell an adapter's name and peft type."""
+    """One event. `rows` are those of a step, with their adapters; the functions name an adapter and its peft type."""
     waiting = zip(snapshot.waiting_adapters, snapshot.num_waiters, strict=True)
-    adapters = {resident.slot: resident.adapter for resident in snapshot.resident} | {BASE_SLOT: BASE}
 
     def named(adapter: AdapterId) -> str:
         return BASE_WORD if adapter == BASE else name_of(adapter)
@@ -43,13 +42,12 @@ def live_view(
         },
         "rows": [
             {
-                "adapter": named(adapters[row.slot]),
-                "method": BASE_WORD if row.slot == BASE_SLOT else method_of(adapters[row.slot]),
+                "adapter": named(adapter),
+                "method": BASE_WORD if adapter == BASE else method_of(adapter),
                 "phase": "prefill" if is_prefill(row) else "decode",
                 "tokens": _num_tokens(row),
             }
-            for row in rows[:MAX_ROWS]
-            if row.slot in adapters
+            for adapter, row in rows[:MAX_ROWS]
         ],
         "slots": [
             {

@@ -76,7 +76,9 @@ class Envelope:
             raise error
         family = family_of(scope["path"])
         request_id = scope["state"]["request_id"]
-        await response_of(problem_of(error, family), family, request_id)(scope, receive, reply)
+        problem = problem_of(error, family)
+        scope["state"]["error"] = problem.code
+        await response_of(problem, family, request_id)(scope, receive, reply)
 
 
 class _Reply:

@@ -16,14 +16,16 @@ from starlette.responses import Response
 from peft_serve.api import fields
 from peft_serve.api.bodies import GenerateBody, Parameters
 from peft_serve.api.ensembles import describe_members, pooled
+from peft_serve.api.forms import form_of_parameters
 from peft_serve.api.generation import Generation
 from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.json_response import compact_json, json_response, json_text
+from peft_serve.api.lorax import alternatives_of, plain_words
 from peft_serve.api.naming import Mention, agreed_task, named_adapters, named_members
 from peft_serve.api.openapi import error_responses, json_body
-from peft_serve.api.plan import Answer, Ask, Call, Plan, Token
+from peft_serve.api.plan import Answer, Ask, Call, Plan, Style, Token
 from peft_serve.api.problems import Family, body_of, problem_of
-from peft_serve.api.replies import CLIENT_CLOSED, merged, stream_headers, streamed, whole, whole_headers
+from peft_serve.api.replies import CLIENT_CLOSED, grouped, merged, stream_headers, streamed, whole, whole_headers
 from peft_serve.api.service import Service
 from peft_serve.api.sse import event
 from peft_serve.api.waiting import max_wait_of
@@ -37,6 +39,9 @@ FINISH_REASONS: Final = {
 }
 
 
+_STYLE: Final = Style(names={"prompt_logprobs": "decoder_input_details"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wish:
     """A read body: the call, and how its answer is to look."""
@@ -46,6 +51,7 @@ class _Wish:
     stream: bool
     details: bool
     ensemble_by: str = "mean"
+    has_alternatives: bool = False
 
 
 class NativeRoutes:
@@ -88,7 +94,7 @@ class NativeRoutes:
 
     async def _read(self, request: Request, *, stream: bool = False) -> _Wish:
         body = validated(GenerateBody, await read_object(request), fields.GENERATE)
-        parameters = validated(Parameters, body.parameters, fields.PARAMETERS, path="parameters.")
+        parameters = plain_words(validated(Parameters, body.parameters, fields.PARAMETERS, path="parameters."))
         best_of = _best_of(parameters)
         inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         stream = stream or body.stream
@@ -101,6 +107,9 @@ class NativeRoutes:
             Mention("adapter_id", body.adapter_id or ""),
         )
         members = named_members(request, mentioned, body.adapter, parameters.ensemble, body.ensemble)
+        if stream and parameters.decoder_input_details:
+            name = "decoder_input_details"
+            raise InvalidParameter(f"{name}: not told in a stream; send false", param=name)
         if members and (stream or best_of > 1):
             raise InvalidParameter("ensemble: answers whole, and once; leave stream and best_of out", param="ensemble")
         if members:
@@ -116,12 +125,17 @@ class NativeRoutes:
             num_answers=best_of,
             num_logprobs=(parameters.top_n_tokens or 0) if wants_logprobs else None,
             num_members=max(1, len(members)),
+            form=form_of_parameters(parameters),
+            prompt_logprobs=0 if parameters.details and parameters.decoder_input_details else None,
+            style=_STYLE,
+            is_streamed=stream,
         )
         return _Wish(
             call=call,
             is_list=not isinstance(body.inputs, str),
             stream=stream,
             details=bool(parameters.details),
+            has_alternatives=bool(parameters.return_k_alternatives),
             ensemble_by=parameters.ensemble_by or body.ensemble_by or "mean",
         )
 
@@ -132,7 +146,8 @@ class NativeRoutes:
             return Response(status_code=CLIENT_CLOSED)
         n = wish.call.num_answers * wish.call.num_members
         tell = _ensemble if wish.call.num_members > 1 else _answer
-        content = [tell(generations[i : i + n], answers[i : i + n], wish) for i in range(0, len(answers), n)]
+        groups = grouped(generations, answers, n)
+        content = [tell([g for g, _ in group], [a for _, a in group], wish) for group in groups]
         headers = whole_headers(generations, answers)
         return json_response(content if wish.is_list or always_list else content[0], headers=headers)
 
@@ -156,13 +171,16 @@ def _best_of(parameters: Parameters) -> int:
 
 def _answer(generations: Sequence[Generation], answers: Sequence[Answer], wish: _Wish) -> dict[str, Any]:
     """The likeliest of the answers to one input; the others are told in its details."""
-    order = sorted(range(len(answers)), key=lambda i: -answers[i].mean_logprob)
+    order = sorted(range(len(answers)), key=lambda i: -answers[i].merit)
     best = order[0]
     plan = generations[best].plan
     content = {"generated_text": _text(plan, answers[best]), "adapter": plan.served.describe()}
     if wish.details:
         others = [_sequence(generations[i].plan, answers[i]) for i in order[1:]]
-        content["details"] = _details(plan, answers[best]) | {"best_of_sequences": others or None}
+        content["details"] = details = _details(plan, answers[best]) | {"best_of_sequences": others or None}
+        if wish.has_alternatives:
+            for token, others_there in zip(details["tokens"], alternatives_of(answers[best].tokens), strict=True):
+                token["alternative_tokens"] = others_there
     return content
 
 
@@ -190,12 +208,12 @@ def _text(plan: Plan, answer: Answer) -> str:
 def _sequence(plan: Plan, answer: Answer) -> dict[str, Any]:
     """One of several answers, as TGI tells it."""
     has_top = plan.request.sampling.num_top_logprobs > 0
-    return {
+    return ({} if answer.score is None else {"score": answer.score}) | {
         "generated_text": _text(plan, answer),
         "finish_reason": FINISH_REASONS[answer.reason],
         "generated_tokens": len(answer.tokens),
         "seed": plan.request.sampling.seed,
-        "prefill": [],
+        "prefill": [_prefill(token) for token in answer.prompt_tokens],
         "tokens": [_token(token) for token in answer.tokens],
         "top_tokens": [_top(token) for token in answer.tokens] if has_top else [],
     }
@@ -222,6 +240,10 @@ def _token(token: Token) -> dict[str, Any]:
         "special": token.special,
         "skipped": False,
     }
+
+
+def _prefill(token: Token) -> dict[str, Any]:
+    return {"id": token.id, "text": token.text, "logprob": token.logprob}
 
 
 def _top(token: Token) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ Fields are translated into the native vocabulary; refusals use the names that we
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -18,7 +19,7 @@ from peft_serve.api.json_response import compact_json, json_response
 from peft_serve.api.naming import BASE_NAME, Mention, agreed_name, agreed_task, mentions_of, model_mention
 from peft_serve.api.plan import Answer, Piece
 from peft_serve.api.problems import Family, body_of, problem_of
-from peft_serve.api.replies import merged, stream_headers, streamed, whole_headers
+from peft_serve.api.replies import grouped, merged, stream_headers, streamed, whole_headers
 from peft_serve.api.service import Service
 from peft_serve.api.sse import DONE, event
 from peft_serve.errors import ServeError
@@ -42,6 +43,10 @@ _SAME: Final = (
     "presence_penalty",
     "seed",
     "ignore_eos",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "logit_bias",
 )
 
 ChoicesOf = Callable[[int, Piece], list[dict[str, Any]]]
@@ -90,10 +95,14 @@ class OpenAICall:
         }
 
     def whole(
-        self, choices: list[dict[str, Any]], generations: Sequence[Generation], answers: Sequence[Answer]
+        self,
+        choices: list[dict[str, Any]],
+        generations: Sequence[Generation],
+        answers: Sequence[Answer],
+        extra: Mapping[str, Any] = MappingProxyType({}),
     ) -> Response:
         """A whole answer. A prompt that is answered several times counts once."""
-        content = self._head | {"choices": choices, "usage": self._usage(dict(enumerate(answers)))}
+        content = self._head | {"choices": choices, "usage": self._usage_of(generations, answers)} | dict(extra)
         return json_response(content, headers=whole_headers(generations, answers))
 
     async def stream(self, generations: Sequence[Generation], choices_of: ChoicesOf) -> Response:
@@ -118,6 +127,15 @@ class OpenAICall:
         if self._has_usage:
             yield event(head | {"choices": [], "usage": self._usage(answers)})
         yield DONE
+
+    def _usage_of(self, generations: Sequence[Generation], answers: Sequence[Answer]) -> dict[str, Any]:
+        groups = grouped(generations, answers, self._answers_per_prompt)
+        firsts = [group[0][1] for group in groups]
+        return words.usage(
+            sum(answer.num_prompt_tokens for answer in firsts),
+            sum(len(answer.tokens) for group in groups for _, answer in group),
+            sum(answer.num_cached_tokens for answer in firsts),
+        )
 
     def _usage(self, answers: dict[int, Answer]) -> dict[str, Any]:
         firsts = [answer for i, answer in answers.items() if i % self._answers_per_prompt == 0]

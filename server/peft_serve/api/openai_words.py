@@ -39,19 +39,44 @@ def model_card(name: str, *, created: int, max_model_len: int, parent: str | Non
     }
 
 
-def completion_logprobs(tokens: Sequence[Token], *, offset: int = 0) -> dict[str, list[Any]]:
-    """Four parallel lists; special tokens are no text and are left out. `offset` is where the text begins."""
-    shown = [token for token in tokens if not token.special]
+def completion_logprobs(tokens: Sequence[Token], *, offset: int = 0, has_prompt: bool = False) -> dict[str, list[Any]]:
+    """Four parallel lists; `offset` is where the text begins.
+
+    Special tokens are no text and are left out, but not behind a prompt: whoever asks for its log-probabilities
+    counts on one entry for each token id.
+    """
+    shown = [token for token in tokens if has_prompt or not token.special]
     offsets = []
     for token in shown:
         offsets.append(offset)
-        offset += len(token.text)
+        offset += 0 if token.special else len(token.text)
     return {
         "text_offset": offsets,
         "token_logprobs": [token.logprob for token in shown],
         "tokens": [token.text for token in shown],
-        "top_logprobs": [{a.text: a.logprob for a in token.top} for token in shown],
+        "top_logprobs": [_tops(token) for token in shown],
     }
+
+
+def _tops(token: Token) -> dict[str, float] | None:
+    """The alternatives, and the token itself where there are any; None where nothing is known."""
+    if token.logprob is None:
+        return None
+    own = {token.text: token.logprob} if token.top else {}
+    return own | {each.text: each.logprob for each in token.top}
+
+
+def prompt_logprobs(tokens: Sequence[Token]) -> list[dict[str, Any] | None]:
+    """As vLLM tells them: for each token of the prompt, by id, its own log-probability and those of others."""
+    told: list[dict[str, Any] | None] = []
+    for token in tokens:
+        if token.logprob is None:
+            told.append(None)
+            continue
+        ranked = {str(each.id): (rank, each.text, each.logprob) for rank, each in enumerate(token.top, start=1)}
+        entries = {str(token.id): (None, token.text, token.logprob)} | ranked
+        told.append({i: {"logprob": p, "rank": rank, "decoded_token": text} for i, (rank, text, p) in entries.items()})
+    return told
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
@@ -70,13 +95,19 @@ def _entry(text: str, logprob: float | None) -> dict[str, Any]:
 
 
 def completion_choice(
-    index: int, text: str, tokens: Sequence[Token] | None, reason: FinishReason | None, *, offset: int = 0
+    index: int,
+    text: str,
+    tokens: Sequence[Token] | None,
+    reason: FinishReason | None,
+    *,
+    offset: int = 0,
+    has_prompt: bool = False,
 ) -> dict[str, Any]:
     """A choice of a text completion, whole or a chunk; `tokens` is None when no log-probabilities are asked for."""
     return {
         "index": index,
         "text": text,
-        "logprobs": None if tokens is None else completion_logprobs(tokens, offset=offset),
+        "logprobs": None if tokens is None else completion_logprobs(tokens, offset=offset, has_prompt=has_prompt),
         "finish_reason": None if reason is None else FINISH_REASONS[reason],
     }
 

@@ -96,6 +96,8 @@ class OperationRoutes:
             max_resident=snapshot.num_slots,
             num_blocks=snapshot.num_blocks,
             block_size=snapshot.block_size,
+            engine_state=snapshot.state.value,
+            stalled_s=snapshot.stalled_s,
         )
 
     async def models(self) -> Response:

@@ -8,8 +8,10 @@ from enum import StrEnum
 from typing import Any, Final
 
 from peft_serve.adapters.records import HeadFacts
+from peft_serve.api.forms import Form
 from peft_serve.api.naming import BASE_NAME
 from peft_serve.api.served import Served
+from peft_serve.api.tools import ToolUse
 from peft_serve.core import FinishReason, Reading, Request
 from peft_serve.text import Encoded, TextCodec
 
@@ -27,6 +29,12 @@ class Ask:
     is_question: bool = False
     ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    tools: ToolUse | None = None  # what the answer to messages may call
+
+    @property
+    def offered(self) -> tuple[Mapping[str, Any], ...]:
+        """The tools, as a chat template wants them."""
+        return () if self.tools is None else self.tools.offered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +75,9 @@ class Call:
     pooling: Reading = Reading.MEAN  # of an embedding
     cuts: bool = False  # an input that is too long for a reading is cut, not refused
     num_members: int = 1  # of the ensemble that answers each input
+    prompt_logprobs: int | None = None  # not None: of the prompt's tokens too, and so many alternatives
+    is_streamed: bool = False  # token by token, as they come
+    form: Form | None = None  # what the answers are to look like
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +93,7 @@ class Plan:
     stops: tuple[str, ...] = ()
     keep_stop: bool = True
     full_text: bool = False  # the answer begins with the prompt
+    num_answers: int = 1  # that are wanted of this one request
     head: HeadFacts | None = None  # what a reading for labels is read by
     encoded: Encoded | None = None  # where the tokens of a reading come from
     release: Callable[[], None] = lambda: None  # gives the adapter back; called once
@@ -130,10 +142,15 @@ class Answer:
     ttft_s: float | None
     total_s: float
     rows: tuple[tuple[float, ...], ...] = ()  # what was read, of a request that generates nothing
+    prompt_tokens: tuple[Token, ...] = ()  # with their log-probabilities, if they were asked for
+    score: float | None = None  # of a beam search: the log-probability by which beams are compared
+    others: tuple[Answer, ...] = ()  # that the same search found, the next best first
 
     @property
-    def mean_logprob(self) -> float:
+    def merit(self) -> float:
         """By which the best of several answers is chosen."""
+        if self.score is not None:
+            return self.score
         known = [t.logprob for t in self.tokens if t.logprob is not None]
         return sum(known) / len(known) if known else LOWEST_LOGPROB
 

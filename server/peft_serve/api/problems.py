@@ -21,7 +21,9 @@ from starlette.responses import Response
 
 from peft_serve.errors import AdapterInvalid, AdapterUnavailable, InvalidParameter, PromptTooLong, Refusal, ServeError
 
-TGI_PATHS: Final = frozenset({"/", "/generate", "/generate_stream", "/tokenize", "/info"})
+TGI_PATHS: Final = frozenset(
+    {"/", "/generate", "/generate_stream", "/tokenize", "/info", "/classify", "/classify_batch", "/embed"}
+)
 MAX_ERRORS: Final = 10
 MAX_ERROR_CHARS: Final = 200
 PROBLEM_TYPE: Final = "application/problem+json"

@@ -15,7 +15,9 @@ from peft_serve.api.plan import Ask, Style
 from peft_serve.errors import InvalidParameter
 from peft_serve.text import TextCodec
 
-LONG_TEXT_CHARS: Final = 8192  # longer texts are tokenised beside the event loop
+LONG_TEXT_CHARS: Final = 2048
+"""Longer texts are tokenised beside the event loop, which would stand still for a millisecond and more; for shorter
+ones the way to another thread and back takes as long as the work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ def check_known(ids: Sequence[int], vocab_size: int, *, param: str = "prompt") -
 
 def _tokenised(codec: TextCodec, ask: Ask, asking: Asking, chat: str | None) -> Prompt:
     if ask.messages is not None and asking.template is None:
-        text = codec.chat_prompt(ask.messages) if chat is None else chat
+        text = codec.chat_prompt(ask.messages, ask.offered) if chat is None else chat
         ids = codec.encode_chat(text)
     else:
         text = _words(ask)

@@ -9,7 +9,6 @@ from pydantic import Field, field_validator
 from peft_serve.api.bodies import (
     ENSEMBLE,
     ENSEMBLE_BY,
-    FAIL_FAST,
     MAX_COUNT,
     TASK,
     Body,
@@ -24,6 +23,7 @@ from peft_serve.api.bodies import (
     checked_template,
     checked_words,
 )
+from peft_serve.api.fail_fast import FAIL_FAST
 
 MAX_ANSWER_LEN: Final = 512
 Pooling = Literal["first", "last", "mean"]

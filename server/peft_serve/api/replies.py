@@ -29,10 +29,26 @@ def close_all(generations: Sequence[Generation]) -> None:
 
 async def whole(generations: Sequence[Generation], request: Request) -> list[Answer] | None:
     """Every answer, in order; None if the client went away. One that fails cancels the others."""
+    request.state.generations = generations  # whoever keeps a record of the exchange reads them at its end
     try:
         return await until_gone(_all(generations), request.receive)
     finally:
         close_all(generations)
+
+
+def grouped(
+    generations: Sequence[Generation], answers: Sequence[Answer], size: int
+) -> list[list[tuple[Generation, Answer]]]:
+    """The answers by what was asked, `size` to each: a beam search gives several, the others one (or fewer) each."""
+    groups: list[list[tuple[Generation, Answer]]] = []
+    num_left = 0
+    for generation, answer in zip(generations, answers, strict=True):
+        if num_left == 0:
+            groups.append([])
+            num_left = size
+        groups[-1] += [(generation, one) for one in (answer, *answer.others)]
+        num_left -= generation.plan.num_answers
+    return groups
 
 
 async def _all(generations: Sequence[Generation]) -> list[Answer]:
@@ -92,6 +108,7 @@ async def streamed(
 
     If the first is long in coming, the stream begins without it, so that the connection is kept alive.
     """
+    request.state.generations = generations
     first = asyncio.ensure_future(next_or_none(events))
     try:
         waited = await until_gone(asyncio.wait({first}, timeout=keep_alive_s), request.receive)
@@ -161,7 +178,8 @@ def whole_headers(generations: Sequence[Generation], answers: Sequence[Answer]) 
     """What is known of a whole answer; of several, the longest time and the sum of the tokens."""
     headers = served_headers(generations)
     headers["x-prompt-tokens"] = str(sum(answer.num_prompt_tokens for answer in answers))
-    headers["x-generated-tokens"] = str(sum(len(answer.tokens) for answer in answers))
+    every = [one for answer in answers for one in (answer, *answer.others)]
+    headers["x-generated-tokens"] = str(sum(len(answer.tokens) for answer in every))
     headers["x-queue-time"] = _ms(max(answer.queue_s for answer in answers))
     headers["x-total-time"] = _ms(max(answer.total_s for answer in answers))
     firsts = [answer.ttft_s for answer in answers if answer.ttft_s is not None]

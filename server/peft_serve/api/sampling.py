@@ -28,6 +28,9 @@ _PLAIN_FIELDS: Final = (
     "frequency_penalty",
     "presence_penalty",
     "ignore_eos",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
 )
 
 
@@ -38,10 +41,17 @@ def layered(call: Call, profile: Profile) -> dict[str, Any]:
         # What the gate let in was good for the server of that day; this one may serve less.
         read = validated(Parameters, profile.parameters, fields.PARAMETERS, path="peft_serve.json parameters.")
         own = read.model_dump(exclude_unset=True)
-    merged: dict[str, Any] = {}
-    for layer in (call.style.defaults, own, call.explicit):
-        merged |= _with_sampling(layer, call.style)
-    return merged
+    said = _with_sampling(own, call.style) | _with_sampling(call.explicit, call.style)
+    if said.get("num_beams", 1) > 1:
+        if said.get("do_sample"):
+            name = call.style.name("num_beams")
+            raise InvalidParameter(
+                f"{name}: a search finds the likeliest answer, and do_sample (or a temperature) draws one; "
+                f"send a temperature of 0, or {name} 1",
+                param=name,
+            )
+        said["do_sample"] = False
+    return _with_sampling(call.style.defaults, call.style) | said
 
 
 def _with_sampling(layer: Mapping[str, Any], style: Style) -> dict[str, Any]:
@@ -59,13 +69,16 @@ def _with_sampling(layer: Mapping[str, Any], style: Style) -> dict[str, Any]:
     return said
 
 
-def sampling_params(merged: Mapping[str, Any], *, max_new_tokens: int, num_logprobs: int | None) -> SamplingParams:
+def sampling_params(merged: Mapping[str, Any], call: Call, *, max_new_tokens: int) -> SamplingParams:
     """What the sampler is told; the seed is filled in at admission."""
+    num_logprobs, bias = call.num_logprobs, merged.get("logit_bias") or {}
     given = {name: merged[name] for name in _PLAIN_FIELDS if name in merged}
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         logprobs=num_logprobs is not None,
         num_top_logprobs=num_logprobs or 0,
+        logit_bias=tuple(sorted((int(id_), float(value)) for id_, value in bias.items())),
+        num_sequences=call.num_answers if merged.get("num_beams", 1) > 1 else 1,
         **given,
     )
 
@@ -95,8 +108,33 @@ def check_bounds(merged: Mapping[str, Any], max_new_tokens: int, call: Call, set
         raise InvalidParameter(
             f"{least}: {merged['min_new_tokens']} is more than {longest} ({max_new_tokens})", param=least
         )
-    if (call.num_logprobs or 0) > settings.max_top_logprobs:
-        name = call.style.name("top_n_tokens")
+    for number, parameter in ((call.num_logprobs, "top_n_tokens"), (call.prompt_logprobs, "prompt_logprobs")):
+        if (number or 0) > settings.max_top_logprobs:
+            name = call.style.name(parameter)
+            raise InvalidParameter(
+                f"{name}: {number}; this server reports at most {settings.max_top_logprobs}", param=name
+            )
+    if merged.get("num_beams", 1) > 1:
+        _check_beams(merged["num_beams"], call, settings)
+
+
+def _check_beams(num_beams: int, call: Call, settings: Settings) -> None:
+    most, name, number = min(settings.max_num_beams, settings.max_rows), call.style.name("num_beams"), call.num_answers
+    if num_beams > most:
+        raise InvalidParameter(f"{name}: {num_beams}; this server follows at most {most}", param=name)
+    if number > num_beams:
+        raise InvalidParameter(f"n: {number} answers of {num_beams} beams; ask for more {name}", param="n")
+    if call.is_streamed:
         raise InvalidParameter(
-            f"{name}: {call.num_logprobs}; this server reports at most {settings.max_top_logprobs}", param=name
+            f"stream: the first word of a beam search is known at its end; send false, or {name} 1", param="stream"
+        )
+
+
+def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raise InvalidParameter for an id that the base cannot say."""
+    largest = max((id_ for id_, _ in sampling.logit_bias), default=0)
+    if largest >= vocab_size:
+        raise InvalidParameter(
+            f"logit_bias: token id {largest} is not in the vocabulary of {vocab_size} entries; see POST /tokenize",
+            param="logit_bias",
         )

@@ -12,6 +12,7 @@ from typing import Final
 
 from peft_serve import __version__
 from peft_serve.api.admission import Admission
+from peft_serve.api.intake import Intake
 from peft_serve.api.trial import Trial
 from peft_serve.core import AdapterId
 from peft_serve.engine.client import EngineClient
@@ -32,6 +33,7 @@ class Service:
         self._admission: Admission | None = None
         self._trial: Trial | None = None
         self._names: dict[AdapterId, str] = {}
+        self.intake = Intake(parts, self.trial, now=now, new_id=self.new_id)
         card = parts.base
         seen = f"{__version__} {card.name} {card.class_name} {card.dtype} {card.num_parameters}"
         self.system_fingerprint = "fp_" + hashlib.sha256(seen.encode()).hexdigest()[:10]

@@ -45,7 +45,7 @@ async def receive_upload(request: Request, limits: UploadLimits) -> Upload:
     """The checkpoint in the request's body; raises what a bad upload is refused with."""
     declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if declared == "application/json":
-        raise Forbidden("source: this server fetches no adapters; send the files themselves")
+        raise Forbidden("source: is named in a POST to /adapters; here the files themselves are sent")
     if declared == "multipart/form-data":
         return await _from_form(request, limits)
     with tempfile.TemporaryFile() as spool:

@@ -27,9 +27,11 @@ from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.load_costs import LoadCosts
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.sources.opening import Sources
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
+from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.cache_figures import CacheFigures
 from peft_serve.engine.cache_trace import CacheTrace, appender
 from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
@@ -39,7 +41,7 @@ from peft_serve.engine.speech import with_speech_checked
 from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.loader import DEMO_NAMES, load_base, locate
-from peft_serve.model.packing import can_pack, has_room
+from peft_serve.model.packing import can_pack, is_worth_its_room
 from peft_serve.model.quantised import num_parameters
 from peft_serve.model.runner import StepRunner
 from peft_serve.rendering.templates import ChatTemplates
@@ -73,12 +75,15 @@ class _KVSizes:
 def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
     """Load the base and make everything around it; the engine is made but not started."""
     num_threads = settings.num_threads or torch.get_num_threads()
+    sources = Sources(settings.allow_source)
+    _check_folders(settings)
     torch.set_num_threads(_BESIDE)
     base = load_base(
         settings.model,
         dtype=settings.dtype,
         device=settings.device,
         quantisation=settings.quantisation,
+        revision=settings.revision,
         on_progress=say,
     )
     if _wants_packing(settings, base):
@@ -87,9 +92,11 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
     say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
-    codec = TextCodec.load(locate(settings.model), is_encoder_decoder=card.is_encoder_decoder)
+    codec = TextCodec.load(
+        locate(settings.model), is_encoder_decoder=card.is_encoder_decoder, revision=settings.revision
+    )
     fingerprint = base.fingerprint()
-    metrics = Metrics()
+    metrics = Metrics(model_name=card.name, build=build_facts(card))
     limits = gate_limits(settings, card.max_context)
     templates = ChatTemplates() if settings.allow_chat_templates else None
     root = settings.store or default_store(card.name)
@@ -118,6 +125,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
         clock=time.monotonic,
         check_base=lambda: base.fingerprint() == fingerprint,
         templates=templates,
+        sources=sources,
     )
     return parts, engine
 
@@ -146,11 +154,19 @@ def shipped_adapters(model: str) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
+def _check_folders(settings: Settings) -> None:
+    """Find out about a folder that is not there before a base is loaded."""
+    for option, folders in (("--adapters", settings.adapters), ("--watch", settings.watch)):
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(f"{option} {folder}: there is no such folder; check the path")
+
+
 def _wants_packing(settings: Settings, base: ResidentBase) -> bool:
     if settings.prepack == "off" or not can_pack(base.device, base.dtype):
         return False
     num_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    return settings.prepack == "on" or has_room(num_bytes)
+    return settings.prepack == "on" or is_worth_its_room(num_bytes, base.dtype)
 
 
 def _max_context(settings: Settings, base: ResidentBase) -> int:
@@ -195,9 +211,6 @@ def _make_catalog(
     say: Callable[[str], None],
 ) -> Catalog:
     """Names are listed and no file is read, however many there are."""
-    for folder in settings.adapters:
-        if not folder.is_dir():
-            raise ValueError(f"--adapters {folder}: there is no such folder; check the path")
     shipped = shipped_adapters(settings.model)
     paths = [*settings.adapters, *([] if shipped is None else [shipped])]
     disk = DiskFileSystem()

@@ -176,7 +176,6 @@ class Engine:
         events: list[Event] = []
         try:
             if not self._scheduler.has_work:
-                self._tally.rest()
                 self._refresh_books()
                 if self._inbox.empty():
                     with self._lock:

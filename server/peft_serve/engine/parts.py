@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.records import CheckpointFiles, HeadFacts
+from peft_serve.adapters.sources.opening import Sources
 from peft_serve.config import Settings
 from peft_serve.engine.client import EngineThread
 from peft_serve.metrics import Metrics
@@ -51,3 +52,4 @@ class ServerParts:
     clock: Callable[[], float]  # monotonic seconds
     check_base: Callable[[], bool]  # whether the base's weights are still those it was started with
     templates: ChatTemplates | None = None  # runs adapters' own chat templates; None: they are not used
+    sources: Sources = field(default_factory=Sources)  # where adapters may be fetched from; nowhere by default

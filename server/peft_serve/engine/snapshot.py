@@ -42,7 +42,7 @@ class EngineSnapshot:
     num_blocks: int = 0
     block_size: int = 0
     num_steps: int = 0
-    last_rows: tuple[Row, ...] = ()  # of the last step; empty while there is nothing to do
+    last_rows: tuple[Row, ...] = ()  # of the last step, however long ago that was
     num_prompt_tokens: int = 0  # computed since the start
     num_drawn_tokens: int = 0  # drawn since the start
     stalled_s: float = 0.0  # how long the step in progress has been running

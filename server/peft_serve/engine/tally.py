@@ -25,10 +25,6 @@ class StepTally:
             if is_prefill(row):
                 self.num_prompt_tokens += len(row.tokens) + len(row.source)
 
-    def rest(self) -> None:
-        """There is nothing to do: nobody has a row any more."""
-        self.rows = ()
-
 
 def is_prefill(row: Row) -> bool:
     """Whether the row computes its request's prompt, rather than a token behind it or a choice."""

@@ -4,8 +4,8 @@ The order of transformers' `generate`: bias, suppress, repetition penalty, frequ
 for rows that sample temperature, top-k, top-p, min-p, typical-p. A step that changes nothing for a row is not
 run for it. The random stream belongs to the request: draw i of a seed is a hash of the two, and the token is
 read off the cumulated probabilities in order of ids, so that neither the batch nor the device's generator has
-a say. Reported log-probabilities are those of the model's own logits, before any of this, among the ids that a constraint allows. Ties go to the
-lowest id.
+a say. Reported log-probabilities are those of the model's own logits, before any of this, among the ids that a
+constraint allows. Ties go to the lowest id.
 
 Shapes: `N` rows, `V` vocabulary, `M` rows of a subset, `P` (row, id) pairs.
 """

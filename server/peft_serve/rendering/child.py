@@ -25,6 +25,7 @@ def answer(asked: dict[str, Any]) -> dict[str, str]:
         rendered, _ = render_jinja_template(
             conversations=[asked["messages"]],
             chat_template=asked["template"],
+            tools=asked.get("tools"),
             add_generation_prompt=True,
             **asked["words"],
         )

@@ -63,7 +63,13 @@ class ChatTemplates:
         # A thread of its own: those that everybody shares must not wait for somebody's template.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-templates")
 
-    async def rendered(self, template: str, messages: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> str:
+    async def rendered(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        words: Mapping[str, str],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """As `render`, beside the event loop, always the same one. Raises QueueFull too."""
         if self._num_waiting >= self._max_waiting:
             raise QueueFull(
@@ -73,18 +79,24 @@ class ChatTemplates:
         self._num_waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, self.render, template, messages, words)
+            return await loop.run_in_executor(self._thread, self.render, template, messages, words, tools)
         finally:
             self._num_waiting -= 1
 
-    def render(self, template: str, messages: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> str:
+    def render(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        words: Mapping[str, str],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The messages in the template's words, with what makes the model answer behind them.
 
-        `words` are the special tokens by the names that templates know (`eos_token`). Raises TemplateError, and
-        Unavailable when the child does not start.
+        `words` are the special tokens by the names that templates know (`eos_token`), `tools` what the model may
+        call, in OpenAI's words. Raises TemplateError, and Unavailable when the child does not start.
         """
         plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
-        asked = {"template": template, "messages": plain, "words": dict(words)}
+        asked = {"template": template, "messages": plain, "words": dict(words), "tools": [*tools] or None}
         line = json.dumps(asked).encode() + b"\n"
         with self._lock:
             reply = self._asked(line)

@@ -110,10 +110,10 @@ def test_one_copy_of_a_tensor_will_do_whichever_it_is() -> None:
 def test_the_copies_are_counted_as_what_is_bound() -> None:
     found = inspected("bert", "prefix").summary
     assert found.peft_type == "ADAPTERHUB_PREFIX_TUNING"
-    assert (found.num_tensors, found.num_sites, found.num_virtual_tokens) == (5, 0, 0)
+    assert (found.num_tensors, found.num_sites, found.num_virtual_tokens) == (15, 0, 0)
     union = inspected("bert", "mam").summary
     assert union.peft_type == "ADAPTERHUB_UNION"
-    assert (union.num_tensors, union.num_sites) == (13, 2)
+    assert (union.num_tensors, union.num_sites) == (23, 2)
 
 
 def test_a_longer_prefix_than_the_operator_allows() -> None:
