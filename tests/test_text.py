@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_serve.detokenizing import StopFinder
 from peft_serve.errors import BadRequest
-from peft_serve.text import StopFinder, TextCodec
+from peft_serve.text import TextCodec
 
 
 @pytest.fixture(scope="module")

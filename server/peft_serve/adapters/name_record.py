@@ -81,9 +81,7 @@ class NameRecord:
         """The record that `to_json` gave; raises SealError when the body is not a consistent one."""
         try:
             versions = tuple(
-                Numbered(
-                    number=v["number"], id=AdapterId(v["id"]), created=v["created"], source=v.get("source", "")
-                )
+                Numbered(number=v["number"], id=AdapterId(v["id"]), created=v["created"], source=v.get("source", ""))
                 for v in body["versions"]
             )
             record = cls(name=body["name"], next_number=body["next"], current=body["current"], versions=versions)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from peft_serve.api.plan import LOWEST_LOGPROB, Alternative, Plan, Token
-from peft_serve.text import StopFinder
+from peft_serve.detokenizing import StopFinder
 
 Top = Sequence[tuple[int, float]]
 """(id, log-probability), best first."""
