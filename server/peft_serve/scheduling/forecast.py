@@ -43,8 +43,8 @@ class Forecast:
         expected_s = self.first_token_s(tracked, queue, num_running=num_running, now_s=now_s)
         if now_s + expected_s > deadline_s:
             raise DeadlineMissed(
-                f"the first token is expected in {expected_s:.1f} s, and the request is to wait "
-                f"{max(0.0, deadline_s - now_s):.1f} s at most: allow it more time, or try again later",
+                f"the first token is expected in {expected_s:.3g} s, and the request is to wait "
+                f"{max(0.0, deadline_s - now_s):.3g} s at most: allow it more time, or try again later",
                 retry_after_s=max(_MIN_RETRY_S, expected_s),
             )
         heapq.heappush(self._deadlines, (deadline_s, tracked.seq, tracked))

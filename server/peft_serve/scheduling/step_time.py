@@ -36,9 +36,9 @@ class StepTimeModel:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Seconds for a step, and for each token, rank and position of it."""
+        """Seconds for a step, and for each token, rank and position of it; 0 where too few steps tell them apart."""
         names = ("step", "token", "rank", "position")
-        return {name: theta / scale for name, theta, scale in zip(names, self._theta, _SCALES, strict=True)}
+        return {name: max(0.0, theta) / scale for name, theta, scale in zip(names, self._theta, _SCALES, strict=True)}
 
     def predict(self, load: StepLoad) -> float:
         """Seconds; 0 before the first step has been seen."""

@@ -76,7 +76,7 @@ def _head(
     if files.head_config is None or files.head_weights is None:
         missing = HEAD_CONFIG_FILE if files.head_config is None else HEAD_WEIGHTS_FILE
         reason = "is missing beside the other file of the head; save the adapter with use_safetensors=True"
-        verdict.refuse(missing, f"{reason}, or with with_head=False")
+        verdict.refuse(missing, f"{reason}, or with with_head=False, or leave both files of the head out")
         return HubHead(None), ()
     with _told_of(HEAD_WEIGHTS_FILE):
         tensors = parse_tensors(files.head_weights, limits, verdict)
