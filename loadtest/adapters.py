@@ -64,14 +64,20 @@ def mixture(name: str, *, targets: tuple[str, ...] = ATTENTION + FEED_FORWARD) -
                 AdapterKind(kind="prefix", size=20),
             )
         case "lora":
-            return (AdapterKind(kind="lora", size=int(size or 8), targets=targets),)
+            return (AdapterKind(kind="lora", size=_size(name, size or "8"), targets=targets),)
         case "ia3":
             return (AdapterKind(kind="ia3"),)
         case "prompt":
-            return (AdapterKind(kind="prompt", size=int(size or 20)),)
+            return (AdapterKind(kind="prompt", size=_size(name, size or "20")),)
         case "prefix":
-            return (AdapterKind(kind="prefix", size=int(size or 20)),)
+            return (AdapterKind(kind="prefix", size=_size(name, size or "20")),)
     raise ValueError(f"adapter mixture {name!r} is not known; write S1, S2, MIX, lora:R, ia3, prompt:N or prefix:N")
+
+
+def _size(name: str, size: str) -> int:
+    if not size.isdecimal() or int(size) == 0:
+        raise ValueError(f"adapter mixture {name!r}: {size!r} is no size; write a whole number from 1 on")
+    return int(size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.arguments import whole_from
+from loadtest.filing import new_folder
 from loadtest.page import Result, find_results, page
 from loadtest.targets import verdicts
 
@@ -48,17 +50,23 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--base", default="0.1b", help="tiny, 0.1b, 0.5b (random weights) or a model folder")
     parser.add_argument("--out", type=Path, default=Path("loadtest/results"), help="where results are filed")
     parser.add_argument("--work", type=Path, default=WORK, help="where bases and adapters are made")
-    parser.add_argument("--threads", type=int, help="torch threads of the server, of peft and of the steps here")
+    threads = "torch threads of the server, of peft and of the steps here"
+    parser.add_argument("--threads", type=whole_from(1), help=threads)
     parser.add_argument("--only", action="append", default=[], metavar="COMMAND", help="only this step (repeatable)")
 
 
 def run_parsed(parsed: Namespace, console: Console) -> int:
     """Run ``bench`` as its options say; the exit status."""
+    known = [step.words[0] for step in steps()]
+    strangers = [name for name in parsed.only if name not in known]
+    if strangers:
+        raise ValueError(f"--only {strangers[0]} names no step; there are {', '.join(known)}")
     chosen = [step for step in steps() if not parsed.only or step.words[0] in parsed.only]
-    if not chosen:
-        raise ValueError(f"--only names no step; there are {', '.join(step.words[0] for step in steps())}")
-    folder = parsed.out / f"{datetime.now():%Y%m%d-%H%M%S}-bench"
-    folder.mkdir(parents=True, exist_ok=True)
+    with new_folder(parsed.out, "bench", datetime.now()) as folder:
+        return _run_into(folder, chosen, parsed, console)
+
+
+def _run_into(folder: Path, chosen: Sequence[Step], parsed: Namespace, console: Console) -> int:
     common = ["--base", parsed.base, "--out", str(folder)]
     if parsed.work != WORK:
         common += ["--work", str(parsed.work)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf, nan
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loadtest.measure import mean, ratio
 from loadtest.plots import Plot
@@ -23,6 +23,7 @@ from peft_serve.core import AdapterId
 
 TIERS: Final = ("device", "host")
 _MIB: Final = 2**20
+_MOST: Final = 1e18  # beyond any bytes or seconds of one adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,29 +111,28 @@ POLICIES: Final[dict[str, MakePolicy]] = {
 
 def load_accesses(path: Path, tier: str) -> Accesses:
     """Read the lookups of `tier` (one of `TIERS`) from a server's cache trace. ValueError if it is none or has none."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         accesses = _read(lines, tier, path)
     if not accesses.sequence:
         raise ValueError(f"{path} has no lookup of an adapter of known size in the tier {tier}")
     return accesses
 
 
-def _read(lines: Iterable[str], tier: str, path: Path) -> Accesses:
+def _read(lines: Iterable[bytes], tier: str, path: Path) -> Accesses:
     asked: list[AdapterId] = []
     sizes: dict[AdapterId, int] = {}
     loads: defaultdict[AdapterId, list[float]] = defaultdict(list)
     for number, line in enumerate(lines, start=1):
         try:
-            fields = json.loads(line)
-            adapter, num_bytes, load_s = AdapterId(fields["adapter"]), fields["bytes"], fields["load_s"]
-            is_asked = fields["tier"] == tier
-        except (ValueError, KeyError, TypeError) as problem:
-            raise ValueError(f"{path}, line {number}: not a line that --cache-trace writes ({problem!r})") from problem
+            asked_tier, adapter, num_bytes, load_s = _line(line)
+        except ValueError as problem:
+            told = f"{path}, line {number}: not a line that `peft-serve serve --cache-trace` writes ({problem})"
+            raise ValueError(told) from None
         if num_bytes is not None:
-            sizes[adapter] = int(num_bytes)
+            sizes[adapter] = num_bytes
             if load_s is not None:
-                loads[adapter].append(float(load_s))
-        if is_asked:
+                loads[adapter].append(load_s)
+        if asked_tier == tier:
             asked.append(adapter)
     known = tuple(adapter for adapter in asked if adapter in sizes)
     return Accesses(
@@ -142,6 +142,34 @@ def _read(lines: Iterable[str], tier: str, path: Path) -> Accesses:
         num_measured=len(loads),
         num_left_out=len(asked) - len(known),
     )
+
+
+def _line(line: bytes) -> tuple[str, AdapterId, int | None, float | None]:
+    """Tier, adapter, bytes and load seconds of a lookup; ValueError, in words, if the line is none."""
+    try:
+        fields = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(fields, dict):
+        raise ValueError("no JSON object")
+    for name in ("tier", "adapter", "bytes", "load_s"):
+        if name not in fields:
+            raise ValueError(f"it lacks {name!r}")
+    tier, adapter, num_bytes, load_s = (fields[name] for name in ("tier", "adapter", "bytes", "load_s"))
+    for name, text in (("tier", tier), ("adapter", adapter)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {text!r}, not a text")
+    if num_bytes is not None and not (isinstance(num_bytes, int) and _is_amount(num_bytes)):
+        raise ValueError(f"bytes is {num_bytes!r}, not a whole number of bytes or null")
+    if load_s is not None and not _is_amount(load_s):
+        raise ValueError(f"load_s is {load_s!r}, not a number of seconds or null")
+    return tier, AdapterId(adapter), num_bytes, None if load_s is None else float(load_s)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 def _load_seconds(sizes: dict[AdapterId, int], measured: dict[AdapterId, float]) -> dict[AdapterId, float]:

@@ -3,6 +3,7 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from loadtest import bench, cache_replay, compare
+from loadtest.arguments import above_zero, popularity, whole_from
+from loadtest.filing import new_folder
 from loadtest.machine import Provenance, command_line, commit, machine, others_cores, software
 from loadtest.options import add_common, read_options
 from loadtest.page import find_results, page
@@ -28,6 +31,8 @@ def main(arguments: list[str]) -> int:
     try:
         if "workload" in parsed:
             _run_workload(parsed, arguments, console)
+        elif "reckoning" in parsed:
+            _reckon(parsed, arguments, console)
         else:
             return int(parsed.act(parsed, console) or 0)
     except (RuntimeError, ValueError, OSError) as problem:
@@ -40,24 +45,36 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_workload(parsed: Namespace, arguments: list[str], console: Console) -> None:
-    name = str(parsed.command)
+    """A measurement: of this machine, beside whatever else it does now."""
     now = datetime.now()
-    folder = parsed.out / f"{now:%Y%m%d-%H%M%S}-{name}{'-quick' if parsed.quick else ''}"
-    provenance = Provenance(
+    with new_folder(parsed.out, f"{parsed.command}{'-quick' if parsed.quick else ''}", now) as folder:
+        origin = replace(_origin(arguments, now), base=parsed.base, others=others_cores())
+        if origin.is_busy:
+            busy = f"Others keep {origin.others:g} cores busy: these figures will be no claims."
+            console.print(f"[yellow]{busy}[/yellow]")
+        stage = Stage(read_options(parsed, folder), console)
+        _file(parsed.workload(stage, parsed), folder, origin, console)
+
+
+def _reckon(parsed: Namespace, arguments: list[str], console: Console) -> None:
+    """What follows from a file alone: no base, no server, and the machine's speed does not count."""
+    now = datetime.now()
+    with new_folder(parsed.out, parsed.command, now) as folder:
+        _file(parsed.reckoning(parsed), folder, replace(_origin(arguments, now), base="none"), console)
+
+
+def _origin(arguments: list[str], now: datetime) -> Provenance:
+    return Provenance(
         date=f"{now:%Y-%m-%d %H:%M}",
         machine=machine(),
         software=software(),
         commit=commit(),
         command=command_line(arguments),
-        base=parsed.base,
-        others=others_cores(),
     )
-    if provenance.is_busy:
-        console.print(
-            f"[yellow]Others keep {provenance.others:g} cores busy: these figures will be no claims.[/yellow]"
-        )
-    stage = Stage(read_options(parsed, folder), console)
-    report = parsed.workload(stage, parsed).file(folder, provenance)
+
+
+def _file(found: Report, folder: Path, origin: Provenance, console: Console) -> None:
+    report = found.file(folder, origin)
     report.show(console)
     console.print(f"\nFiled in {folder}. For loadtest/LOG.md, with a verdict of yours:\n")
     print(log_entry(report))
@@ -67,18 +84,19 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m loadtest", description="Load tests; loadtest/README.md explains each.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, text: str, workload: Workload) -> ArgumentParser:
+    def add(name: str, text: str, workload: Workload, *, least_adapters: int = 1) -> ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        add_common(command)
+        add_common(command, least_adapters=least_adapters)
         command.set_defaults(workload=workload)
         return command
 
-    add("w1", "throughput as traffic spreads over n adapters", lambda stage, _: w1.run(stage))
-    add("w2", "latency over the rate of requests", lambda stage, _: sweep.run(stage, "w2"))
-    add("w3", "latency under bursts and skew", lambda stage, _: sweep.run(stage, "w3"))
+    add("w1", "throughput as traffic spreads over n adapters", lambda stage, _: w1.run(stage), least_adapters=0)
+    add("w2", "latency over the rate of requests", lambda stage, _: sweep.run(stage, "w2"), least_adapters=0)
+    add("w3", "latency under bursts and skew", lambda stage, _: sweep.run(stage, "w3"), least_adapters=0)
     add("w4", "closed loop: distinct, uniform, skewed, identical", lambda stage, _: w4.run(stage))
     _add_w5(add("w5", "the same trace on this server and on peft's own loops", _w5))
-    _add_overhead(add("overhead", "base-only traffic on a server with adapters against one without", _overhead))
+    two = "base-only traffic on a server with adapters against one without"
+    _add_overhead(add("overhead", two, _overhead, least_adapters=0))
     add("w6", "adapters never seen before, against ones that are cached", lambda stage, _: w6.run(stage))
     add("w7", "hit rates of caches too small, by policy", lambda stage, _: w7.run(stage)).set_defaults(mixture="S2")
     mixed = add("w8", "mixed methods against one task at a time and LoRA", lambda stage, _: w8.run(stage))
@@ -88,13 +106,14 @@ def _parser() -> ArgumentParser:
     _add_terms(add("terms", "the same as w11", _terms))
     equal = add("w13", "tokens equal to peft's, under eviction and re-uploads", _w13)
     equal.set_defaults(base="tiny", mixture="MIX")
-    equal.add_argument("--tokens", type=int, help="answer tokens to compare (default 100000, quick 400)")
+    equal.add_argument("--tokens", type=whole_from(1), help="answer tokens to compare (default 100000, quick 400)")
     add("bound", "the base's decode step against what the machine could do", lambda stage, _: bound.run(stage))
     _add_ceiling(add("ceiling", "what the HTTP side can carry, over an engine that computes nothing", _ceiling))
     played = add("replay", "play a saved trace", _replay)
-    played.add_argument("trace", type=Path)
+    played.add_argument("trace", type=Path, help="a trace that `python -m loadtest trace` made")
     played.add_argument("--closed", action="store_true", help="closed loop with --concurrency in flight")
-    _add_cache_replay(add("cache-replay", "eviction policies on a server's --cache-trace, without a server", _cache))
+    offline = "eviction policies on a server's --cache-trace, without a server"
+    _add_cache_replay(commands.add_parser("cache-replay", help=offline, description=offline))
     compare.add_options(add("compare", "one trace on several servers and loops", compare.run_parsed))
 
     bench_ = commands.add_parser("bench", help="the short honest subset, and a page about it")
@@ -102,17 +121,17 @@ def _parser() -> ArgumentParser:
     bench_.set_defaults(act=bench.run_parsed)
     made = commands.add_parser("trace", help="make a trace and save it, to be replayed")
     made.add_argument("path", type=Path)
-    add_common(made)
+    add_common(made, least_adapters=0, adapters="0, traffic of the base alone")
     _add_trace(made)
     base = commands.add_parser("make-base", help="make a base with random weights")
     base.add_argument("--shape", default="0.1b", help="tiny, 0.1b or 0.5b")
     base.add_argument("--work", type=Path, default=Path("loadtest/work"))
     base.set_defaults(act=_make_base)
     adapters = commands.add_parser("make-adapters", help="make random adapters for a base")
-    add_common(adapters)
+    add_common(adapters, adapters="32, quick 8")
     adapters.set_defaults(act=_make_adapters)
     upload = commands.add_parser("upload", help="make random adapters and upload them to --url")
-    add_common(upload)
+    add_common(upload, adapters="32, quick 8")
     upload.set_defaults(act=_upload)
     shown = commands.add_parser("report", help="show results again: tables and log entries, or one page")
     results = Path("loadtest/results")
@@ -123,9 +142,10 @@ def _parser() -> ArgumentParser:
 
 
 def _add_w5(parser: ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, help="requests in the trace (default 256, quick 24)")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of a batch in peft's loops")
-    parser.add_argument("--window", type=int, default=0, help="waiting requests peft's loops may see (0: all)")
+    parser.add_argument("--requests", type=whole_from(1), help="requests in the trace (default 256, quick 24)")
+    parser.add_argument("--batch-size", type=whole_from(1), default=16, help="rows of a batch in peft's loops")
+    window = "waiting requests peft's loops may see (0: all)"
+    parser.add_argument("--window", type=whole_from(0), default=0, help=window)
 
 
 def _w5(stage: Stage, parsed: Namespace) -> Report:
@@ -135,7 +155,7 @@ def _w5(stage: Stage, parsed: Namespace) -> Report:
 def _add_overhead(parser: ArgumentParser) -> None:
     parser.add_argument("--a-arg", action="append", default=[], help="passed to server A only")
     parser.add_argument("--b-arg", action="append", default=[], help="passed to server B only")
-    parser.add_argument("--repeats", type=int, help="how often A B B A is played (default 3, quick 1)")
+    parser.add_argument("--repeats", type=whole_from(1), help="how often A B B A is played (default 3, quick 1)")
 
 
 def _overhead(stage: Stage, parsed: Namespace) -> Report:
@@ -162,9 +182,10 @@ def _replay(stage: Stage, parsed: Namespace) -> Report:
 def _add_ceiling(parser: ArgumentParser) -> None:
     parser.set_defaults(base="demo-llama", threads=1)
     parser.add_argument("--real", action="store_true", help="run the base, in place of the fake engine")
-    parser.add_argument("--streams", type=int, help="streams at once (default 1000, quick 100)")
-    parser.add_argument("--steps", type=float, default=20.0, help="steps a second of the fake engine under streams")
-    parser.add_argument("--rows", type=int, default=64, help="rows of a step with --real; the other streams wait")
+    parser.add_argument("--streams", type=whole_from(1), help="streams at once (default 1000, quick 100)")
+    steps, rows = "steps a second of the fake engine under streams", "rows of a step with --real; other streams wait"
+    parser.add_argument("--steps", type=above_zero, default=20.0, help=steps)
+    parser.add_argument("--rows", type=whole_from(1), default=64, help=rows)
 
 
 def _ceiling(stage: Stage, parsed: Namespace) -> Report:
@@ -173,19 +194,23 @@ def _ceiling(stage: Stage, parsed: Namespace) -> Report:
 
 
 def _add_cache_replay(parser: ArgumentParser) -> None:
-    parser.add_argument("trace", type=Path)
+    parser.add_argument("trace", type=Path, help="the file of `peft-serve serve --cache-trace FILE`")
+    parser.add_argument("--out", type=Path, default=Path("loadtest/results"), help="where results are filed")
     parser.add_argument("--bytes", default="10%,25%,50%", help="sizes: bytes, or shares of all adapters' bytes")
     parser.add_argument("--tier", choices=cache_replay.TIERS, default="device", help="whose lookups are played")
+    parser.set_defaults(reckoning=_cache)
 
 
-def _cache(_stage: Stage, parsed: Namespace) -> Report:
+def _cache(parsed: Namespace) -> Report:
     return cache_replay.run(parsed.trace, sizes=parsed.bytes, tier=parsed.tier)
 
 
 def _add_trace(parser: ArgumentParser) -> None:
-    parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
-    parser.add_argument("--cv", type=float, default=1.0, help="coefficient of variation of the gaps; 1 is Poisson")
-    parser.add_argument("--popularity", default="slora:1", help="slora:A, zipf:S, drift, distinct, uniform, skewed")
+    gaps = "coefficient of variation of the gaps; 1 is Poisson"
+    shares = "slora:A, zipf:S, drift[:PERIOD_S], skewed[:RATIO], distinct, uniform or identical (default slora:1)"
+    parser.add_argument("--rate", type=above_zero, default=1.0, help="requests a second (default 1)")
+    parser.add_argument("--cv", type=above_zero, default=1.0, help=gaps)
+    parser.add_argument("--popularity", type=popularity, default="slora:1", help=shares)
     parser.set_defaults(act=_trace)
 
 
@@ -203,6 +228,9 @@ def _trace(parsed: Namespace, console: Console) -> None:
         seed=options.seed,
     )
     trace = build_trace(spec)
+    if not trace.requests:
+        here = f"--rate {parsed.rate:g} in --duration {options.duration_s:g}"
+        raise ValueError(f"no request comes at {here} with this seed; take more of either")
     trace.save(parsed.path)
     console.print(f"{len(trace.requests)} requests over {len(trace.adapters)} adapters in {parsed.path}")
 

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from loadtest.arguments import whole_from
 from loadtest.measure import mean, percentile, ratio
 from loadtest.outcome import Outcome
 from loadtest.peer_loops import PeftPeer
@@ -38,8 +39,9 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--paced", action="store_true", help="keep the trace's arrival times (default: a backlog)")
     parser.add_argument("--once", action="store_true", help="one pass each in place of A B B A")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of a batch in peft's loops")
-    parser.add_argument("--window", type=int, default=0, help="waiting requests peft's loops may see (0: all)")
+    parser.add_argument("--batch-size", type=whole_from(1), default=16, help="rows of a batch in peft's loops")
+    window = "waiting requests peft's loops may see (0: all)"
+    parser.add_argument("--window", type=whole_from(0), default=0, help=window)
 
 
 def run_parsed(stage: Stage, parsed: Namespace) -> Report:

@@ -28,7 +28,8 @@ class OurServer:
     route: Route = field(default_factory=Native)
 
     def prepare(self, adapters: Sequence[str]) -> tuple[str, ...]:
-        """Make the adapters' folders."""
+        """See that there is a server at ``--url``, and make the adapters' folders."""
+        self.stage.reach()
         self.stage.adapter_folders(population(adapters))
         return ()
 

@@ -6,9 +6,10 @@ well. What a figure is held against (a target level, a byte bound) is black or g
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,17 @@ class Plot:
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> "Plot":
-        """The plot that was kept as JSON, where tuples have become lists."""
+        """The plot that was kept as JSON, where tuples have become lists and NaN has become null."""
         kept = dict(fields)
         for name in ("series", "bounds"):
-            kept[name] = {label: tuple((x, y) for x, y in points) for label, points in kept.get(name, {}).items()}
+            kept[name] = {label: tuple(map(_point, points)) for label, points in kept.get(name, {}).items()}
         kept["ticks"] = tuple(kept.get("ticks", ()))
         return cls(**kept)
+
+
+def _point(kept: Sequence[float | None]) -> tuple[float, float]:
+    x, y = (nan if value is None else value for value in kept)
+    return x, y
 
 
 def draw(plot: Plot, path: Path) -> None:

@@ -8,7 +8,7 @@ Sources: S-LoRA (arXiv 2311.03285, power-law traces) for `Slora`; Punica (arXiv 
 """
 
 from dataclasses import dataclass
-from math import ceil, isqrt
+from math import ceil, isfinite, isqrt
 from typing import Protocol
 
 import numpy as np
@@ -113,21 +113,31 @@ class Drift:
 
 def parse_popularity(text: str) -> Popularity:
     """The popularity named by ``slora:ALPHA``, ``zipf:S``, ``drift[:PERIOD_S]``, ``distinct``, ``uniform``,
-    ``skewed[:RATIO]`` or ``identical``; ValueError for anything else."""
+    ``skewed[:RATIO]`` or ``identical``; ValueError for anything else. S may be zero, ALPHA, PERIOD_S and RATIO not."""
     name, _, parameter = text.partition(":")
     match name:
         case "slora":
-            return Slora(float(parameter or 1.0))
+            return Slora(_number(text, parameter or "1"))
         case "zipf":
-            return Zipf(float(parameter or 1.0))
+            return Zipf(_number(text, parameter or "1", may_be_zero=True))
         case "drift":
-            return Drift(float(parameter)) if parameter else Drift()
+            return Drift(_number(text, parameter)) if parameter else Drift()
         case "skewed":
-            return Skewed(float(parameter)) if parameter else Skewed()
-        case "distinct":
-            return Distinct()
-        case "uniform":
-            return Uniform()
-        case "identical":
-            return Identical()
+            return Skewed(_number(text, parameter)) if parameter else Skewed()
+    alone: dict[str, Popularity] = {"distinct": Distinct(), "uniform": Uniform(), "identical": Identical()}
+    if text in alone:
+        return alone[text]
+    if name in alone:
+        raise ValueError(f"popularity {text!r}: {name} takes no number; write {name}")
     raise ValueError(f"popularity {text!r} is not known; write for instance zipf:1, slora:0.3, uniform or drift")
+
+
+def _number(text: str, parameter: str, *, may_be_zero: bool = False) -> float:
+    least = "from zero on" if may_be_zero else "above zero"
+    try:
+        number = float(parameter)
+    except ValueError:
+        raise ValueError(f"popularity {text!r}: {parameter!r} is no number; it takes one {least}") from None
+    if not isfinite(number) or number < 0 or (number == 0 and not may_be_zero):
+        raise ValueError(f"popularity {text!r}: it takes a number {least}")
+    return number

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isnan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Report:
         """Write ``result.json``, ``entry.md`` and ``plot.png`` into `folder`; answers with the dated report."""
         dated = replace(self, provenance=provenance)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text(json.dumps(asdict(dated), indent=2, default=str))
+        kept = json.dumps(_plain(asdict(dated)), indent=2, default=str, allow_nan=False)
+        (folder / "result.json").write_text(kept)
         (folder / "entry.md").write_text(log_entry(dated))
         if self.plot is not None:
             draw(self.plot, folder / "plot.png")
@@ -92,16 +93,32 @@ def _others(origin: Provenance) -> str:
     return f"; others kept {origin.others:g} cores busy when it began" if origin.is_busy else ""
 
 
+def _plain(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not have: null in their place."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def load_report(folder: Path) -> Report:
-    """Read back what `Report.file` wrote; ValueError if the folder holds no result."""
-    if not (folder / "result.json").exists():
+    """Read back what `Report.file` wrote, null in the table as NaN; ValueError if the folder holds no result."""
+    path = folder / "result.json"
+    if not path.exists():
         raise ValueError(f"{folder} holds no result.json: name a folder that a workload filed its result in")
-    fields = json.loads((folder / "result.json").read_text())
+    try:
+        return _read(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path} is not a result that a workload filed ({problem!r})") from None
+
+
+def _read(fields: dict[str, Any]) -> Report:
     return Report(
         name=fields["name"],
         title=fields["title"],
         columns=tuple(fields["columns"]),
-        rows=tuple(tuple(row) for row in fields["rows"]),
+        rows=tuple(tuple(nan if cell is None else cell for cell in row) for row in fields["rows"]),
         notes=tuple(fields["notes"]),
         plot=None if fields["plot"] is None else Plot.read(fields["plot"]),
         settings=fields["settings"],

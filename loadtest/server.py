@@ -1,5 +1,6 @@
 """A server under test: a peft-serve process that lives as long as a ``with`` block."""
 
+import http.client
 import os
 import re
 import signal
@@ -76,6 +77,18 @@ def _get(url: str, *, timeout_s: float) -> str:
     with opener.open(url, timeout=timeout_s) as answer:
         body: bytes = answer.read()
     return body.decode()
+
+
+def reach(url: str) -> None:
+    """Return if somebody speaks HTTP at this address, whatever they say; RuntimeError if not."""
+    try:
+        _get(f"{url}/readyz", timeout_s=30.0)
+    except urllib.error.HTTPError as said:
+        said.close()
+    except (OSError, http.client.HTTPException, ValueError) as problem:
+        raise RuntimeError(
+            f"nobody answers at {url} ({problem}): start the server, or leave --url out to have one started"
+        ) from None
 
 
 def free_port() -> int:

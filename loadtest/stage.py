@@ -18,7 +18,7 @@ from loadtest.options import Options
 from loadtest.outcome import Outcome, save_outcomes
 from loadtest.progress import bar
 from loadtest.routes import Completions, Native, Route
-from loadtest.server import RunningServer, ServerCommand, metrics_delta, running_server
+from loadtest.server import RunningServer, ServerCommand, metrics_delta, reach, running_server
 from loadtest.trace import Trace, TraceSpec, build_trace
 from loadtest.upload import upload_adapters
 
@@ -74,12 +74,18 @@ class Stage:
         self._made[count] = made
         return made
 
+    def reach(self) -> None:
+        """RuntimeError if ``--url`` is given and nobody answers there: said before anything is made for it."""
+        if self.options.url is not None:
+            reach(self.options.url)
+
     @contextmanager
     def server(
         self, *, num_adapters: int = 0, name: str = "server", extra: tuple[str, ...] = ()
     ) -> Iterator[RunningServer]:
         """A ready server that holds adapters 0 .. num_adapters - 1. With ``--url`` it is the one that runs there
         (its adapters are uploaded all the same: the same bytes again are no new version)."""
+        self.reach()
         options, folders = self.options, self.adapter_folders(num_adapters)
         if options.url is not None:
             given = RunningServer(url=options.url, start_s=nan, pid=0, api_key=options.api_key)

@@ -16,6 +16,7 @@ from loadtest.arrivals import arrival_times
 from loadtest.lengths import Lengths
 from loadtest.popularity import parse_popularity
 from loadtest.prompts import synthetic_text, words
+from loadtest.trace_file import read_payload, read_requests
 
 BASE = ""
 """The adapter name that stands for the bare base model."""
@@ -73,10 +74,14 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> "Trace":
-        """Read a trace written by `save`."""
-        payload = json.loads(path.read_text())
-        requests = tuple(TraceRequest(**fields) for fields in payload["requests"])
-        return cls(requests=requests, made_from=payload["made_from"])
+        """Read a trace written by `save`; ValueError if the file holds none."""
+        try:
+            payload = read_payload(path)
+            requests = read_requests(payload, TraceRequest)
+        except ValueError as problem:
+            told = f"{path} is not a trace ({problem}); make one with `python -m loadtest trace`"
+            raise ValueError(told) from None
+        return cls(requests=requests, made_from=dict(payload.get("made_from") or {}))
 
     def at_once(self) -> "Trace":
         """The same requests, all there from the start (a backlog)."""

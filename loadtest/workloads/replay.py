@@ -13,6 +13,8 @@ from loadtest.trace import Trace
 def run(stage: Stage, trace: Trace, *, closed: bool = False) -> Report:
     """Play `trace` open loop, or with ``--concurrency`` requests in flight if `closed`. Adapters that the trace
     names as `loadtest.adapters` numbers them are made and uploaded; others must be on the server already."""
+    if not trace.requests:
+        raise ValueError("the trace holds no requests; make one of more seconds or of a higher --rate")
     numbers = [int(name[1:]) for name in trace.adapters if name[0] == "a" and name[1:].isdecimal()]
     with stage.server(num_adapters=max(numbers, default=-1) + 1) as server:
         stage.warm(server, tuple(trace.adapters))
@@ -22,8 +24,10 @@ def run(stage: Stage, trace: Trace, *, closed: bool = False) -> Report:
 
 
 def report(summary: Summary, outcomes: list[Outcome], *, closed: bool) -> Report:
-    """Every figure of the summary, and the curve of times to the first token."""
+    """The figures of the summary, and the curve of times to the first token. The share in time is left out: it is
+    held against the base's unloaded time to the first token, which a replay does not measure."""
     fields = asdict(summary)
+    del fields["share_in_time"]
     errors = ", ".join(f"{count} x {kind}" for kind, count in fields.pop("errors").items()) or "none"
     rows: list[tuple[Cell, ...]] = [(name, value) for name, value in fields.items()]
     counted = [outcome.prompt_tokens for outcome in outcomes if outcome.prompt_tokens is not None]
