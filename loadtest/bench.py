@@ -40,7 +40,7 @@ def steps() -> tuple[Step, ...]:
         Step(words=("bound", "--quick"), about_s=40.0),
         Step(words=("w1", "--adapters", "8", "--duration", "4"), about_s=120.0),
         Step(words=("w4", "--adapters", "16", "--duration", "5", "--concurrency", "16"), about_s=75.0),
-        Step(words=("w5", "--adapters", "8", "--requests", "24", "--batch-size", "16"), about_s=190.0),
+        Step(words=("w5", "--adapters", "8", "--requests", "16", "--batch-size", "16"), about_s=190.0),
         Step(words=("w6", "--quick"), about_s=75.0),
     )
 
