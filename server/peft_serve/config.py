@@ -91,18 +91,18 @@ class Settings(BaseSettings):
     kv_cache_bytes: int = Field(default=1 * GIB, ge=1 * MIB, description="memory for KV blocks")
 
     # HTTP
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     max_body_bytes: int = Field(default=4 * MIB, ge=1024, description="largest request body that is not an upload")
     max_inputs: int = Field(default=256, ge=1, description="inputs in one request")
     max_new_tokens: int = Field(default=4096, ge=1, description="largest max_new_tokens a request may ask for")
-    max_stop_sequences: int = Field(default=16, ge=0)
+    max_stop_sequences: int = Field(default=16, ge=0, description="stop strings in one request")
     max_grammar_bytes: int = Field(default=64 << 10, ge=64, description="largest JSON schema, pattern or grammar")
     tool_call_parser: Literal["hermes", "llama3_json", "mistral"] | None = Field(
         default=None, description="how the base writes tool calls; default: as its chat template tells"
     )
-    max_top_logprobs: int = Field(default=20, ge=0)
-    max_choices: int = Field(default=256, ge=1)
+    max_top_logprobs: int = Field(default=20, ge=0, description="alternatives reported for a token")
+    max_choices: int = Field(default=256, ge=1, description="choices in one request")
     max_num_beams: int = Field(default=16, ge=1, description="largest num_beams; each beam is one of max_rows")
     keep_alive_s: float = Field(default=15.0, gt=0, description="a comment is sent on a quiet stream this often")
     drain_s: float = Field(default=30.0, ge=0, description="time that running requests get after SIGTERM")
@@ -111,7 +111,7 @@ class Settings(BaseSettings):
     )
 
     # operations
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["text", "json"] = Field(default="text", description="how log lines are written")
     log_client_address: bool = Field(default=False, description="tell the client's address in the access log")
     otlp_traces_endpoint: str | None = Field(

@@ -110,7 +110,9 @@ class Metrics:
         self._decode = self._histogram("vllm:request_decode_time_seconds", "First token to last token.")
         self._request_prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._request_output = self._histogram("vllm:request_generation_tokens", "Tokens it was given.", _TOKENS)
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
+        self._prompt_tokens = self._counter(
+            "vllm:prompt_tokens", "Prompt tokens, found in the prefix cache or computed."
+        )
         self._output_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._prefix_queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.")
         self._prefix_hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found computed.")
