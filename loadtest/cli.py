@@ -18,6 +18,7 @@ from loadtest.options import add_common, read_options
 from loadtest.page import find_results, page
 from loadtest.report import Report, log_entry
 from loadtest.stage import Stage
+from loadtest.targets import judged
 from loadtest.trace import Trace, TraceSpec, build_trace
 from loadtest.workloads import bound, ceiling, overhead, replay, sweep, w1, w4, w5, w6, w7, w8, w9, w11, w13
 
@@ -74,7 +75,7 @@ def _origin(arguments: list[str], now: datetime) -> Provenance:
 
 
 def _file(found: Report, folder: Path, origin: Provenance, console: Console) -> None:
-    report = found.file(folder, origin)
+    report = judged(found).file(folder, origin)
     report.show(console)
     console.print(f"\nFiled in {folder}. For loadtest/LOG.md, with a verdict of yours:\n")
     print(log_entry(report))

@@ -18,7 +18,7 @@ from loadtest.report import Cell, Report, load_report, written
 from loadtest.targets import QUESTIONS, Target, Verdict, targets, verdicts
 
 NOTED = re.compile(r"(?P<figure>.*), target (?P<goal>[^:]+): (?P<judgement>met|missed)$")
-"""A note that holds a figure against a target, as `loadtest.report.against` writes it."""
+"""A note that holds a figure against a target, as `loadtest.targets` writes it."""
 
 BASE_OPTION = re.compile(r"--base[= ](\S+)")
 

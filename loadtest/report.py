@@ -124,10 +124,3 @@ def _read(fields: dict[str, Any]) -> Report:
         settings=fields["settings"],
         provenance=Provenance(**fields["provenance"]),
     )
-
-
-def against(label: str, value: float, target: float) -> str:
-    """A note that holds a figure against the target it should reach or exceed."""
-    if isnan(value):
-        return f"{label}: not measured (target {target:g})"
-    return f"{label} = {value:.3f}, target {target:g}: {'met' if value >= target else 'missed'}"

@@ -4,7 +4,7 @@ A result that lacks the rows or columns a target asks for leaves it unmeasured; 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 from typing import Literal
 
@@ -65,6 +65,14 @@ class Verdict:
         """Met, missed or not measured."""
         return self.target.judge(self.value)
 
+    @property
+    def sentence(self) -> str:
+        """The figure beside its target, and what follows."""
+        goal = f"{'at most ' if self.target.is_ceiling else ''}{self.target.goal:g}"
+        if isnan(self.value):
+            return f"{self.target.words}: not measured (target {goal})"
+        return f"{self.target.words} = {self.value:.3f}, target {goal}: {self.judgement}"
+
 
 def rows_of(report: Report) -> list[Row]:
     """The table's rows by column."""
@@ -118,6 +126,11 @@ def _failures(report: Report) -> float:
     return sum(counts) if counts else nan
 
 
+def _over_best_loop(report: Report) -> float:
+    loops = figures(report, "server over it", lambda row: row.get("way") != "server")
+    return min(loops, default=nan)
+
+
 def _overhead(report: Report) -> float:
     blocks = figures(report, "B over A")
     return sum(blocks) / len(blocks) if blocks else nan
@@ -160,6 +173,7 @@ def _of_throughput() -> tuple[Target, ...]:
             goal=3.0,
             read=lowest("server over it", _is("way", "mixed")),
         ),
+        Target(workload="w5", words="this server over peft's best loop", goal=1.0, read=_over_best_loop),
         Target(
             workload="w8",
             words="mixed methods over LoRA alone",
@@ -222,3 +236,8 @@ def _of_exactness() -> tuple[Target, ...]:
 def verdicts(report: Report) -> list[Verdict]:
     """What a result says about each target of its workload."""
     return [Verdict(target=target, value=target.read(report)) for target in targets() if target.workload == report.name]
+
+
+def judged(report: Report) -> Report:
+    """The same report, its notes led by a sentence for each target of its workload."""
+    return replace(report, notes=(*(verdict.sentence for verdict in verdicts(report)), *report.notes))

@@ -10,14 +10,12 @@ from collections import defaultdict
 from loadtest.adapters import adapter_name
 from loadtest.measure import Summary, mean, ratio, summarise
 from loadtest.plots import Plot
-from loadtest.report import Cell, Report, against
+from loadtest.report import Cell, Report
 from loadtest.stage import Calibration, Stage, palindrome
 
 RHOS = (0.9, 1.2)
-TARGETS = ((1, 0.97), (200, 0.93))
-"""thr(n)/thr(0) at saturation: at least this, for any n up to that."""
-MANY, TARGET_MANY = 2000, 0.98
-"""From so many adapters on, throughput is held against that over five: at least this."""
+MANY = 2000
+"""From so many adapters on, five adapters are measured too, to hold the many against."""
 
 
 def run(stage: Stage) -> Report:
@@ -41,7 +39,7 @@ def run(stage: Stage) -> Report:
 
 
 def report(calibration: Calibration, counts: list[int], found: dict[tuple[int, float], list[Summary]]) -> Report:
-    """The table of (n, rho), thr(n)/thr(0), and the targets."""
+    """The table of (n, rho), thr(n)/thr(0), by rho."""
     throughput = {key: mean(one.tokens_per_s for one in passes) for key, passes in found.items()}
     share = {(n, rho): ratio(throughput[n, rho], throughput[0, rho]) for n, rho in found}
     rows: list[tuple[Cell, ...]] = [
@@ -55,14 +53,6 @@ def report(calibration: Calibration, counts: list[int], found: dict[tuple[int, f
         )
         for (n, rho), passes in sorted(found.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
-    notes = [
-        against(f"thr({n})/thr(0) at rho {max(RHOS)}", share[n, max(RHOS)], next(t for most, t in TARGETS if n <= most))
-        for n in counts
-        if 0 < n <= TARGETS[-1][0]
-    ]
-    if counts[-1] >= MANY:
-        many = ratio(throughput[counts[-1], max(RHOS)], throughput[5, max(RHOS)])
-        notes.append(against(f"thr({counts[-1]})/thr(5) at rho {max(RHOS)}", many, TARGET_MANY))
     return Report(
         name="w1",
         title=(
@@ -74,7 +64,6 @@ def report(calibration: Calibration, counts: list[int], found: dict[tuple[int, f
             *("TTFT <= 5 T0", "failed"),
         ),
         rows=tuple(rows),
-        notes=tuple(notes),
         plot=Plot(
             title="Throughput as traffic spreads over adapters",
             x_label="adapters in the traffic",

@@ -19,7 +19,7 @@ from loadtest.measure import ratio
 from loadtest.moving import Moved, MovingName, moving, token_ids
 from loadtest.outcome import Outcome
 from loadtest.plots import Plot
-from loadtest.report import Cell, Report, against, written
+from loadtest.report import Cell, Report, written
 from loadtest.routes import Answer, Native
 from loadtest.server import RunningServer, metrics_delta
 from loadtest.stage import Stage
@@ -167,7 +167,6 @@ def report(found: Sequence[Compared], moved: Mapping[str, float], *, num_failed:
     labels = sorted({one.label for one in found})
     groups = {label: [one for one in found if one.label == label] for label in labels}
     rows: list[tuple[Cell, ...]] = [_row(label, group) for label, group in groups.items()]
-    share = ratio(sum(one.num_equal for one in found), sum(one.num_tokens for one in found))
     evictions, loads = (moved.get(series, nan) for series in COUNTED)
     return Report(
         name="w13",
@@ -175,7 +174,6 @@ def report(found: Sequence[Compared], moved: Mapping[str, float], *, num_failed:
         columns=("method", "answers", "tokens", "equal answers", "tokens before a difference", "largest margin there"),
         rows=(*rows, _row("all", list(found))),
         notes=(
-            against("share of equal tokens", share, 1.0),
             f"failed requests: {num_failed}",
             f"meanwhile {written(evictions)} evictions from the device and {written(loads)} loads into the host cache",
         ),

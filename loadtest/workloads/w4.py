@@ -10,7 +10,7 @@ from collections import defaultdict
 from loadtest.adapters import adapter_name
 from loadtest.measure import Summary, mean, ratio
 from loadtest.plots import Plot
-from loadtest.report import Cell, Report, against
+from loadtest.report import Cell, Report
 from loadtest.stage import Stage, palindrome
 
 POPULARITIES = ("base", "identical", "skewed", "uniform", "distinct")
@@ -46,10 +46,6 @@ def report(found: dict[str, list[Summary]], count: int, concurrency: int) -> Rep
         title=f"W4: {concurrency} requests in flight over {count} adapters",
         columns=("popularity", "tokens/s", "over identical", "over base", "TPOT p50 ms", "failed"),
         rows=tuple(rows),
-        notes=(
-            against("identical over base", ratio(throughput["identical"], throughput["base"]), 0.97),
-            against("distinct over base", ratio(throughput["distinct"], throughput["base"]), 0.93),
-        ),
         plot=Plot(
             title="Tokens/s over the base alone",
             x_label="which adapters the rows of a batch use",

@@ -16,7 +16,7 @@ from loadtest.outcome import Outcome
 from loadtest.peft_loops import PeftAnswer, PeftJob, run_in_subprocess
 from loadtest.peft_plan import Mode
 from loadtest.plots import Plot
-from loadtest.report import Cell, Report, against
+from loadtest.report import Cell, Report
 from loadtest.stage import Stage, palindrome
 from loadtest.trace import Trace
 
@@ -97,13 +97,11 @@ def report(speeds: dict[str, list[float]], texts: dict[str, dict[int, str]], cou
         way: ratio(sum(said.get(i) == text for i, text in truth.items()), len(truth)) for way, said in texts.items()
     }
     rows: list[tuple[Cell, ...]] = [(way, speed[way], ratio(speed["server"], speed[way]), equal[way]) for way in WAYS]
-    best = max(speed[mode] for mode in MODES)
     return Report(
         name="w5",
         title=f"W5: {num_requests} requests over {count} adapters, all there from the start",
         columns=("way", "tokens/s", "server over it", "answers equal to single"),
         rows=tuple(rows),
-        notes=(against("server over peft's best loop", ratio(speed["server"], best), 1.0),),
         plot=Plot(
             title="The same trace, four ways",
             x_label="peft: one adapter at a time, mixed batches, sorted batches",

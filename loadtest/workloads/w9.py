@@ -13,7 +13,6 @@ from loadtest.acts import sender
 from loadtest.adapters import adapter_name
 from loadtest.churn import Act, Churn, churning
 from loadtest.measure import Summary, mean, percentile, ratio, summarise
-from loadtest.notes import at_most
 from loadtest.plots import Plot
 from loadtest.report import Cell, Report
 from loadtest.server import RunningServer
@@ -23,8 +22,6 @@ RHO = 0.5
 PHASES = ("quiet", "uploads")
 FIELDS = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s")
 SPARE = 4  # adapters that are only uploaded and deleted
-TARGET = 1.05
-"""P99 of TPOT with uploads over the one without: at most this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +80,6 @@ def report(found: dict[str, list[Pass]], calibration: Calibration) -> Report:
         )
         for phase in PHASES
     ]
-    failures = sum(one.summary.num_failed + one.churn.num_failed for passes in found.values() for one in passes)
     return Report(
         name="w9",
         title=f"W9: steady traffic at rho {RHO} (C = {calibration.capacity_rps:.3g} requests/s), uploads beside it",
@@ -92,10 +88,6 @@ def report(found: dict[str, list[Pass]], calibration: Calibration) -> Report:
             *("uploads", "upload p50 ms", "failed acts", "TPOT p99 over quiet"),
         ),
         rows=tuple(rows),
-        notes=(
-            at_most("warm TPOT p99, with uploads over without", ratio(p99["uploads"], p99["quiet"]), TARGET),
-            f"failures of any kind: {failures}, target 0: {'met' if failures == 0 else 'missed'}",
-        ),
         plot=Plot(
             title="Time per token of warm requests",
             x_label="phase",

@@ -20,6 +20,7 @@ from loadtest.outcome import Outcome
 from loadtest.report import load_report
 from loadtest.server import RunningServer
 from loadtest.stage import Stage
+from loadtest.targets import judged
 from loadtest.trace import TraceRequest
 from loadtest.workloads import w13
 
@@ -78,8 +79,8 @@ def test_the_report_counts_by_method_and_in_all() -> None:
     assert report.rows[0][:5] == ("IA3", 1, 20, 1.0, 1.0)
     assert report.rows[1] == ("LORA", 2, 20, 0.5, 0.75, 0.25)
     assert report.rows[2][:5] == ("all", 3, 40, pytest.approx(2 / 3), 0.875)
-    assert report.notes[0] == "share of equal tokens = 0.875, target 1: missed"
-    assert "7 evictions from the device and - loads" in report.notes[2]
+    assert judged(report).notes[0] == "tokens equal to peft's, under churn and eviction = 0.875, target 1: missed"
+    assert "7 evictions from the device and - loads" in report.notes[1]
 
 
 def test_answers_that_failed_are_not_compared(mixed_adapters: list[Path]) -> None:

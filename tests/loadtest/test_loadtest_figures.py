@@ -14,7 +14,7 @@ from loadtest.machine import Provenance, command_line, commit, machine, software
 from loadtest.measure import percentile, ratio, steady_window, summarise, tokens_per_s
 from loadtest.outcome import UNFINISHED, Outcome, load_outcomes, save_outcomes
 from loadtest.plots import Plot
-from loadtest.report import Report, against, load_report, log_entry, markdown_table, written
+from loadtest.report import Report, load_report, log_entry, markdown_table, written
 from loadtest.server import metrics_delta, parse_metrics
 from loadtest.stage import palindrome
 
@@ -111,12 +111,6 @@ def test_a_report_is_filed_shown_and_read_back(tmp_path: Path, ticks: tuple[str,
 def test_cells_and_tables() -> None:
     assert [written(cell) for cell in (3, "x", 1234.5678, 0.000123456, nan)] == ["3", "x", "1235", "0.0001235", "-"]
     assert markdown_table(("a", "b"), ((1, 2.0),)) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-
-
-def test_a_figure_is_held_against_its_target() -> None:
-    assert against("thr", 0.98, 0.97) == "thr = 0.980, target 0.97: met"
-    assert against("thr", 0.5, 0.97).endswith("missed")
-    assert "not measured" in against("thr", nan, 0.97)
 
 
 def test_provenance_names_machine_and_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

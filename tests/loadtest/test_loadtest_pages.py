@@ -22,7 +22,7 @@ from loadtest.page import find_results, page
 from loadtest.plots import LYING, Plot, draw, svg
 from loadtest.progress import bar
 from loadtest.report import Cell, Report, load_report
-from loadtest.targets import QUESTIONS, targets, verdicts
+from loadtest.targets import QUESTIONS, judged, targets, verdicts
 
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
@@ -106,8 +106,18 @@ def test_figures_of_every_kind_are_read() -> None:
     assert told("overhead", ("block", "B over A"), (1, 0.96), (2, 1.0)) == [(0.98, "met")]
     assert told("w5", ("way", "server over it", "answers equal to single"), ("mixed", 2.9, 1.0)) == [
         (2.9, "missed"),
+        (2.9, "met"),
         (pytest.approx(nan, nan_ok=True), "not measured"),
     ]
+
+
+def test_a_report_begins_with_what_became_of_its_targets() -> None:
+    first, second, *rest = judged(w4(0.98, 0.5)).notes
+    assert first == "one adapter for all rows, over the base = 0.980, target 0.97: met"
+    assert second.endswith("= 0.500, target 0.93: missed")
+    assert rest == list(w4(0.98, 0.5).notes)
+    quiet = judged(Report(name="w6", title="", columns=("adapters from", "TTFT p50 over device"), rows=()))
+    assert quiet.notes[0].endswith("over resident ones: not measured (target at most 1.03)")
 
 
 def test_every_target_belongs_to_a_question() -> None:
