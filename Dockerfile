@@ -10,9 +10,10 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python -m venv /opt/peft-serve
-COPY requirements.lock ./
+COPY requirements.lock requirements.hashes ./
 # torch comes from the index of the chosen device, at the version the lock pins.
 RUN grep '^torch==' requirements.lock > torch.lock \
+    && /opt/peft-serve/bin/pip install --no-deps --require-hashes -r requirements.hashes \
     && /opt/peft-serve/bin/pip install --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple -r torch.lock \
     && /opt/peft-serve/bin/pip install -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
@@ -21,6 +22,8 @@ COPY adapters ./adapters
 RUN /opt/peft-serve/bin/pip install --no-deps .
 
 FROM python:${PYTHON_VERSION}-slim
+# The compiler is for the CPU kernels, which are built for the processor that runs them, at the first start.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 peft && mkdir -p /data && chown peft:peft /data
 COPY --from=build /opt/peft-serve /opt/peft-serve
 ENV PATH=/opt/peft-serve/bin:$PATH PYTHONUNBUFFERED=1 \

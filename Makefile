@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 CLIENTS := .venv-clients
+LOCKER := .venv-lock
 BIN := $(VENV)/bin
 MODEL ?= demo-llama
 PORT ?= 8000
@@ -44,17 +45,26 @@ loadtest: $(VENV)/.ready ## a short load test of the demo server (ARGS= picks an
 bench: $(VENV)/.ready ## the short load test of this machine, under ten minutes on two cores, with a page about it (ARGS=)
 	$(BIN)/python -m loadtest bench $(ARGS)
 
-lock: $(VENV)/.ready ## write requirements.lock from what is installed
+lock: $(VENV)/.ready $(LOCKER)/.ready ## write requirements.lock and requirements.hashes from what is installed
 	$(BIN)/pip freeze --all --exclude-editable | sed 's/+cpu$$//' | grep -viE '^(peft-serve|pip|wheel)==|^-e' > requirements.lock
+	grep -v '^torch==' requirements.lock | $(LOCKER)/bin/uv pip compile - --quiet --no-deps --generate-hashes \
+	    --no-header --no-annotate --output-file requirements.hashes
 
 clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(CLIENTS) $(LOCKER) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 
-$(VENV)/.ready: requirements.lock pyproject.toml
+# Everything is held to its hash but torch, whose builds for CPUs and GPUs differ: pip picks this machine's.
+$(VENV)/.ready: requirements.lock requirements.hashes pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peft-serve needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.hashes
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(LOCKER)/.ready:
+	@test -x $(LOCKER)/bin/python || $(PYTHON) -m venv $(LOCKER)
+	$(LOCKER)/bin/python -m pip install --disable-pip-version-check uv==0.13.9
 	@touch $@
 
 $(CLIENTS)/.ready: tests/clients/requirements.txt
