@@ -16,55 +16,12 @@ from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.registry import SequenceMethod
 from peft_serve.errors import AdapterInvalid, MalformedUpload
 from tests.attacks.hostile import base_of, honest, join, split, with_weights
+from tests.attacks.subjects import METHOD_OF
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(width=32) | st.text(max_size=8)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
-METHOD_OF = {
-    "ADAMSS": "adamss",
-    "C3A": "c3a",
-    "DEFT": "deft",
-    "FOURIERFT": "fourierft",
-    "FROD": "frod",
-    "GLORA": "glora",
-    "HIRA": "hira",
-    "LOKR": "lokr",
-    "OSF": "osf",
-    "PEANUT": "peanut",
-    "PSOFT": "psoft",
-    "RANDLORA": "randlora",
-    "SHIRA": "shira",
-    "SUPERTUNING": "supertuning_supra",
-    "WAVEFT": "waveft_patterns",
-    "ADALORA": "adalora",
-    "DELORA": "delora",
-    "GRALORA": "gralora_hybrid",
-    "HRA": "hra",
-    "LOHA": "loha",
-    "MISS": "miss",
-    "POLY": "poly",
-    "PVERA": "pvera",
-    "TINYLORA": "tinylora",
-    "UNILORA": "unilora",
-    "VBLORA": "vblora_topk",
-    "VERA": "vera",
-    "ADAPTION_PROMPT": "adaption_prompt",
-    "BEFT": "beft",
-    "BOFT": "boft",
-    "CARTRIDGE": "cartridge",
-    "CPT": "cpt",
-    "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
-    "OFT": "oft",
-    "ROAD": "road_4",
-    "TRAINABLE_TOKENS": "trainable_tokens",
-    "LORA": "lora",
-    "IA3": "ia3",
-    "LN_TUNING": "ln_tuning",
-    "PROMPT_TUNING": "prompt_tuning",
-    "P_TUNING": "p_tuning",
-    "PREFIX_TUNING": "prefix_tuning",
-}
 
 
 def judged(files: CheckpointFiles) -> bool:

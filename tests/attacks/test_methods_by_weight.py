@@ -274,7 +274,10 @@ def test_a_small_file_that_stands_for_large_matrices_is_stopped_on_the_way() -> 
     files = honest("hira")
     base = CountingBase(make_base("llama"))
     limits = GateLimits(max_adapter_bytes=len(files.weights) + 4096)
-    inspected = inspect(files, base, limits)
+    with pytest.raises(AdapterInvalid, match="bytes when compiled"):
+        inspect(files, base, limits)
+    assert base.asked == 0, "the gate knows it from the shapes"
+    inspected = inspect(files, base, GateLimits())
     assert inspected.summary.num_sites == 6
     base.asked = 0
     with pytest.raises(AdapterInvalid, match="max-adapter-bytes"):

@@ -75,8 +75,12 @@ class BaseShape:
         return self.num_states or self.hidden_size
 
 
+class NoValues(LookupError):  # noqa: N818 - it says what a base is short of
+    """The base is an outline: its sites and shapes are known, and no weight of it was read."""
+
+
 class Base(Protocol):
-    """The resident base, read-only."""
+    """The resident base, read-only. `weight`, `parameter` and `bias` raise `NoValues` where it is an outline."""
 
     @property
     def name(self) -> str:

@@ -57,6 +57,7 @@ class Binder:
         completeness = Completeness(self._method, self._config, self._base, self._limits, self._verdict)
         for path in [path for path, site in self._sites.items() if not completeness.check(site)]:
             del self._sites[path]
+        completeness.effort.check(self._verdict)
         head = self._head.bound()
         if not self._sites and not self._shared and head is None:
             self._verdict.refuse(WEIGHTS_FILE, "holds nothing that acts on the base; save the adapter again")

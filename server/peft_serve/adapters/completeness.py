@@ -11,6 +11,7 @@ from typing import Final
 from peft_serve.adapters.base import HAS_WEIGHT, Base
 from peft_serve.adapters.bound import BoundSite, same_as_base
 from peft_serve.adapters.config_schema import Config
+from peft_serve.adapters.effort import Effort
 from peft_serve.adapters.header import NOT_SERVED, StoredTensor
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.registry import Method, Shape, SiteMethod
@@ -30,6 +31,7 @@ class Completeness:
         self._base = base
         self._limits = limits
         self._verdict = verdict
+        self.effort = Effort(base.dtype.itemsize, limits)  # of all sites that were checked
         self._saved = config.names("modules_to_save")
         self._bias = config.text("bias", "none")
 
@@ -68,6 +70,7 @@ class Completeness:
             else:
                 self._verdict.refuse(f"{path}.{suffix}", f"is missing; {REMEDY}")
         site.rank = layout.rank
+        self.effort.add(layout)
         self._refuse_extra(site, known=frozenset(layout.tensors))
 
     def _check_rank(self, tensor: StoredTensor, rank: int) -> None:

@@ -23,6 +23,8 @@ Rule = Callable[[object], str | None]
 
 MAX_NAMES = 8192
 MAX_SAVED_MODULES = 256
+MAX_PATTERN_KEYS = 4096
+MAX_BASE_NAME = 1024
 LITERAL = re.compile(r"\^?[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\$?")
 ANYWHERE = r".*\."
 """peft writes this in front of a name of its own accord (the experts of a mixture, for example): in any module."""
@@ -65,6 +67,14 @@ def text(value: object) -> str | None:
     return None if isinstance(value, str) else "a string"
 
 
+def short_text(max_chars: int) -> Rule:
+    def rule(value: object) -> str | None:
+        fine = isinstance(value, str) and len(value) <= max_chars
+        return None if fine else f"a string of at most {max_chars} characters"
+
+    return rule
+
+
 def one_of(*allowed: str) -> Rule:
     def rule(value: object) -> str | None:
         return None if isinstance(value, str) and value in allowed else "one of " + ", ".join(allowed)
@@ -93,12 +103,12 @@ def layer_numbers(value: object) -> str | None:
     return None if fine else "a layer number, or a list of them"
 
 
-def pattern(values: Rule) -> Rule:
+def pattern(values: Rule, *, max_keys: int = MAX_PATTERN_KEYS) -> Rule:
     """An object from literal module names to values; peft reads the keys as regular expressions, we do not."""
 
     def rule(value: object) -> str | None:
-        if not isinstance(value, dict):
-            return "an object from module names to values"
+        if not isinstance(value, dict) or len(value) > max_keys:
+            return f"an object from at most {max_keys} module names to values"
         for key, item in value.items():
             if not LITERAL.fullmatch(key.removeprefix(ANYWHERE)):
                 return (
@@ -196,8 +206,8 @@ UNKNOWN: Final = (
 
 OPTIONAL: Final[Mapping[str, Rule]] = {
     "task_type": one_of(*TASK_TYPES),
-    "base_model_name_or_path": text,
-    "peft_version": text,
+    "base_model_name_or_path": short_text(MAX_BASE_NAME),  # told in every listing
+    "peft_version": short_text(MAX_BASE_NAME),
     "modules_to_save": names(MAX_SAVED_MODULES),
 }
 

@@ -25,7 +25,7 @@ from peft_serve.adapters.methods import METHODS
 from peft_serve.adapters.methods.refused import REFUSED
 from peft_serve.adapters.profile import parse_profile
 from peft_serve.adapters.records import CONFIG_FILE, PROFILE_FILE, WEIGHTS_FILE, CheckpointFiles, Profile, Summary
-from peft_serve.adapters.registry import Method, SequenceMethod, SiteMethod
+from peft_serve.adapters.registry import Method, SiteMethod
 from peft_serve.adapters.strict_json import parse_object
 from peft_serve.adapters.verdict import Verdict, quoted
 from peft_serve.adapters.vocabulary import Vocabulary, parse_vocabulary
@@ -33,6 +33,7 @@ from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterInvalid
 
 KNOWN_PEFT = (0, 21)
+LENGTHS = ("num_virtual_tokens", "adapter_len")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +75,7 @@ def inspect(
     tensors = parse_tensors(files.weights, limits, verdict)
     _check_sides(tensors, method, verdict)
     verdict.settle()
-    if isinstance(method, SequenceMethod):
-        _check_length(config, limits, verdict)
+    _check_length(method, config, limits, verdict)
     binding = Binder(method, config, base, limits, verdict).bind(tensors)
     Agreement(method, config, base, binding.sites, verdict).check()
     _check_labels(profile, binding, verdict)
@@ -165,11 +165,14 @@ def _read_profile(content: bytes | None, limits: GateLimits, verdict: Verdict) -
         return Profile()
 
 
-def _check_length(config: Config, limits: GateLimits, verdict: Verdict) -> None:
-    length = config.integer("num_virtual_tokens")
-    if length > limits.max_virtual_tokens:
+def _check_length(method: Method, config: Config, limits: GateLimits, verdict: Verdict) -> None:
+    """Of what every token attends to beside the tokens: a soft prompt, a prefix, a gated prompt in some layers."""
+    for name in [name for name in LENGTHS if name in method.schema.required]:
+        length = config.integer(name)
+        if length <= limits.max_virtual_tokens:
+            continue
         verdict.refuse(
-            f"{CONFIG_FILE}: num_virtual_tokens",
+            f"{CONFIG_FILE}: {name}",
             f"is {length}; this server was started with --max-virtual-tokens {limits.max_virtual_tokens}; "
             "retrain with fewer or ask the operator",
         )

@@ -17,6 +17,7 @@ class GateLimits:
     max_rank: int = 256
     max_adapter_bytes: int = 512 * MIB
     max_virtual_tokens: int = 1024
+    max_compile_tflop: int = 100  # 10^12 operations each
     max_new_tokens: int = 1 << 20  # that an adapter's own default parameters may ask for
     max_tensors: int = 20_000
     max_config_bytes: int = 512 * 1024  # AdaLoRA writes a line for every rank that training began with

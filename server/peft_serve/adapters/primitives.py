@@ -229,9 +229,12 @@ class Head:
 # ---- the whole
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Adapter:
-    """A compiled checkpoint: edits by site path of the base, and what stands in front of the sequence."""
+    """A compiled checkpoint: edits by site path of the base, and what stands in front of the sequence.
+
+    One equals itself alone, so that what is found out about it can be kept as long as it lives.
+    """
 
     id: AdapterId
     method: str  # the peft_type it came from, for people and metrics only

@@ -39,6 +39,8 @@ class SiteLayout:
     rank: int = 0  # of the low-rank term it compiles to
     indices: Mapping[str, int] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()  # beginnings of suffixes that training leaves behind and nothing reads
+    num_values: int = 0  # numbers it compiles to, where those may be more than are stored; never more than it takes
+    work: int = 0  # floating-point operations of compiling it, where those are not few for each number stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

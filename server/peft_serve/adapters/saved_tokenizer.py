@@ -25,8 +25,10 @@ KEPT_FILE: Final = "tokenizer_tokens.json"
 """The name that the reduced form is kept under."""
 
 MAX_SAVED_BYTES: Final = 64 << 20
+MAX_ENTRIES: Final = 1 << 21  # words, scores and merges; the longest lists in use, Gemma's, come to 1.4 million
 FLAGS: Final = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _SAVE_AGAIN: Final = "save the tokenizer again with save_pretrained"
+_LEAVE_OUT: Final = "leave the file out if the adapter was trained with the base's tokenizer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ def reduced(content: bytes) -> bytes:
 
     Raises `MalformedUpload` for a file that the tokenizers library did not write.
     """
+    if content.count(b",") > MAX_ENTRIES:  # each costs far more memory than the bytes that say it
+        raise MalformedUpload(f"{SAVED_FILE} lists more than {MAX_ENTRIES} words and merges; {_LEAVE_OUT}")
     saved = parse_beginning(content, name=SAVED_FILE, path=("model", "vocab"), max_bytes=MAX_SAVED_BYTES)
     model = saved.get("model")
     words = _words(model.get("vocab") if isinstance(model, dict) else None)

@@ -7,18 +7,19 @@ need it keeps nothing, and everything a .gz unpacks to is counted.
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final, Protocol
 
+from peft_serve.adapters.gunzip import Gunzip
 from peft_serve.adapters.members import MIB, Member, UploadLimits, is_wanted, printable, split_member
 from peft_serve.errors import MalformedUpload, PayloadTooLarge
 
 _BLOCK: Final = 512
 _ZERO_BLOCK: Final = bytes(_BLOCK)
 _MAX_NAME_BYTES: Final = 64 * 1024  # of a long name, or of one pax header
+_MAX_METADATA_BYTES: Final = 1 * MIB  # of all of them
 _CHUNK: Final = 1 * MIB
 _REGULAR: Final = b"0\0007"  # type flags of a regular file: POSIX, old, contiguous
 _FOLDER: Final = b"5"
@@ -53,18 +54,21 @@ def read_tar(source: BinaryIO, size: int, limits: UploadLimits) -> Iterator[Memb
         return
     max_bytes = min(limits.max_bytes + limits.ratio_slack_bytes, limits.max_unpacked(size))
     why = f"more than this server accepts, or more than {limits.max_ratio} times its size"
-    # Without a mode it would take that of the source, which may be open for writing as well.
-    with gzip.GzipFile(fileobj=source, mode="rb") as unpacked:
-        yield from _members(_Stream(cast(BinaryIO, unpacked), max_bytes, why), limits)
+    yield from _members(_Stream(Gunzip(source), max_bytes, why), limits)
+
+
+class _Source(Protocol):
+    def read(self, num_bytes: int, /) -> bytes: ...
 
 
 class _Stream:
     """A source that is read once, in order, up to a bound."""
 
-    def __init__(self, source: BinaryIO, max_bytes: int, why: str) -> None:
+    def __init__(self, source: _Source, max_bytes: int, why: str) -> None:
         self._source = source
         self._left = max_bytes
         self._why = why
+        self._metadata_left = _MAX_METADATA_BYTES
 
     def take(self, num_bytes: int) -> bytes:
         """Up to `num_bytes`; fewer at the end of the source only."""
@@ -88,6 +92,16 @@ class _Stream:
         content = self.exactly(num_bytes)
         self.exactly(-num_bytes % _BLOCK)
         return content
+
+    def metadata(self, num_bytes: int) -> bytes:
+        """A long name or a pax header. Their sum is bounded, for each of its records is looked at."""
+        self._metadata_left -= num_bytes
+        if num_bytes > _MAX_NAME_BYTES or self._metadata_left < 0:
+            raise _bad(
+                f"the names of its members and their pax headers have more than {_MAX_NAME_BYTES} bytes for one of "
+                f"them, or {_MAX_METADATA_BYTES} for all; use plain tar"
+            )
+        return self.body(num_bytes)
 
     def skip(self, num_bytes: int) -> None:
         """Pass over a member's content and its padding."""
@@ -164,29 +178,24 @@ def _overridden(header: _Header, overrides: dict[str, str]) -> _Header:
 
 
 def _long_name(stream: _Stream, header: _Header) -> str:
-    return _text(_metadata(stream, header))
+    return _text(stream.metadata(header.num_bytes))
 
 
 def _pax_records(stream: _Stream, header: _Header) -> dict[str, str]:
     """The records of a pax header, each `<length> <key>=<value>` and a newline."""
-    content = _metadata(stream, header)
+    content = stream.metadata(header.num_bytes)
     records: dict[str, str] = {}
-    while content:
-        length_text, space, _ = content[:20].partition(b" ")
+    start = 0
+    while start < len(content):
+        length_text, space, _ = content[start : start + 20].partition(b" ")
         length = _decimal(length_text.decode("ascii", "replace"))
-        record = content[len(length_text) + 1 : length - 1]
-        key, equals, value = record.partition(b"=")
-        if not space or not equals or not len(length_text) + 2 < length <= len(content):
+        key_at, end = start + len(length_text) + 1, start + length
+        key, equals, value = content[key_at : end - 1].partition(b"=")
+        if not space or not equals or not key_at + 1 < end <= len(content):
             raise _bad("a pax header is damaged")
         records[_text(key)] = value.decode("utf-8", "replace")
-        content = content[length:]
+        start = end
     return records
-
-
-def _metadata(stream: _Stream, header: _Header) -> bytes:
-    if header.num_bytes > _MAX_NAME_BYTES:
-        raise _bad(f"the name of a member, or its pax header, has more than {_MAX_NAME_BYTES} bytes")
-    return stream.body(header.num_bytes)
 
 
 def _checksum_holds(block: bytes) -> bool:

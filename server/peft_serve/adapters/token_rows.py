@@ -21,6 +21,7 @@ from peft_serve.errors import AdapterInvalid, Refusal
 ROWS: Final = "trainable_tokens_delta"
 KINDS: Final = frozenset({SiteKind.EMBEDDING, SiteKind.LINEAR})
 MAX_IDS: Final = 1 << 16
+MAX_TABLES: Final = 64  # a model has one or two; every name is compared with every module's
 
 
 def token_ids(value: object) -> str | None:
@@ -34,6 +35,8 @@ def token_ids(value: object) -> str | None:
 
 def token_ids_by_module(value: dict[str, object]) -> str | None:
     """Rule of a config field: an object from names of modules to distinct token ids."""
+    if len(value) > MAX_TABLES:
+        return f"an object from at most {MAX_TABLES} module names to lists"
     expected = next((rule for rule in map(token_ids, value.values()) if rule is not None), None)
     return None if expected is None else f"an object from module names to lists: {expected}"
 

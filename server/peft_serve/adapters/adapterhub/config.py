@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from peft_serve.adapters.adapterhub.schemas import BOTTLENECK, LORA, PREFIX, PROMPT, REFT, place_of
-from peft_serve.adapters.config_schema import Config
+from peft_serve.adapters.config_schema import MAX_BASE_NAME, Config
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.records import CONFIG_FILE
 from peft_serve.adapters.strict_json import parse_object
@@ -72,6 +72,9 @@ def read_config(content: bytes, limits: GateLimits, verdict: Verdict) -> HubConf
     for name in ("name", "model_type"):
         if not isinstance(fields.get(name), str) or not fields[name]:
             verdict.refuse(f"{CONFIG_FILE}: {name}", "must be a string; upload the file as adapters wrote it")
+    for name in ("name", "model_type", "model_class", "model_name"):
+        if len(_text(fields.get(name))) > MAX_BASE_NAME:
+            verdict.refuse(f"{CONFIG_FILE}: {name}", f"must be of at most {MAX_BASE_NAME} characters; shorten it")
     members = _members(fields["config"], verdict)
     verdict.settle()
     parts = {method: _checked(method, member, fields, limits, verdict) for method, member in members.items()}

@@ -45,10 +45,11 @@ def _lokr_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout: 
     is_whole_1 = not (config.flag("decompose_both") and 2 * r < max(out_1, in_1))
     is_whole_2 = 2 * r >= max(out_2, in_2)
     return SiteLayout(
+        num_values=out_1 * in_1 + out_2 * in_2,
         tensors={
             **_factor_shapes("lokr_w1", out_1, in_1, None if is_whole_1 else r),
             **_factor_shapes("lokr_w2", out_2, in_2, None if is_whole_2 else r),
-        }
+        },
     )
 
 

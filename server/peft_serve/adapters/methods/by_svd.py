@@ -11,8 +11,9 @@ from torch import Tensor
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import RANK, TARGETING, TARGETS, contradiction, positive
-from peft_serve.adapters.methods.forms import low_rank_or_dense, served_rank
+from peft_serve.adapters.methods.forms import low_rank_or_dense, num_factored, served_rank
 from peft_serve.adapters.primitives import Affine
 from peft_serve.adapters.registry import Shape, Site, SiteLayout, Stored, compiles
 
@@ -63,7 +64,13 @@ def _psoft_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
     for name in ("a", "b"):
         if config.flag(f"psoft_mag_{name}"):
             tensors[f"psoft_R.vector_{name}"] = ((r,),)
-    return SiteLayout(tensors=tensors, rank=served_rank(spec, r))
+    o, i, num_terms = spec.out_features, spec.in_features, max(4, config.integer("num_cayley_neumann_terms", 5))
+    return SiteLayout(
+        tensors=tensors,
+        rank=served_rank(spec, r),
+        num_values=num_factored(spec, r),
+        work=work.singular_values(o, i) + work.product(o, r, r) + num_terms * work.product(r, r, r),
+    )
 
 
 @compiles("PSOFT", schema=PSOFT, layout=_psoft_layout, kinds=LINEAR, may_be_empty=True)
@@ -136,7 +143,7 @@ OSF: Final = ConfigSchema(
     optional={
         **TARGETS,
         "effective_rank": _effective_rank_rule,
-        "rank_pattern": rules.pattern(_effective_rank_rule),
+        "rank_pattern": rules.pattern(_effective_rank_rule, max_keys=512),  # each is looked for in each path
     },
     inert=frozenset({"init_weights", "target_svd_config"}),
 )
@@ -145,7 +152,10 @@ OSF: Final = ConfigSchema(
 def _osf_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  # noqa: ARG001 - one signature for every method
     num_low = _num_low(spec, config)
     shapes = {"U_low": (spec.out_features, num_low), "S_low": (num_low,), "V_low": (num_low, spec.in_features)}
+    size = work.singular_values(spec.out_features, spec.in_features) if num_low else 0
     return SiteLayout(
+        num_values=num_factored(spec, 2 * num_low),
+        work=size,
         tensors={f"osf_svd_params.{name}": (shape,) for name, shape in shapes.items()},
         rank=served_rank(spec, 2 * num_low),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,16 @@ from torch import Tensor
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import LAYERS, RANK, SEED, TARGETS, contradiction, disagreement
-from peft_serve.adapters.methods.forms import low_rank_or_dense, served_rank
+from peft_serve.adapters.methods.forms import is_low, num_factored, served_rank
 from peft_serve.adapters.methods.sketch import svd_lowrank
-from peft_serve.adapters.primitives import Affine
+from peft_serve.adapters.primitives import Affine, Dense, LowRank
 from peft_serve.adapters.registry import Shape, Site, SiteLayout, Stored, Whole, compiles
 
-NUM_ITERATIONS: Final = 10  # both fixed in peft
+NUM_ITERATIONS: Final = 10  # these three are fixed in peft
 KMEANS_SEED: Final = 123456789
+NUM_REFINEMENTS: Final = 2
 TOLERANCE: Final = 1e-2  # how far the stored basis may lie outside ours; that of another base lies mostly outside
 
 ADAMSS: Final = ConfigSchema(
@@ -54,7 +56,15 @@ def _layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
         num_rows, total_rank = num_rows + rows, total_rank + rank
     if num_rows != num_out:
         raise disagreement(spec.path, f"has {num_out} rows; the clusters of this checkpoint have {num_rows}")
-    return SiteLayout(tensors=tensors, rank=served_rank(spec, total_rank))
+    decomposed = (4 * NUM_REFINEMENTS + 4) * work.product(num_out, width, r)
+    decomposed += work.singular_values(r, max(num_out, width))
+    clustered = NUM_ITERATIONS * work.product(num_out, r, num_clusters)
+    return SiteLayout(
+        tensors=tensors,
+        rank=served_rank(spec, total_rank),
+        num_values=num_factored(spec, total_rank),
+        work=decomposed + clustered + work.product(total_rank, r, width),
+    )
 
 
 def _cluster_shape(stored: Stored, k: int, path: str) -> Shape:
@@ -91,17 +101,45 @@ def adamss(site: Site) -> Affine:
     again. The stored N and the sizes of the clusters must come out the same, or the checkpoint is refused. A bias
     counts as one more column of W, and its column of N gives a shift.
     """
-    members = _members(site)
-    tensors, num_clusters = site.tensors, len(members)
-    ranks = [tensors[f"adamss_A.{k}"].shape[0] for k in range(num_clusters)]
-    a_RI = torch.cat([tensors[f"adamss_A.{k}"] for k in range(num_clusters)]) @ tensors["adamss_newB"]
-    b_OR = torch.zeros(site.spec.out_features, sum(ranks))
-    for k, rows in members.items():
-        start = sum(ranks[:k])
-        b_OR[rows, start : start + ranks[k]] = tensors[f"adamss_B.{k}"]
-    if not site.spec.has_bias:
-        return Affine(**low_rank_or_dense(a_RI, b_OR))
-    return Affine(**low_rank_or_dense(a_RI[:, :-1], b_OR), shift=b_OR @ a_RI[:, -1])
+    clusters = _clusters(site)
+    shift = None
+    if site.spec.has_bias:
+        shift = torch.zeros(site.spec.out_features)
+        for cluster in clusters:
+            shift[cluster.rows] = cluster.b_OR @ cluster.a_RI[:, -1]
+    width, total_rank = site.spec.in_features, sum(len(cluster.a_RI) for cluster in clusters)
+    if not is_low(total_rank, site.spec.out_features, width):
+        return Affine(maps=(_multiplied_out(clusters, site.spec.out_features, width),), shift=shift)
+    b_OR, start = torch.zeros(site.spec.out_features, total_rank), 0
+    for cluster in clusters:
+        end = start + len(cluster.a_RI)
+        b_OR[cluster.rows, start:end] = cluster.b_OR
+        start = end
+    return Affine(delta=LowRank(torch.cat([cluster.a_RI[:, :width] for cluster in clusters]), b_OR), shift=shift)
+
+
+class _Cluster(NamedTuple):
+    """Some rows of a weight, and the two factors of what is added to them."""
+
+    rows: Tensor
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+def _clusters(site: Site) -> list[_Cluster]:
+    basis = site.tensors["adamss_newB"]
+    return [
+        _Cluster(rows, site.tensors[f"adamss_A.{k}"] @ basis, site.tensors[f"adamss_B.{k}"])
+        for k, rows in _members(site).items()
+    ]
+
+
+def _multiplied_out(clusters: list[_Cluster], num_out: int, width: int) -> Dense:
+    """Cluster by cluster: as two factors they could be as wide as the weight has rows."""
+    weight_OI = torch.zeros(num_out, width)
+    for cluster in clusters:
+        weight_OI[cluster.rows] = cluster.b_OR @ cluster.a_RI[:, :width]
+    return Dense(weight_OI)
 
 
 def _members(site: Site) -> Mapping[int, Tensor]:
@@ -112,7 +150,7 @@ def _members(site: Site) -> Mapping[int, Tensor]:
     """
     basis, bias = site.tensors["adamss_newB"], site.bias_O
     matrix = site.weight_OI if bias is None else torch.cat([site.weight_OI, bias[:, None]], dim=1)
-    u_OK, _, v_KI = svd_lowrank(matrix, basis.shape[0], niter=2, seed=site.config.integer("random_seed"))
+    u_OK, _, v_KI = svd_lowrank(matrix, basis.shape[0], niter=NUM_REFINEMENTS, seed=site.config.integer("random_seed"))
     if float((basis - basis @ v_KI.T @ v_KI).abs().max()) > TOLERANCE:
         reason = "is not what this base's weight gives; serve the adapter on the very base it was trained on"
         raise disagreement(f"{site.spec.path}.adamss_newB", reason)

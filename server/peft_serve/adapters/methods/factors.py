@@ -10,6 +10,7 @@ from torch import Tensor
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import (
     RANK,
     TARGETING,
@@ -18,7 +19,7 @@ from peft_serve.adapters.methods.fields import (
     positive,
     tuned_biases,
 )
-from peft_serve.adapters.methods.forms import low_rank_or_dense, served_rank
+from peft_serve.adapters.methods.forms import low_rank_or_dense, num_factored, served_rank
 from peft_serve.adapters.primitives import Affine, Dense
 from peft_serve.adapters.registry import TASK_FIELD, Site, SiteLayout, Stored, compiles
 
@@ -26,10 +27,14 @@ LINEAR: Final = frozenset({SiteKind.LINEAR})
 
 # ---- AdaLoRA
 
+MAX_MASKS: Final = 2048  # 80 layers of seven projections have 560
+
 
 def _masks(value: object) -> str | None:
     """The ranks that training kept, by the name of each site's singular values."""
-    if isinstance(value, dict) and all(isinstance(m, list) and all(type(v) is bool for v in m) for m in value.values()):
+    if not isinstance(value, dict) or len(value) > MAX_MASKS:
+        return f"an object from the names of at most {MAX_MASKS} sites' lora_E to lists of true and false"
+    if all(isinstance(m, list) and all(type(v) is bool for v in m) for m in value.values()):
         return None
     return "an object from the names of the sites' lora_E to lists of true and false"
 
@@ -84,7 +89,7 @@ def _adalora_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayou
         raise contradiction("use_dora", "is not defined for AdaLoRA; set it to false")
     r = _kept(config, spec.path)
     tensors = {"lora_A": ((r, spec.in_features),), "lora_B": ((spec.out_features, r),), "lora_E": ((r, 1),)}
-    return SiteLayout(tensors=tensors, rank=served_rank(spec, r))
+    return SiteLayout(tensors=tensors, rank=served_rank(spec, r), num_values=num_factored(spec, r))
 
 
 @compiles("ADALORA", schema=ADALORA, layout=_adalora_layout, may_be_empty=True)
@@ -150,7 +155,13 @@ def _loha_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout: 
     r, o, i = _patterned_rank(config, spec.path), spec.out_features, spec.in_features
     left, right = ((o, r),), ((r, i),)
     tensors = {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}
-    return SiteLayout(tensors=tensors, rank=served_rank(spec, r * r))
+    rank = r * r
+    return SiteLayout(
+        tensors=tensors,
+        rank=served_rank(spec, rank),
+        num_values=num_factored(spec, rank),
+        work=2 * work.product(o, r, i),
+    )
 
 
 @compiles("LOHA", schema=LOHA, layout=_loha_layout, kinds=LINEAR)
@@ -182,7 +193,12 @@ def _hra_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  
     r, i = config.integer("r"), spec.in_features
     if r > i:
         raise contradiction("r", f"is {r}; {spec.path} has {i} inputs and no more directions to reflect")
-    return SiteLayout(tensors={"hra_u": ((i, r),)}, rank=served_rank(spec, r))
+    return SiteLayout(
+        tensors={"hra_u": ((i, r),)},
+        rank=served_rank(spec, r),
+        num_values=num_factored(spec, r),
+        work=work.product(spec.out_features, i, r) + work.orthogonal(i, r) + work.product(i, r, r),
+    )
 
 
 @compiles("HRA", schema=HRA, layout=_hra_layout, kinds=LINEAR)

@@ -15,6 +15,16 @@ def is_low(rank: int, out_features: int, in_features: int) -> bool:
     return rank * (out_features + in_features) < out_features * in_features
 
 
+def num_factored(spec: SiteSpec, rank: int) -> int:
+    """How many numbers `low_rank_or_dense` makes at a site of two factors of this rank."""
+    return min(rank * (spec.out_features + spec.in_features), num_dense(spec))
+
+
+def num_dense(spec: SiteSpec) -> int:
+    """The entries of a matrix of the site's shape."""
+    return spec.out_features * spec.in_features
+
+
 def served_rank(spec: SiteSpec, rank: int) -> int:
     """The rank of what `low_rank_or_dense` makes at a site: 0 where it makes a matrix."""
     return rank if is_low(rank, spec.out_features, spec.in_features) else 0

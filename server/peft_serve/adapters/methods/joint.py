@@ -10,7 +10,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from peft_serve.adapters.base import Base, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import LAYERS, TARGETS, disagreement, tuned_biases
+from peft_serve.adapters.methods.forms import num_dense
 from peft_serve.adapters.primitives import Affine, Dense
 from peft_serve.adapters.registry import DENSE, Shape, SharedLayout, Site, SiteLayout, Stored, compiles
 
@@ -72,7 +74,12 @@ def _shared(config: Config, base: Base, stored: Stored) -> SharedLayout:  # noqa
 
 def _layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:  # noqa: ARG001 - one signature for every method
     num_values = stored.get("frod_lambda_s_values", ())[:1]
-    return SiteLayout(tensors={"frod_lambda_l": ((spec.in_features,),), "frod_lambda_s_values": (num_values or (1,),)})
+    width = spec.in_features
+    return SiteLayout(
+        tensors={"frod_lambda_l": ((width,),), "frod_lambda_s_values": (num_values or (1,),)},
+        num_values=num_dense(spec),
+        work=work.solutions(1, width) + 3 * work.product(spec.out_features, width, width),
+    )
 
 
 @compiles("FROD", schema=FROD, layout=_layout, shared=_shared, may_be_empty=True)

@@ -11,7 +11,7 @@ from peft_serve.adapters.base import Base, SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config
 from peft_serve.adapters.methods import lora_config
 from peft_serve.adapters.methods.fields import contradiction
-from peft_serve.adapters.methods.lora_bases import change_of_base, joined
+from peft_serve.adapters.methods.lora_bases import change_of_base, joined, work_of_change
 from peft_serve.adapters.methods.lora_config import LORA, Variant, rank_at, scale_at, variant
 from peft_serve.adapters.methods.lora_experts import (
     check_router,
@@ -50,7 +50,13 @@ def _layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
     tensors = _factor_shapes(spec, config, rank, stored) | _extra_shapes(spec, config, rank)
     changes_base = config.raw("init_lora_weights") in lora_config.BASE_CHANGING_INITS
     is_doubled = (changes_base and spec.kind is not SiteKind.EMBEDDING) or variant(config) is Variant.KASA
-    return SiteLayout(tensors=tensors, rank=2 * rank if is_doubled else rank, leftovers=LEFTOVERS)
+    return SiteLayout(
+        tensors=tensors,
+        rank=2 * rank if is_doubled else rank,
+        leftovers=LEFTOVERS,
+        num_values=2 * rank * (spec.out_features + spec.in_features) if is_doubled else 0,
+        work=work_of_change(spec, config),
+    )
 
 
 def _check_kind(spec: SiteSpec, config: Config) -> None:

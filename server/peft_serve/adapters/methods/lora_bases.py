@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_serve.adapters.base import SiteKind
+from peft_serve.adapters.base import SiteKind, SiteSpec
+from peft_serve.adapters.config_schema import Config
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.lora_config import BASE_CHANGING_INITS, CONVERT, Variant, variant
 from peft_serve.adapters.primitives import LowRank
 from peft_serve.adapters.registry import Site
@@ -29,6 +31,16 @@ def change_of_base(site: Site, rank: int, scale: float) -> LowRank | None:
     if initialisation == "pissa":
         return _without_largest(site.weight_OI, rank)
     return _without_first_of_qr(site.weight_OI, rank, scale)
+
+
+def work_of_change(spec: SiteSpec, config: Config) -> int:
+    """The floating-point operations of finding it."""
+    initialisation = config.raw("init_lora_weights")
+    if spec.kind is SiteKind.EMBEDDING:
+        return 0
+    if variant(config) is Variant.KASA or initialisation == "pissa":
+        return work.singular_values(spec.out_features, spec.in_features)
+    return work.orthogonal(spec.out_features, spec.in_features) if initialisation == "olora" else 0
 
 
 def _refuse_shared_weight(site: Site) -> None:

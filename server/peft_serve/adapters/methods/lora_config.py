@@ -21,6 +21,7 @@ from peft_serve.errors import AdapterInvalid, Refusal
 
 DEFAULT_RANK: Final = 8
 MAX_INVOCATION: Final = 1024
+MAX_PARAMETERS: Final = 1024
 ALWAYS_ON: Final = ("modules_to_save", "trainable_token_indices", "target_parameters")
 PLAIN_INITS: Final = ("gaussian", "eva", "orthogonal", "mica")
 BASE_CHANGING_INITS: Final = ("pissa", "olora")
@@ -49,7 +50,7 @@ def _block_diagonal(value: object) -> str | None:
     if not isinstance(value, dict):
         return "an object as peft's BdLoraConfig"
     for name in ("target_modules_bd_a", "target_modules_bd_b"):
-        if value.get(name) is not None and rules.names()(value[name]) is not None:
+        if value.get(name) is not None and rules.names(MAX_PARAMETERS)(value[name]) is not None:
             return f"an object whose {name} is a list of module names"
     if rules.integer(1, 1 << 20)(value.get("nblocks", 1)) is not None:
         return "an object whose nblocks is a positive integer"
@@ -77,7 +78,7 @@ LORA: Final = ConfigSchema(
         "exclude_modules": rules.names_or_text,
         "layers_to_transform": rules.layer_numbers,
         "layers_pattern": rules.names_or_text,
-        "target_parameters": rules.names(),
+        "target_parameters": rules.names(MAX_PARAMETERS),
         "bias": rules.one_of("none", "all", "lora_only"),
         "use_rslora": rules.flag,
         "use_dora": rules.flag,

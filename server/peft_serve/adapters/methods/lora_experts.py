@@ -21,9 +21,15 @@ FIELD: Final = "target_parameters"
 BARE: Final = frozenset({SiteKind.EXPERTS, SiteKind.ROUTER, SiteKind.LINEAR})
 
 
+def _endings(path: str) -> set[str]:
+    """The path, and what follows each of its dots."""
+    parts = path.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
 def is_targeted(path: str, config: Config) -> bool:
     """Whether a parameter's path is one of `target_parameters` or ends with `.` and one."""
-    return any(path == name or path.endswith(f".{name}") for name in config.names(FIELD))
+    return not _endings(path).isdisjoint(config.names(FIELD))
 
 
 def sites_of_parameters(config: Config, base: Base) -> frozenset[str]:
@@ -36,8 +42,9 @@ def sites_of_parameters(config: Config, base: Base) -> frozenset[str]:
 
 def unknown_parameters(config: Config, base: Base) -> list[str]:
     """Names in `target_parameters` that no parameter goes by; peft warns of them and serves the rest."""
-    paths = [f"{path}.{name}" for path, spec in base.sites.items() if spec.kind in BARE for name in spec.parameters]
-    return [name for name in config.names(FIELD) if not any(p == name or p.endswith(f".{name}") for p in paths)]
+    paths = (f"{path}.{name}" for path, spec in base.sites.items() if spec.kind in BARE for name in spec.parameters)
+    known = frozenset().union(*(_endings(path) for path in paths)) if config.names(FIELD) else frozenset()
+    return [name for name in config.names(FIELD) if name not in known]
 
 
 def parameter_path(spec: SiteSpec, config: Config) -> str:

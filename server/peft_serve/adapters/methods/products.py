@@ -10,7 +10,9 @@ from torch import Tensor
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import RANK, TARGETING, TARGETS, disagreement
+from peft_serve.adapters.methods.forms import num_dense
 from peft_serve.adapters.primitives import Affine, Dense, LowRank
 from peft_serve.adapters.registry import DENSE, Shape, Site, SiteLayout, Stored, compiles
 
@@ -27,7 +29,11 @@ def _hira_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout: 
     own = config.for_site("rank_pattern", spec.path)
     r = config.integer("r") if own is None else int(own)
     name = "hira_embedding" if spec.kind is SiteKind.EMBEDDING else "hira"
-    return SiteLayout(tensors={f"{name}_A": ((r, spec.in_features),), f"{name}_B": ((spec.out_features, r),)})
+    return SiteLayout(
+        tensors={f"{name}_A": ((r, spec.in_features),), f"{name}_B": ((spec.out_features, r),)},
+        num_values=num_dense(spec),
+        work=work.product(spec.out_features, r, spec.in_features),
+    )
 
 
 @compiles("HIRA", schema=HIRA, layout=_hira_layout, kinds=DENSE | {SiteKind.EMBEDDING})
@@ -66,7 +72,8 @@ def _glora_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
         shapes = _path_shapes(name, _mode(name, spec, config), spec, config.integer("r"))
         tensors |= {f"glora_{name}.{part}": (shape,) for part, shape in shapes.items()}
     is_rows = config.text("config_A_B") in ("vector", "constant")
-    return SiteLayout(tensors=tensors, rank=1 if is_rows else 0)
+    is_full = config.text("config_A_B") == "lora"
+    return SiteLayout(tensors=tensors, rank=1 if is_rows else 0, num_values=num_dense(spec) if is_full else 0)
 
 
 def _mode(name: str, spec: SiteSpec, config: Config) -> str:

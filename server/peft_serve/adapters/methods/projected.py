@@ -12,8 +12,9 @@ from transformers.activations import ACT2FN
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import RANK, TARGETING, tuned_biases
-from peft_serve.adapters.methods.forms import low_rank_or_dense, served_rank
+from peft_serve.adapters.methods.forms import low_rank_or_dense, num_factored, served_rank
 from peft_serve.adapters.primitives import Affine
 from peft_serve.adapters.registry import Shape, Site, SiteLayout, Stored, compiles
 
@@ -31,7 +32,12 @@ def _deft_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout: 
     tensors: dict[str, tuple[Shape, ...]] = {"deft_P": ((spec.out_features, r),)}
     if not config.flag("para"):
         tensors["deft_R"] = ((r, spec.in_features),)
-    return SiteLayout(tensors=tensors, rank=served_rank(spec, r))
+    return SiteLayout(
+        tensors=tensors,
+        rank=served_rank(spec, r),
+        num_values=num_factored(spec, r),
+        work=work.product(r, spec.out_features, spec.in_features) + work.orthogonal(spec.out_features, r),
+    )
 
 
 @compiles("DEFT", schema=DEFT, layout=_deft_layout)
@@ -81,7 +87,12 @@ def _peanut_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout
     }
     for side in ("encoders", "decoders"):
         tensors |= {f"peanut_{side}.{k}.weight": ((r, r),) for k in range(depth)}
-    return SiteLayout(tensors=tensors, rank=served_rank(spec, r))
+    return SiteLayout(
+        tensors=tensors,
+        rank=served_rank(spec, r),
+        num_values=num_factored(spec, r),
+        work=work.product(spec.in_features, spec.out_features, r) + 2 * depth * work.product(spec.in_features, r, r),
+    )
 
 
 @compiles("PEANUT", schema=PEANUT, layout=_peanut_layout, kinds=frozenset({SiteKind.LINEAR}))

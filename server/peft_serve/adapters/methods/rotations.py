@@ -11,6 +11,7 @@ from torch import Tensor
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import Base, SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import TARGETING, contradiction, disagreement, tuned_biases
 from peft_serve.adapters.primitives import Affine, BlockDiagonal, Dense, Paired
 from peft_serve.adapters.registry import SharedLayout, Site, SiteLayout, Stored, compiles
@@ -108,7 +109,12 @@ def _oft_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
     size = _oft_block(spec, config)
     count = 1 if config.flag("block_share") else _oft_width(spec) // size
     suffix = "oft_embedding_R.weight" if spec.kind is SiteKind.EMBEDDING else "oft_R.weight"
-    return SiteLayout(tensors={suffix: ((count, size * (size - 1) // 2),)})
+    num_powers = max(4, config.integer("num_cayley_neumann_terms", 5)) if _is_neumann(config) else 0
+    return SiteLayout(
+        tensors={suffix: ((count, size * (size - 1) // 2),)},
+        num_values=_oft_width(spec) * size,
+        work=work.solutions(count, size) + num_powers * count * work.product(size, size, size),
+    )
 
 
 @compiles("OFT", schema=OFT, layout=_oft_layout, kinds=LINEAR | {SiteKind.EMBEDDING}, shared=_check_oft)
@@ -138,12 +144,14 @@ def _constrained(skew_NKK: Tensor, eps: float) -> Tensor:
 
 def _neumann(skew_NKK: Tensor, num_terms: int) -> Tensor:
     """I + 2 S + 2 S^2 + ... + S^m, the last power once: (I + S)(I - S)^-1 cut short (peft `_cayley_batch`)."""
-    powers = [torch.eye(skew_NKK.shape[-1]).expand_as(skew_NKK), skew_NKK]
+    identity = torch.eye(skew_NKK.shape[-1]).expand_as(skew_NKK)
     if num_terms <= 2:
-        return powers[0] if num_terms == 1 else powers[0] + 2 * powers[1]
-    for _ in range(2, max(num_terms, 4)):
-        powers.append(powers[-1] @ skew_NKK)
-    return powers[0] + 2 * torch.stack(powers[1:-1]).sum(dim=0) + powers[-1]
+        return identity if num_terms == 1 else identity + 2 * skew_NKK
+    total, power = identity + 2 * skew_NKK, skew_NKK
+    for _ in range(2, max(num_terms, 4) - 1):  # one power at a time: all together would take a matrix for each
+        power = power @ skew_NKK
+        total = total + 2 * power
+    return total + power @ skew_NKK
 
 
 # ---- BOFT
@@ -181,7 +189,12 @@ def _boft_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout:
         reason = f"is {num_factors}, which {count} blocks of {size} at {spec.path} do not allow; both must be even"
         raise contradiction("boft_n_butterfly_factor", f"{reason}; use fewer factors")
     rotations, scales = (num_factors, count, size, size), (spec.out_features, 1)
-    return SiteLayout(tensors={"boft_R": (rotations,), "boft_s": (scales,)})
+    o, i = spec.out_features, spec.in_features
+    return SiteLayout(
+        tensors={"boft_R": (rotations,), "boft_s": (scales,)},
+        num_values=o * i if num_factors > 1 else 0,
+        work=work.solutions(num_factors * count, size) + num_factors * work.product(o, i, size),
+    )
 
 
 @compiles("BOFT", schema=BOFT, layout=_boft_layout, kinds=LINEAR)

@@ -25,12 +25,13 @@ from peft_serve.adapters.methods.fields import (
     disagreement,
     tuned_biases,
 )
-from peft_serve.adapters.methods.forms import low_rank_or_dense, served_rank
+from peft_serve.adapters.methods.forms import low_rank_or_dense, num_factored, served_rank
 from peft_serve.adapters.primitives import Affine, LowRank
 from peft_serve.adapters.registry import DENSE, Shape, SharedLayout, Site, SiteLayout, Stored, Whole, compiles
 
 SIZE: Final = rules.integer(1, 1 << 32)
 MAX_DRAWN: Final = 1 << 27  # numbers that a seed may stand for: the indices of a whole adapter, a GiB of them
+MAX_DRAWN_IN_ALL: Final = 1 << 30  # one after another: some seconds' worth
 
 
 def _check_rank(spec: SiteSpec, r: int) -> None:
@@ -73,11 +74,13 @@ def _vblora_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout
     places = {"A": (r, i // length), "B": (o // length, r)}
     if not config.flag("save_only_topk_weights"):
         tensors: dict[str, tuple[Shape, ...]] = {f"{LOGITS}{x}": ((*place, n),) for x, place in places.items()}
-        return SiteLayout(tensors=tensors, rank=served_rank(spec, r))
+        return SiteLayout(tensors=tensors, rank=served_rank(spec, r), num_values=num_factored(spec, r))
     indices = {f"{LOGITS}{x}{INDICES}": ((*place, k),) for x, place in places.items()}
     weights = {f"{LOGITS}{x}{WEIGHTS}": ((*place, k - 1),) for x, place in places.items()}
     bounds = dict.fromkeys(indices, n)
-    return SiteLayout(tensors={**indices, **weights}, indices=bounds, rank=served_rank(spec, r))
+    return SiteLayout(
+        tensors={**indices, **weights}, indices=bounds, rank=served_rank(spec, r), num_values=num_factored(spec, r)
+    )
 
 
 @compiles("VBLORA", schema=VBLORA, layout=_vblora_layout, shared=_vblora_shared, may_be_empty=True)
@@ -136,7 +139,7 @@ def _unilora_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayou
     r = config.integer("r")
     _check_rank(spec, r)
     if not config.flag("save_indices"):
-        return SiteLayout(tensors={}, rank=served_rank(spec, r))
+        return SiteLayout(tensors={}, rank=served_rank(spec, r), num_values=num_factored(spec, r))
     shapes = _factor_shapes(spec, r)
     tensors = {f"unilora_{what}_{x}": (shape,) for what in ("indices", "scales") for x, shape in shapes.items()}
     bounds = {f"unilora_indices_{x}": config.integer("theta_d_length") for x in shapes}
@@ -234,6 +237,7 @@ def _tinylora_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayo
 
 def _groups(whole: Whole) -> Mapping[str, tuple[int, str]]:
     """The number of each site in the model's order, and the vector of its group."""
+    _check_draws(whole)
     num_sites = len(whole.targets)
     num_groups = max(1, round(num_sites * (1.0 - whole.config.number("weight_tying"))))
     size = max(1, num_sites // num_groups)
@@ -244,6 +248,18 @@ def _groups(whole: Whole) -> Mapping[str, tuple[int, str]]:
         reason = f"{state}: weight_tying makes {num_groups} groups of {num_sites} sites; upload both files as saved"
         raise disagreement(f"base_model.{name}", reason)
     return groups
+
+
+def _check_draws(whole: Whole) -> None:
+    """Each site has matrices of its own to draw, and no more than one site's at a time are kept."""
+    if whole.config.flag("save_projection"):
+        return
+    r, u = whole.config.integer("r"), whole.config.integer("u")
+    num_drawn = sum(u * min(r, spec.out_features, spec.in_features) ** 2 for spec in whole.targets)
+    if num_drawn > MAX_DRAWN_IN_ALL:
+        raise contradiction(
+            "u", f"is {u}: too many numbers to draw for {len(whole.targets)} sites; set save_projection"
+        )
 
 
 def _apart(wanted: set[str], found: Mapping[str, Tensor]) -> Iterator[str]:

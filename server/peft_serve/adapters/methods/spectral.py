@@ -25,6 +25,7 @@ from peft_serve.adapters.verdict import quoted
 Places = Mapping[Shape, Tensor]
 """Flat places by the shape [o, i] of a site, as many as the site with most of them needs."""
 
+MAX_PERMUTED: Final = 1 << 28  # places: two GiB while they are drawn; projections of 70 billion parameters have fewer
 ENTRY_COST: Final = 16  # about how many entries of a matrix one that is looked up by its place is worth
 SHARED_FIELDS: Final = {
     "n_frequency": COUNT,
@@ -83,6 +84,9 @@ def _drawn(whole: Whole, num_places: Mapping[str, int]) -> Places:
 
 
 def _permuted(shape: Shape, seed: int) -> Tensor:
+    if shape[0] * shape[1] > MAX_PERMUTED:
+        reason = f"asks for a permutation of all {shape[0] * shape[1]} entries of a weight; {MAX_PERMUTED} are served"
+        raise contradiction("target_modules", f"{reason}; leave tables and heads out")
     return torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from peft_serve.adapters import config_schema as rules
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.config_schema import Config, ConfigSchema
+from peft_serve.adapters.methods import work
 from peft_serve.adapters.methods.fields import LAYERS, RANK, TARGETING, TARGETS, contradiction, tuned_biases
-from peft_serve.adapters.methods.forms import low_rank_or_dense, served_rank
+from peft_serve.adapters.methods.forms import low_rank_or_dense, num_dense, num_factored, served_rank
 from peft_serve.adapters.primitives import Affine, Dense
 from peft_serve.adapters.registry import Shape, Site, SiteLayout, Stored, compiles
 
@@ -33,7 +34,8 @@ def _gralora_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayou
     if hybrid:
         tensors["gralora_A_general.weight"] = ((hybrid, i),)
         tensors["gralora_B_general.weight"] = ((o, hybrid),)
-    return SiteLayout(tensors=tensors, rank=served_rank(spec, k * r + hybrid))
+    rank = k * r + hybrid
+    return SiteLayout(tensors=tensors, rank=served_rank(spec, rank), num_values=num_factored(spec, rank))
 
 
 @compiles("GRALORA", schema=GRALORA, layout=_gralora_layout)
@@ -97,10 +99,16 @@ def _miss_layout(spec: SiteSpec, config: Config, stored: Stored) -> SiteLayout: 
     if mode == "bat":
         if o % r or i % r:
             raise contradiction("r", f"is {r}; {spec.path} has [{o}, {i}], which it does not divide")
-        return SiteLayout(tensors={"miss_block": ((o // r, r, r),)})
+        size = work.product(o, r, i)
+        return SiteLayout(tensors={"miss_block": ((o // r, r, r),)}, num_values=num_dense(spec), work=size)
     if mode == "mini" and o % mini:
         raise contradiction("mini_r", f"is {mini}; {spec.path} has {o} outputs, which it does not divide")
-    return SiteLayout(tensors={"miss_block": ((r, mini if mode == "mini" else o),)}, rank=served_rank(spec, r))
+    stored_columns = mini if mode == "mini" else o
+    return SiteLayout(
+        tensors={"miss_block": ((r, stored_columns),)},
+        rank=served_rank(spec, r),
+        num_values=num_factored(spec, r),
+    )
 
 
 @compiles("MISS", schema=MISS, layout=_miss_layout, kinds=frozenset({SiteKind.LINEAR}))
