@@ -38,9 +38,9 @@ def steps() -> tuple[Step, ...]:
     """The subset; phases are long enough for ratios that hold to some percent, not for a claim of one percent."""
     return (
         Step(words=("bound", "--quick"), about_s=40.0),
-        Step(words=("w1", "--adapters", "8", "--duration", "4"), about_s=120.0),
-        Step(words=("w4", "--adapters", "16", "--duration", "5", "--concurrency", "16"), about_s=75.0),
-        Step(words=("w5", "--adapters", "8", "--requests", "16", "--batch-size", "16"), about_s=190.0),
+        Step(words=("w1", "--adapters", "8", "--duration", "3"), about_s=105.0),
+        Step(words=("w4", "--adapters", "16", "--duration", "4", "--concurrency", "16"), about_s=65.0),
+        Step(words=("w5", "--adapters", "8", "--requests", "12", "--batch-size", "12"), about_s=165.0),
         Step(words=("w6", "--quick"), about_s=75.0),
     )
 

@@ -24,6 +24,7 @@ from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.api.app import create_app
+from peft_serve.commands.interpreter import settle_interpreter
 from peft_serve.config import Settings
 from peft_serve.engine.assembly import build
 from peft_serve.engine.parts import BaseCard, ServerParts
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, default=1)
     parsed = parser.parse_args()
     with _parts(parsed) as parts:
+        settle_interpreter()
         config = uvicorn.Config(
             LoopWatch(create_app(parts)),
             host=parsed.host,

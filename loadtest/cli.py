@@ -20,7 +20,25 @@ from loadtest.report import Report, log_entry
 from loadtest.stage import Stage
 from loadtest.targets import judged
 from loadtest.trace import Trace, TraceSpec, build_trace
-from loadtest.workloads import bound, ceiling, overhead, replay, sweep, w1, w4, w5, w6, w7, w8, w9, w11, w13
+from loadtest.workloads import (
+    beside,
+    bound,
+    ceiling,
+    kernels,
+    overhead,
+    policies,
+    replay,
+    sweep,
+    w1,
+    w4,
+    w5,
+    w6,
+    w7,
+    w8,
+    w9,
+    w11,
+    w13,
+)
 
 Workload = Callable[[Stage, Namespace], Report]
 
@@ -109,6 +127,9 @@ def _parser() -> ArgumentParser:
     equal.set_defaults(base="tiny", mixture="MIX")
     equal.add_argument("--tokens", type=whole_from(1), help="answer tokens to compare (default 100000, quick 400)")
     add("bound", "the base's decode step against what the machine could do", lambda stage, _: bound.run(stage))
+    add("kernels", "our own CPU products beside torch's, by weight of the base", lambda stage, _: kernels.run(stage))
+    orders = "fcfs, affinity and fair on the same traffic: W2's, W3's, W7's, and light tenants beside a heavy one"
+    add("policies", orders, lambda stage, parsed: policies.run(stage, duration_s=parsed.duration))
     _add_ceiling(add("ceiling", "what the HTTP side can carry, over an engine that computes nothing", _ceiling))
     played = add("replay", "play a saved trace", _replay)
     played.add_argument("trace", type=Path, help="a trace that `python -m loadtest trace` made")
@@ -116,6 +137,8 @@ def _parser() -> ArgumentParser:
     offline = "eviction policies on a server's --cache-trace, without a server"
     _add_cache_replay(commands.add_parser("cache-replay", help=offline, description=offline))
     compare.add_options(add("compare", "one trace on several servers and loops", compare.run_parsed))
+    sides = "this server, peft, llama.cpp's server and others, side by side: a table by traffic and load"
+    beside.add_options(add("beside", sides, beside.run_parsed))
 
     bench_ = commands.add_parser("bench", help="the short honest subset, and a page about it")
     bench.add_options(bench_)
@@ -131,6 +154,9 @@ def _parser() -> ArgumentParser:
     adapters = commands.add_parser("make-adapters", help="make random adapters for a base")
     add_common(adapters, adapters="32, quick 8")
     adapters.set_defaults(act=_make_adapters)
+    gguf = commands.add_parser("make-gguf", help="make GGUF files of a base and its adapters, for llama.cpp's server")
+    add_common(gguf, adapters="32, quick 8")
+    gguf.set_defaults(act=_make_gguf)
     upload = commands.add_parser("upload", help="make random adapters and upload them to --url")
     add_common(upload, adapters="32, quick 8")
     upload.set_defaults(act=_upload)
@@ -246,6 +272,23 @@ def _make_adapters(parsed: Namespace, console: Console) -> None:
     options = read_options(parsed, parsed.out)
     folders = Stage(options, console).adapter_folders(options.pick_adapters(whole=32, quick=8))
     console.print(f"{len(folders)} adapters in {folders[0].parent}")
+
+
+def _make_gguf(parsed: Namespace, console: Console) -> None:
+    from loadtest.contestants import llama_files
+    from loadtest.llama_server import LlamaCommand
+
+    options = read_options(parsed, parsed.out)
+    files = llama_files(Stage(options, console), options.pick_adapters(whole=32, quick=8))
+    start = LlamaCommand(
+        program=Path("llama-server"),
+        files=files,
+        slots=options.concurrency,
+        context=1024,
+        num_threads=options.num_threads,
+    )
+    console.print(f"{1 + len(files.adapters)} files in {files.base.parent}; to serve them:", soft_wrap=True)
+    print(" ".join(start.line(8001)))
 
 
 def _upload(parsed: Namespace, console: Console) -> None:

@@ -23,13 +23,15 @@ DONE = b"[DONE]"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOptions:
-    """How to reach the server: `url` without a path, which is the route's."""
+    """How to reach the server: `url` without a path, which is the route's. `keeps_connections` is False for one that
+    closes a connection after its answer without saying so."""
 
     url: str
     route: Route = field(default_factory=Native)
     api_key: str | None = None
     timeout_s: float = 600.0
     drain_s: float = 60.0
+    keeps_connections: bool = True
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ class LoadClient:
         key = self._options.api_key
         self._session = aiohttp.ClientSession(
             base_url=self._options.url,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, force_close=not self._options.keeps_connections),
             timeout=aiohttp.ClientTimeout(total=self._options.timeout_s),
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )

@@ -14,6 +14,7 @@ from typing import Any
 from loadtest.arguments import whole_from
 from loadtest.measure import mean, percentile, ratio
 from loadtest.outcome import Outcome
+from loadtest.peer_llama import LlamaServer
 from loadtest.peer_loops import PeftPeer
 from loadtest.peer_servers import OpenAIServer, OurServer
 from loadtest.peers import FORMS, MODES, Peer
@@ -90,6 +91,8 @@ def read_peer(
             base_model=base_model if marked else None,
             fields=fields.get(name, {}),
         )
+    if kind == "llamacpp" and name and address.startswith(("http://", "https://")):
+        return LlamaServer(stage=stage, name=name, url=address.rstrip("/"), fields=fields.get(name, {}).get("*", {}))
     raise ValueError(f"peer {spec!r} is not known; write {FORMS}")
 
 

@@ -40,7 +40,7 @@ class OurServer:
             client = ClientOptions(
                 url=server.url, route=self.route, api_key=self.stage.options.api_key, drain_s=DRAIN_S
             )
-            return _play(self.stage, client, trace, self.name, paced=paced)
+            return play_whole(self.stage, client, trace, self.name, paced=paced)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,9 +73,10 @@ class OpenAIServer:
 
     def play(self, trace: Trace, *, paced: bool) -> list[Outcome]:
         """See `Peer`."""
-        return _play(self.stage, self._client(), trace, self.name, paced=paced)
+        return play_whole(self.stage, self.client(), trace, self.name, paced=paced)
 
-    def _client(self) -> ClientOptions:
+    def client(self) -> ClientOptions:
+        """How to ask it."""
         assert self.base_model is not None, "prepare comes first"
         where = urlsplit(self.url)
         path = f"{where.path.rstrip('/') or '/v1'}/completions"
@@ -103,7 +104,7 @@ class OpenAIServer:
             prompt_tokens=1,
             max_new_tokens=1,
         )
-        route = self._client().route
+        route = self.client().route
         body = {**route.ask(asked).body, "stream": False}
         body.pop("stream_options", None)
         status, said = self._send("/completions", body)
@@ -137,7 +138,8 @@ class OpenAIServer:
         )
 
 
-def _play(stage: Stage, client: ClientOptions, trace: Trace, label: str, *, paced: bool) -> list[Outcome]:
+def play_whole(stage: Stage, client: ClientOptions, trace: Trace, label: str, *, paced: bool) -> list[Outcome]:
+    """Play a trace at its own pace, or as a backlog that is all there from the start."""
     if paced:
         return stage.play(client, trace, label)
     return stage.play(client, trace.at_once(), label, concurrency=len(trace.requests))

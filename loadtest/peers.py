@@ -5,6 +5,7 @@ A peer is named on the command line:
 - ``native``, ``openai``: this server, by its own route or by OpenAI's, started for each pass (or at ``--url``);
 - ``openai:NAME=URL`` (or ``URL#BASE-MODEL``): any OpenAI-compatible server that runs already. Adapters are asked
   for as models of their names;
+- ``llamacpp:NAME=URL``: llama.cpp's server, started with the adapters' files (see `loadtest.llama_server`);
 - ``peft:single``, ``peft:mixed``, ``peft:sorted``: the loops of `loadtest.peft_plan`.
 """
 
@@ -16,7 +17,7 @@ from loadtest.peft_plan import Mode
 from loadtest.trace import Trace
 
 MODES: tuple[Mode, ...] = ("single", "mixed", "sorted")
-FORMS = "native, openai, openai:NAME=URL, peft:single, peft:mixed or peft:sorted"
+FORMS = "native, openai, openai:NAME=URL, llamacpp:NAME=URL, peft:single, peft:mixed or peft:sorted"
 
 
 class Peer(Protocol):

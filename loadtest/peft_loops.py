@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,22 @@ class PeftAnswer:
 
 
 class StepTimes(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed here
-    """Notes when each step of ``generate`` ends, and stops nothing."""
+    """Notes when each step of ``generate`` ends, and stops it after the step that ends at `until_s` or later."""
 
-    def __init__(self, clock: Callable[[], float], device: torch.device) -> None:
+    def __init__(self, clock: Callable[[], float], device: torch.device, until_s: float = inf) -> None:
         """`clock` gives seconds."""
         self.times_s: list[float] = []
+        self._until_s = until_s
         self._clock = clock
         self._device = device
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Called by ``generate`` after each step; one False a row."""
+        """Called by ``generate`` after each step; one answer a row, the same for all."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()  # generate itself waits here for the step, one line on
         self.times_s.append(self._clock())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        is_over = self.times_s[-1] >= self._until_s
+        return torch.full((input_ids.shape[0],), is_over, dtype=torch.bool, device=input_ids.device)
 
 
 class PeftLoop:
@@ -93,26 +96,29 @@ class PeftLoop:
         model: Any = AutoModelForCausalLM.from_pretrained(job.base, dtype=getattr(torch, job.dtype))
         self._device = torch.device(job.device)
         model.to(self._device)
+        self.load_times_s: list[float] = []
+        """How long each adapter took to load."""
         for number, name in enumerate(names):
-            folder = Path(job.adapters) / name
+            began, folder = clock(), Path(job.adapters) / name
             if number == 0:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name)
             else:
                 model.load_adapter(folder, adapter_name=name)
+            self.load_times_s.append(clock() - began)
         self._model = model.eval()
         self._has_adapters = bool(names)
         self._clock = clock
         self.step_times_s: list[float] = []
         """When each step of the last batch ended, on the clock."""
 
-    def answer(self, batch: PeftBatch, *, num_tokens: int | None = None) -> dict[int, list[int]]:
-        """Token ids of each request of the batch, cut to what it asked for."""
+    def answer(self, batch: PeftBatch, *, num_tokens: int | None = None, until_s: float = inf) -> dict[int, list[int]]:
+        """Token ids of each request of the batch, cut to what it asked for, and at the time `until_s` of the clock."""
         encoded = self._tokenizer([request.text for request in batch.requests], padding=True, return_tensors="pt")
         width = encoded["input_ids"].shape[1]
         extra: dict[str, Any] = {}
         if batch.by_names and self._has_adapters:
             extra["adapter_names"] = [request.adapter or BASE_ROW for request in batch.requests]
-        steps = StepTimes(self._clock, self._device)
+        steps = StepTimes(self._clock, self._device, until_s)
         with self._choose(batch), torch.inference_mode():
             ids = self._model.generate(
                 input_ids=encoded["input_ids"].to(self._device),

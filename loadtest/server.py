@@ -14,19 +14,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+BUSY = (
+    *("vllm:num_requests_running", "vllm:num_requests_waiting"),  # ours, and vLLM's
+    *("llamacpp:requests_processing", "llamacpp:requests_deferred"),
+)
 SAMPLE = re.compile(r"^(?P<series>[a-zA-Z_:][\w:]*(?:\{.*\})?)\s+(?P<value>\S+)", re.MULTILINE)
+
+
+class Command(Protocol):
+    """How to start a server of any make, ours or another's."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Set for the process, over what this one has."""
+        ...
+
+    @property
+    def start_timeout_s(self) -> float:
+        """How long it may take until it is ready."""
+        ...
+
+    @property
+    def ready_path(self) -> str:
+        """The page that answers 200 when it is."""
+        ...
+
+    def line(self, port: int) -> list[str]:
+        """The whole command, for a server that listens on this port of 127.0.0.1."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerCommand:
-    """How to start a server: `arguments` are appended to ``serve BASE --host --port [--adapters]``."""
+    """How to start our server: `arguments` are appended to ``serve BASE --host --port [--adapters]``."""
 
     base: Path
     adapters: Path | None = None
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     start_timeout_s: float = 600.0
+    ready_path: str = "/readyz"
     program: tuple[str, ...] = (sys.executable, "-m", "peft_serve")
 
     def line(self, port: int) -> list[str]:
@@ -57,8 +86,7 @@ class RunningServer:
     def num_running(self) -> float:
         """Requests that run or wait now."""
         samples = self.metrics()
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        return sum(value for series, value in samples.items() if series.split("{")[0] in names)
+        return sum(value for series, value in samples.items() if series.split("{")[0] in BUSY)
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -100,8 +128,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(command: ServerCommand, log: Path) -> Iterator[RunningServer]:
-    """Start the server, wait until ``/readyz`` answers 200, and stop it by SIGTERM at the end. What it prints
+def running_server(command: Command, log: Path) -> Iterator[RunningServer]:
+    """Start the server, wait until its page says that it is ready, and stop it by SIGTERM at the end. What it prints
     goes to the file `log`; RuntimeError with the end of that file if it does not come up."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -111,19 +139,19 @@ def running_server(command: ServerCommand, log: Path) -> Iterator[RunningServer]
     with log.open("wb") as output:
         process = subprocess.Popen(command.line(port), stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        _wait_until_ready(process, url, log, command.start_timeout_s)
+        _wait_until_ready(process, f"{url}{command.ready_path}", log, command.start_timeout_s)
         yield RunningServer(url=url, start_s=time.monotonic() - began, pid=process.pid)
     finally:
         _stop(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], page: str, log: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         try:
-            _get(f"{url}/readyz", timeout_s=5.0)
+            _get(page, timeout_s=5.0)
         except OSError:  # refused, cut off or answered with an error status: not ready yet
             time.sleep(0.2)
         else:

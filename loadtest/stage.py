@@ -74,6 +74,10 @@ class Stage:
         self._made[count] = made
         return made
 
+    def among(self, mixture: str) -> "Stage":
+        """The same stage with other adapters. Its phases are numbered anew: label them apart."""
+        return Stage(replace(self.options, mixture=mixture), self._console)
+
     def reach(self) -> None:
         """RuntimeError if ``--url`` is given and nobody answers there: said before anything is made for it."""
         if self.options.url is not None:
@@ -120,7 +124,7 @@ class Stage:
         """Play a trace at its own pace."""
         drain_s = 10.0 if self.options.quick else 120.0
 
-        return self.play(self._client(server, drain_s), trace, label, observe=server.metrics)
+        return self.play(self.client(server, drain_s), trace, label, observe=server.metrics)
 
     def closed_loop(
         self,
@@ -133,7 +137,7 @@ class Stage:
     ) -> list[Outcome]:
         """Play a trace with a fixed number of requests in flight, to its end or for `duration_s`."""
         in_flight = concurrency or self.options.concurrency
-        client = self._client(server, 60.0)
+        client = self.client(server, 60.0)
         return self.play(client, trace, label, concurrency=in_flight, duration_s=duration_s, observe=server.metrics)
 
     def one_after_another(self, server: RunningServer, groups: Sequence[Trace], label: str) -> list[Outcome]:
@@ -142,7 +146,7 @@ class Stage:
 
         async def whole(tick: Callable[[], None]) -> list[Outcome]:
             played: list[Outcome] = []
-            async with LoadClient(self._client(server, 60.0)) as client:
+            async with LoadClient(self.client(server, 60.0)) as client:
                 for group in groups:
                     requests = group.requests
                     played += await client.closed_loop(requests, concurrency=len(requests), on_done=tick)
@@ -154,7 +158,8 @@ class Stage:
         self.keep(label, outcomes, metrics_delta(before, server.metrics()))
         return outcomes
 
-    def _client(self, server: RunningServer, drain_s: float) -> ClientOptions:
+    def client(self, server: RunningServer, drain_s: float = 60.0) -> ClientOptions:
+        """How to ask this server by the run's route."""
         exact = self.options.route == "completions"
         route: Route = Completions(encode=self._encoder()) if exact else Native()
         return ClientOptions(url=server.url, route=route, api_key=self.options.api_key, drain_s=drain_s)

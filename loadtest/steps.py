@@ -1,6 +1,7 @@
 """Steps in this process, without HTTP: the resident base, a `StepRunner` and rows of any length. What is timed is
 the executor alone."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from loadtest.work import Load
 from peft_serve.adapters.primitives import Adapter
+from peft_serve.config import Settings
 from peft_serve.core import BASE_SLOT, AdapterId, Draw, Install, RequestId, Row, SamplingParams, Step
+from peft_serve.engine.cpu_kernels import speed_up
 from peft_serve.model.base import ResidentBase
-from peft_serve.model.packing import can_pack
 from peft_serve.model.runner import StepRunner
 
 _BLOCK_SIZE = 16
@@ -115,6 +117,5 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: str, num_threads: int
     torch.set_num_threads(num_threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     base = ResidentBase(model, name=folder.name)
-    if can_pack(base.device, base.dtype):
-        base.adapted.pack()
+    speed_up(Settings(prepack="on"), base, os.environ, print)
     return base

@@ -16,6 +16,7 @@ Judgement = Literal["met", "missed", "not measured"]
 
 QUESTIONS: Mapping[str, tuple[str, str]] = {
     "bound": ("The bound", "How near is a step of the base alone to what this machine's memory and arithmetic allow?"),
+    "kernels": ("Kernels", "How near is each product of the base, by each way to compute it, to what memory allows?"),
     "w1": ("W1: many adapters", "Does throughput hold as the traffic spreads over n adapters?"),
     "w2": ("W2: load", "What latency at what load?"),
     "w3": ("W3: bursts and skew", "What do bursts and uneven popularity do to latency?"),
@@ -29,8 +30,10 @@ QUESTIONS: Mapping[str, tuple[str, str]] = {
     "w13": ("W13: exactness", "Is every row of every mixed batch, under churn, what peft says on its own?"),
     "overhead": ("Overhead", "Is base traffic as fast on a server that holds adapters as on one without?"),
     "ceiling": ("Ceiling", "How much can the HTTP side carry, whatever the model?"),
+    "policies": ("Scheduling policies", "What does each order of the queue do for whom, and what does it cost?"),
     "cache-replay": ("Caches, offline", "Which hit rate would another eviction policy or size have had?"),
     "compare": ("Peers", "How do others fare on the same trace, and do they say the same?"),
+    "beside": ("Side by side", "Is this faster than peft, llama.cpp and others, row by row, and with what memory?"),
     "replay": ("Replay", "How does one saved trace run?"),
 }
 """Heading and question of each workload, in the order of a report."""

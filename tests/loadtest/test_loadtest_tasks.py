@@ -1,4 +1,4 @@
-"""W6 to W9: what they ask for, what they compute from it, and whole commands against the fake server."""
+"""W6 to W9 and policies: what they ask for, what they compute from it, and whole commands against the fake server."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loadtest.churn import Act, Churn
 from loadtest.cli import main
+from loadtest.lengths import parse_lengths
 from loadtest.measure import summarise
+from loadtest.options import Options
 from loadtest.outcome import Outcome
 from loadtest.report import load_report
 from loadtest.server import RunningServer
 from loadtest.stage import Calibration, Stage
 from loadtest.targets import judged, verdicts
 from loadtest.trace import BASE, Trace, TraceRequest
-from loadtest.workloads import w6, w7, w8, w9
+from loadtest.workloads import policies, w6, w7, w8, w9
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft uses names that transformers is about to drop
 
@@ -90,6 +95,42 @@ def test_w7_counts_tensors_without_the_header(tmp_path: Path) -> None:
     header = json.dumps({"__metadata__": {}}).encode()
     (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(120))
     assert w7.size_of(tmp_path) == 120
+
+
+# ---- policies
+
+
+def test_policies_get_the_same_traffic_and_a_heavy_tenant_is_beside_the_same_light_ones(tmp_path: Path) -> None:
+    stage = Stage(Options(lengths=parse_lengths("cpu"), folder=tmp_path), Console(quiet=True))
+    made = {phase: policies.trace_of(stage, phase, 10.0, 8, 20.0) for phase in policies.WITH_ALL_SLOTS}
+    made[policies.CRAMPED] = policies.trace_of(stage, policies.CRAMPED, 10.0, 8, 20.0)
+    assert len({tuple(one.requests) for one in made.values()}) == len(made)
+    alone, beside = made[policies.ALONE].requests, made[policies.BESIDE].requests
+    light = [one for one in beside if one.adapter != policies.HEAVY]
+    assert [replace(one, index=0) for one in light] == [replace(one, index=0) for one in alone]
+    assert len(beside) > 5 * len(alone)
+    assert [one.index for one in beside] == list(range(len(beside)))
+    assert all(early.arrival_s <= late.arrival_s for early, late in pairwise(beside))
+    assert policies.HEAVY not in made[policies.ALONE].adapters
+
+
+def test_policies_say_what_the_heavy_tenant_costs_the_light_ones() -> None:
+    moved = {policies.ADAPTERS: 30.0, policies.STEPS: 10.0}
+
+    def one(light_s: float) -> policies.Played:
+        slow = [outcome(n, adapter=policies.HEAVY, ttft_s=9.0) for n in range(30)]
+        return policies.played([*slow, *(outcome(n, adapter="light", ttft_s=light_s) for n in range(20))], moved)
+
+    phases = (*policies.WITH_ALL_SLOTS, policies.CRAMPED)
+    found = {(phase, policy): [one(0.1)] for phase in phases for policy in policies.POLICIES}
+    found[policies.BESIDE, "fcfs"] = [one(0.6), one(1.0)]
+    report = policies.report(found, CALIBRATION, 8)
+    rows = {row[0]: row for row in report.rows}
+    assert len(rows) == len(phases) * len(policies.POLICIES)
+    assert rows[f"{policies.BESIDE}: fcfs"][4:7] == (3.0, pytest.approx(800.0), pytest.approx(8.0))
+    assert rows[f"{policies.BESIDE}: fair"][6] == pytest.approx(1.0)
+    assert rows[f"{policies.STEADY}: fcfs"][6] == "-"
+    assert "8.00 times" in report.notes[0]
 
 
 # ---- W8
