@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from peft_serve.adapters.base import HAS_WEIGHT, SiteKind
+from peft_serve.adapters.base import HAS_WEIGHT, NoValues, SiteKind
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.routing import Stream
 from tests.model.tiny_models import EVERY, VOCAB, tiny
@@ -31,6 +31,15 @@ def test_weights_are_out_by_in_whatever_the_module_stores(name: str) -> None:
         bias = base.bias(path)
         assert (bias is not None) == spec.has_bias
         assert bias is None or bias.shape == (spec.out_features,)
+
+
+def test_an_outline_has_sites_and_says_that_it_has_no_values() -> None:
+    base = ResidentBase(tiny("llama").to("meta"), name="tiny")
+    path = next(path for path, spec in base.sites.items() if spec.kind is SiteKind.LINEAR)
+    for ask in (base.weight, lambda path: base.parameter(path, "weight")):
+        with pytest.raises(NoValues, match=path):
+            ask(path)
+    assert base.bias(path) is None  # which is known without its values
 
 
 @pytest.mark.parametrize("name", EVERY)

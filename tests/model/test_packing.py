@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,9 @@ from torch import nn
 from peft_serve.adapters.base import SiteKind
 from peft_serve.adapters.primitives import Adapter, Affine, LowRank
 from peft_serve.core import AdapterId
-from peft_serve.model.packing import can_pack, has_room, is_worth_its_room, packed_linear
+from peft_serve.kernels.few_rows import FewRows
+from peft_serve.kernels.native import NativeCode, cache_folder, find_compiler
+from peft_serve.model.packing import Pack, can_pack, gains_from_kernels, has_room, is_worth_its_room, packed_linear
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
 from tests.adapters.checkpoints import make_base
@@ -31,15 +36,22 @@ def test_a_packed_layer_is_the_layer(num_rows: int, has_bias: bool) -> None:
     assert y.shape == (1, num_rows, 47)
 
 
+def _ours() -> Pack:
+    if find_compiler(os.environ) is None:
+        pytest.skip("this machine has no C++ compiler")
+    return FewRows(NativeCode(find_compiler(os.environ), cache_folder(os.environ))).linear
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_packed_model_with_an_adapter_equals_a_plain_one(kind: str) -> None:
+@pytest.mark.parametrize("pack_of", [lambda: packed_linear, _ours], ids=["oneDNN", "ours"])
+def test_a_packed_model_with_an_adapter_equals_a_plain_one(kind: str, pack_of: Callable[[], Pack]) -> None:
     ids = torch.tensor([[5, 9, 30, 2, 7]])
     logits = []
     for is_packed in (False, True):
         model = make_base(kind)
         sites = AdaptedSites(model, stream_of=lambda path: Stream.HEAD if path == "lm_head" else Stream.TARGET)
         if is_packed:
-            sites.pack(fewest=1)
+            sites.pack(pack_of(), fewest=1)
         torch.manual_seed(0)
         dense = {p: s for p, s in sites.specs.items() if s.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and "lm" not in p}
         edits = {
@@ -83,6 +95,10 @@ def test_a_small_matrix_is_not_packed() -> None:
 def test_packing_is_for_a_cpu_with_room() -> None:
     assert not can_pack(CPU, torch.float16)
     assert not can_pack(torch.device("meta"), torch.float32)
+    assert gains_from_kernels(CPU, torch.float32)
+    assert not gains_from_kernels(CPU, torch.float16)
+    assert not gains_from_kernels(torch.device("meta"), torch.float32)
+    assert gains_from_kernels(CPU, torch.bfloat16) == can_pack(CPU, torch.bfloat16)
     assert has_room(1)
     assert not has_room(1 << 60)
     assert is_worth_its_room(1, torch.float32)

@@ -25,6 +25,7 @@ from peft_serve.adapters.base import HAS_WEIGHT, SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Adapter, Affine, Edit, LowRank, Replace
 from peft_serve.core import AdapterId
 from peft_serve.kernels.grouped import cost_masked, cost_runs
+from peft_serve.model import sites as site_module
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
 
@@ -507,6 +508,27 @@ def test_what_is_refused_leaves_nothing_behind() -> None:
     with pytest.raises(ValueError, match="is taken"):
         sites.install(0, good)
     assert_rows_alone(model, plain, sites, {1: good}, rows_for([0, 1], seed=4))
+
+
+def test_what_was_vetted_is_installed_without_another_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    sites = AdaptedSites(model, stream_of=stream_of)
+    rng = torch.Generator().manual_seed(4)
+    q = "model.layers.0.self_attn.q_proj"
+    good = Adapter(id=AdapterId("good"), method="T", sites={q: Affine(delta=low_rank(sites.specs[q], 2, rng))})
+    bad = Adapter(id=AdapterId("bad"), method="T", sites={q: Affine(shift=torch.full((32,), float("inf")))})
+    sites.vet(good)
+    with pytest.raises(ValueError, match="not finite"):
+        sites.vet(bad)
+    looked: list[SiteSpec] = []
+    plain = site_module.check_edit
+    monkeypatch.setattr(site_module, "check_edit", lambda spec, edit: (looked.append(spec), plain(spec, edit)))
+    sites.install(1, good)
+    assert not looked
+    with pytest.raises(ValueError, match="not finite"):
+        sites.install(2, bad)
+    assert looked
+    sites.check()
 
 
 def test_runs_of_one_slot_are_one() -> None:

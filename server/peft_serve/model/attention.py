@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from peft_serve.model.attend import Terms, attend_cached, attend_fresh, attend_reference
+from peft_serve.model.paged import PagedDecode
 from peft_serve.model.pools import KVPool
-from peft_serve.model.ragged import Bias, Plan
+from peft_serve.model.ragged import Bias, Cached, Plan
 
 
 class Kind(StrEnum):
@@ -67,6 +68,7 @@ class RaggedAttention:
         self._places = dict(places)
         self._work: Mapping[Kind, Work] = {}
         self.is_reference = is_reference
+        self.paged: PagedDecode | None = None  # a kernel for decode rows
         self.watched: Mapping[nn.Module, Watcher] = {}
         self.name = f"peft_serve_{id(self):x}"
 
@@ -112,6 +114,8 @@ class RaggedAttention:
             yield
         finally:
             self._work = {}
+            if self.paged is not None:
+                self.paged.forget()
 
     def _attend(
         self,
@@ -155,11 +159,15 @@ class RaggedAttention:
             return attend_reference(plan, q, k, v, pool, layer, terms)
         if plan.is_one_group:  # the common step, all rows decode: nothing to put together
             assert pool is not None, "rows with blocks need a pool"
-            return attend_cached(plan.cached[0], q, pool, layer, terms)
+            return self._cached(plan.cached[0], q, pool, layer, terms)
         parts = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
         for fresh in plan.fresh:
             parts[fresh.where] = attend_fresh(fresh, q, k, v, layer, terms)
         for cached in plan.cached:
             assert pool is not None, "rows with blocks need a pool"
-            parts[cached.where] = attend_cached(cached, q, pool, layer, terms)
+            parts[cached.where] = self._cached(cached, q, pool, layer, terms)
         return parts
+
+    def _cached(self, group: Cached, q: Tensor, pool: KVPool, layer: int, terms: Terms) -> Tensor:
+        out = None if self.paged is None else self.paged.attend(group, q, pool, layer, terms)
+        return attend_cached(group, q, pool, layer, terms) if out is None else out

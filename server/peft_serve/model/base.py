@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_serve.adapters.base import HAS_WEIGHT, WITHOUT_MODULE, BaseShape, SiteKind, SiteSpec
+from peft_serve.adapters.base import HAS_WEIGHT, WITHOUT_MODULE, BaseShape, NoValues, SiteKind, SiteSpec
 from peft_serve.adapters.heads import own_facts
 from peft_serve.model.families.family import Family, SharesModules
 from peft_serve.model.families.registry import family_of
@@ -152,16 +152,18 @@ class ResidentBase:
 
     def weight(self, path: str) -> Tensor:
         kind = self._specs[path].kind
-        weight = dense(self.model.get_submodule(path), "weight")
+        weight = self.parameter(path, "weight")
         return weight.T if kind in (SiteKind.CONV1D, SiteKind.EMBEDDING) else weight
 
     def parameter(self, path: str, name: str) -> Tensor:
+        if self.device.type == "meta":
+            raise NoValues(f"{self.name} was read without its weights, so that nobody knows {path}.{name}")
         return dense(self.model.get_submodule(path), name)
 
     def bias(self, path: str) -> Tensor | None:
         if not self._specs[path].has_bias:
             return None
-        return dense(self.model.get_submodule(path), "bias")
+        return self.parameter(path, "bias")
 
     def fingerprint(self) -> str:
         """A digest of every weight and buffer, by name, packed ones as they are stored.

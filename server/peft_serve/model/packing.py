@@ -1,4 +1,7 @@
-"""Linear layers on a CPU, run from a copy of the weight in the blocked layout that oneDNN computes in.
+"""Linear layers on a CPU, run from a copy of the weight in the order in which a product reads it.
+
+Our own kernels do it where they are to be had (`kernels.few_rows`, docs/decisions/0010-cpu-kernels.md). This module
+has the other way, the blocked layout of oneDNN, and says which weights gain from which.
 
 A plain product packs its weight anew at every call, which is most of its time when it has a few rows only: packing
 once makes a decode step 1.3 (16 rows) to 2.6 times (4 rows) as fast and costs a second copy of the weights
@@ -21,6 +24,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 FEWEST_WEIGHTS: Final = 1 << 17  # a call of the packed product costs more than it saves on a smaller matrix
+Pack = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
+"""Makes x -> x W^T + b of a weight [O, I] and a bias."""
+
 _LAYOUT_TOKENS: Final = 16  # the layout chosen for so many rows is the best or close to it from 1 to 512
 _MAX_SHARE: Final = 0.25  # of the memory that is free
 
@@ -49,9 +55,23 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     ops = torch.ops.mkldnn
     if not hasattr(ops, "_reorder_linear_weight") or not hasattr(ops, "_linear_pointwise"):
         return False
-    if dtype == torch.bfloat16:
-        return hasattr(ops, "_is_mkldnn_bf16_supported") and not ops._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_bfloat16_instructions())
+
+
+def gains_from_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our own kernels compute products of this kind, and faster than torch.
+
+    Where a CPU multiplies bfloat16 itself, long prompts are faster by its own instructions than by widened numbers.
+    """
+    if device.type != "cpu":
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_bfloat16_instructions())
+
+
+def _has_bfloat16_instructions() -> bool:
+    """As far as torch tells."""
+    ops = torch.ops.mkldnn
+    return not hasattr(ops, "_is_mkldnn_bf16_supported") or bool(ops._is_mkldnn_bf16_supported())
 
 
 def is_worth_its_room(num_bytes: int, dtype: torch.dtype) -> bool:

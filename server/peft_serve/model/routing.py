@@ -20,6 +20,7 @@ from peft_serve.core import BASE_SLOT
 from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import Grid, grids_of
 from peft_serve.kernels.grouped import Piece
+from peft_serve.kernels.low_rank import Segments
 from peft_serve.kernels.subsets import Batch, Subset, batches_of, subset_of
 from peft_serve.model.extents import Extent, Extents
 from peft_serve.model.stacks import Place
@@ -173,6 +174,11 @@ class Route:
                 slot_T[run.first : run.last] = run.slot
             self._slot_T = slot_T.to(self._device)
         return self._slot_T
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The runs as a kernel reads them."""
+        return Segments(((run.slot, run.first, run.last) for run in self.runs), self.num_tokens)
 
     def runs_of(self, slots: Collection[int]) -> tuple[Run, ...]:
         """The runs of some of the adapters."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,17 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Adapter, Edit, is_finite
 from peft_serve.adapters.sublayer_primitives import Intervention
 from peft_serve.core import BASE_SLOT
+from peft_serve.kernels.low_rank import LowRankKernel
 from peft_serve.model.attention_site import AttentionSite, attention_spec
 from peft_serve.model.edit_check import check_edit
 from peft_serve.model.expert_site import ExpertsSite, expert_spec
 from peft_serve.model.extents import Extent
-from peft_serve.model.packing import FEWEST_WEIGHTS
+from peft_serve.model.packing import FEWEST_WEIGHTS, Pack, packed_linear
 from peft_serve.model.quantised import logical_shapes
 from peft_serve.model.router_site import RouterSite, router_spec
 from peft_serve.model.routing import Lane, Stream, divided
 from peft_serve.model.sites_forward import DenseSite, NormSite, Site
-from peft_serve.model.stacks import StackLayout, width_of
+from peft_serve.model.stacks import Moves, StackLayout, width_of
 from peft_serve.model.sublayers import bind_sublayer, close_sublayer, sublayers_of
 from peft_serve.model.terms.shared import SharedFactors
 
@@ -69,6 +71,7 @@ class AdaptedSites:
         self._lanes = {stream: Lane() for stream in Stream}
         self._layout = StackLayout()
         self._installed: dict[int, _Installed] = {}
+        self._vetted: WeakSet[Adapter] = WeakSet()
         self._shared_paths: dict[Stream, set[str]] = {}  # beside each path's own stream
         self._factors = SharedFactors()
         self._sites = self._bind()
@@ -115,11 +118,16 @@ class AdaptedSites:
         sites = ((module, self._sites[path]) for path, module in self._modules.items())
         return {module: site for module, site in sites if isinstance(site, AttentionSite)}
 
-    def pack(self, *, fewest: int = FEWEST_WEIGHTS) -> None:
+    def pack(self, pack: Pack = packed_linear, *, fewest: int = FEWEST_WEIGHTS) -> None:
         """Run every Linear and Conv1D of at least so many weights from a packed copy of them; see `packing`."""
         for site in {id(site): site for site in self._sites.values()}.values():
             if isinstance(site, DenseSite) and site.num_packable >= max(1, fewest):
-                site.pack()
+                site.pack(pack)
+
+    def run_low_rank_by(self, kernel: LowRankKernel) -> None:
+        """Run low-rank terms by a kernel from now on, where it can. No adapter is installed yet."""
+        for delta in self._deltas:
+            delta.use(kernel)
 
     def close(self) -> None:
         """Give every module its own forward back."""
@@ -129,6 +137,20 @@ class AdaptedSites:
         for path, module in self._modules.items():
             if module.__dict__.get("forward") == self._sites[path].forward:
                 del module.__dict__["forward"]
+
+    def vet(self, adapter: Adapter) -> None:
+        """Look an adapter over before it is installed, on any thread; ValueError as `install` has it."""
+        seen: set[Site] = set()
+        for path, edit in adapter.sites.items():
+            if path not in self.specs:
+                raise ValueError(f"the base has no site '{path}'; compile the adapter for this base")
+            check_edit(self.specs[path], edit)
+            if self._sites[path] in seen:
+                raise ValueError(f"'{path}' is another path of a module the adapter already edits; name it once")
+            seen.add(self._sites[path])
+        if not is_finite(adapter):
+            raise ValueError("the adapter holds values that are not finite; its neighbours share its GEMMs")
+        self._vetted.add(adapter)
 
     def install(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter's edits into an empty slot. ValueError leaves the slot empty and everything else as it was.
@@ -208,15 +230,23 @@ class AdaptedSites:
         """Have the rows of these adapters in the stacks; places may move, and routes with them."""
         widths = {s: width_of(self._installed[s].max_rank) for s in slots if self._installed[s].max_rank}
         moves = self._layout.use(widths)
+        try:
+            self._write_hot(moves)
+        except BaseException:  # memory, as a rule: rows that were not written must not be taken for written
+            self._layout.forget_all()
+            self._forget_routes()
+            raise
+        if moves.moved:
+            for lane in self._lanes.values():
+                lane.move(self._layout.places)
+
+    def _write_hot(self, moves: Moves) -> None:
         with torch.inference_mode():
             for delta in self._deltas:
                 if moves.resized:
                     delta.reset()
                 for slot in moves.slots:
                     delta.write(slot, self._layout.places[slot], self._layout.capacity)
-        if moves.moved:
-            for lane in self._lanes.values():
-                lane.move(self._layout.places)
 
     def _forget_routes(self) -> None:
         for lane in self._lanes.values():
@@ -225,17 +255,9 @@ class AdaptedSites:
     def _accepted(self, slot: int, adapter: Adapter) -> dict[Site, Edit]:
         if slot == BASE_SLOT or slot in self._installed:
             raise ValueError(f"slot {slot} is taken; remove its adapter first")
-        edits: dict[Site, Edit] = {}
-        for path, edit in adapter.sites.items():
-            if path not in self.specs:
-                raise ValueError(f"the base has no site '{path}'; compile the adapter for this base")
-            check_edit(self.specs[path], edit)
-            if self._sites[path] in edits:
-                raise ValueError(f"'{path}' is another path of a module the adapter already edits; name it once")
-            edits[self._sites[path]] = edit
-        if not is_finite(adapter):
-            raise ValueError("the adapter holds values that are not finite; its neighbours share its GEMMs")
-        return edits
+        if adapter not in self._vetted:
+            self.vet(adapter)
+        return {self._sites[path]: edit for path, edit in adapter.sites.items()}
 
 
 def spec_of(path: str, module: nn.Module) -> SiteSpec | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.model.norms import norm_forward
-from peft_serve.model.packing import packed_linear
+from peft_serve.model.packing import Pack
 from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Lane, Route, Run
 from peft_serve.model.site_ops import dense_terms
@@ -47,6 +47,7 @@ class _DensePlan:
     own_runs: tuple[Run, ...]
     rows: OutOp | None
     after: tuple[OutOp, ...]
+    alone: OutOp | None  # all there is, and it takes x and y as they come
 
     @property
     def is_all_own(self) -> bool:
@@ -72,13 +73,13 @@ class DenseSite:
         is_matrix = self._spec.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and not is_quantised(self._module)
         return self._spec.out_features * self._spec.in_features if is_matrix else 0
 
-    def pack(self) -> None:
+    def pack(self, pack: Pack) -> None:
         """Run the base op of a Linear or Conv1D from a packed copy of its weight."""
         weight, bias = self._module.weight, self._module.bias
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
         is_transposed = self._spec.kind is SiteKind.CONV1D
-        self._base = packed_linear(weight.t() if is_transposed else weight, bias)
+        self._base = pack(weight.t() if is_transposed else weight, bias)
 
     def forget(self) -> None:
         self._plan, self._planned = None, None
@@ -92,16 +93,25 @@ class DenseSite:
         if self._plan is None:
             return self._base(*args, **kwargs)
         (x,) = args or kwargs.values()
-        return self._adapted(x, self._plan)
+        alone = self._plan.alone
+        if alone is None:
+            return self._adapted(x, self._plan)
+        expect_tokens(self._spec.path, x.numel() // self._spec.in_features, self._plan.num_tokens)
+        y = self._base(x)  # a new tensor
+        alone(y, x)
+        return y
 
     def _plan_of(self, route: Route) -> _DensePlan | None:
         before = tuple(op for op in (term.op(route) for term in self.dense.before) if op is not None)
-        after = tuple(op for op in (term.op(route) for term in self.dense.after) if op is not None)
+        ops = tuple((term, op) for term in self.dense.after if (op := term.op(route)) is not None)
+        after = tuple(op for _, op in ops)
         own_runs = self.dense.own.runs(route)
         rows = self.dense.rows.op(route)
         if not (before or after or own_runs or rows):
             return None
-        return _DensePlan(route.num_tokens, before, own_runs, rows, after)
+        is_alone = len(ops) == 1 and not (before or own_runs or rows) and ops[0][0] is self.dense.delta
+        alone = after[0] if is_alone and self.dense.delta.is_direct else None
+        return _DensePlan(route.num_tokens, before, own_runs, rows, after, alone)
 
     def _adapted(self, x: Tensor, plan: _DensePlan) -> Tensor:
         is_lookup = self._spec.kind is SiteKind.EMBEDDING

@@ -69,6 +69,10 @@ class StackLayout:
         """The slot is empty; its rows may be given away."""
         self.places.pop(slot, None)
 
+    def forget_all(self) -> None:
+        """No rows are what they should be: the next use makes every stack anew."""
+        self.places, self.capacity = {}, 0
+
     def check(self) -> None:
         """Ranges are inside the stacks and do not overlap."""
         at = 0

@@ -55,7 +55,7 @@ class BasesMaps:
         self._groups: dict[Place, _Group] = {}
 
     def put(self, slot: int, edit: Edit) -> None:
-        if isinstance(edit, Affine):
+        if isinstance(edit, Affine) and edit.maps:
             for number, one in numbered(each for each in edit.maps if isinstance(each, SharedBases)):
                 self._put(slot, number, one)
 

@@ -1,4 +1,4 @@
-"""The low-rank term: y + B A x, from the hot stacks (see `stacks`)."""
+"""The low-rank term: y + B A x, by a kernel of our own where there is one, else from the hot stacks (see `stacks`)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,50 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit, LowRank
 from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import add_low_rank_grids_
+from peft_serve.kernels.low_rank import DTYPES, LayerFactors, LowRankKernel
 from peft_serve.model.routing import Route, Way
 from peft_serve.model.stacks import Place, SiteStack
 from peft_serve.model.terms.term import OutOp
 
 
 class LowRankDelta:
-    """y -> y + B A x, from the site's hot stack. A scaled embedding's scale is in B since it was compiled."""
+    """y -> y + B A x. A scaled embedding's scale is in B since it was compiled.
+
+    With a kernel the factors are read where they are, and nothing is written when adapters become hot. An embedding
+    has its ids looked up in the stacks all the same.
+    """
 
     def __init__(self, spec: SiteSpec, like: Tensor) -> None:
         self._like = like
+        self._spec = spec
+        self._direct: LayerFactors | None = None
         self._is_lookup = spec.kind is SiteKind.EMBEDDING
         self._width = spec.out_features + (1 if self._is_lookup else spec.in_features)
         self._factors: dict[int, LowRank] = {}
         self._stack = SiteStack(spec.in_features, spec.out_features)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether a kernel runs it, which takes x and y of any number of axes."""
+        return self._direct is not None
+
+    def use(self, kernel: LowRankKernel) -> None:
+        """Run by the kernel from now on, where it can. No adapter is here yet."""
+        assert not self._factors, "the choice is made before adapters are installed"
+        if not self._is_lookup and self._like.dtype in DTYPES and self._like.device.type == "cpu":
+            self._direct = kernel.layer(self._spec.in_features, self._spec.out_features, self._like.dtype)
+
     def put(self, slot: int, edit: Edit) -> None:
         if isinstance(edit, Affine) and edit.delta is not None:
             a_RI, b_OR = (t.to(self._like) for t in (edit.delta.a_RI, edit.delta.b_OR))
             self._factors[slot] = LowRank(a_RI, b_OR)
+            if self._direct is not None:
+                self._direct.put(slot, a_RI, b_OR)
 
     def drop(self, slot: int) -> None:
         self._factors.pop(slot, None)
+        if self._direct is not None:
+            self._direct.drop(slot)
 
     def reset(self) -> None:
         """The layout has another size."""
@@ -37,6 +59,8 @@ class LowRankDelta:
 
     def write(self, slot: int, place: Place, capacity: int) -> None:
         """The slot has a new place in the layout."""
+        if self._direct is not None:
+            return
         if slot in self._factors:
             factors = self._factors[slot]
             self._stack.write(place, capacity, factors.a_RI, factors.b_OR)
@@ -47,6 +71,8 @@ class LowRankDelta:
         slots = route.active.intersection(self._factors)
         if not slots:
             return None
+        if self._direct is not None:
+            return self._direct.op(route.segments)
         span = route.span(slots)
         a_RI, b_RO = self._stack.rows(span.first, span.last)
         way = span.way(self._width)

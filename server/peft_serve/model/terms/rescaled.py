@@ -45,7 +45,7 @@ class RescaledMaps:
         self._groups: dict[tuple[str, int], _Group] = {}
 
     def put(self, slot: int, edit: Edit) -> None:
-        if isinstance(edit, Affine):
+        if isinstance(edit, Affine) and edit.maps:
             for number, one in numbered(each for each in edit.maps if isinstance(each, Rescaled)):
                 self._put(slot, number, one)
 

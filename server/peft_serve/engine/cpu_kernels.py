@@ -1,0 +1,75 @@
+"""How a base on a CPU is made faster at start: kernels compiled for this machine, and weights packed for them.
+
+The one place that decides between our own kernels, oneDNN's packed products and plain torch. It decides once; nothing
+is chosen anew while requests run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from peft_serve.config import Settings
+from peft_serve.kernels.attention import PagedAttention
+from peft_serve.kernels.few_rows import FewRows
+from peft_serve.kernels.low_rank import LowRankKernel
+from peft_serve.kernels.native import NativeCode, NativeError, cache_folder, find_compiler
+from peft_serve.model.base import ResidentBase
+from peft_serve.model.packing import can_pack, gains_from_kernels, has_room, is_worth_its_room
+from peft_serve.model.paged import PagedDecode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuKernels:
+    """Our own kernels, loaded and tried out."""
+
+    few_rows: FewRows
+    attention: PagedAttention
+    low_rank: LowRankKernel
+
+
+def make_kernels(code: NativeCode) -> CpuKernels:
+    """Compile what is not compiled yet and load it. NativeError where that cannot be."""
+    return CpuKernels(few_rows=FewRows(code), attention=PagedAttention(code), low_rank=LowRankKernel(code))
+
+
+def speed_up(settings: Settings, base: ResidentBase, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Give the base the fastest products that the settings allow and this machine has.
+
+    ValueError where the settings insist on kernels and there are none.
+    """
+    kernels = _wanted_kernels(settings, base.device, environ, say)
+    if kernels is not None:
+        base.runs.attention.paged = PagedDecode(kernels.attention)
+        base.adapted.run_low_rank_by(kernels.low_rank)
+    _pack(settings, base, kernels, say)
+
+
+def _wanted_kernels(
+    settings: Settings, device: torch.device, environ: Mapping[str, str], say: Callable[[str], None]
+) -> CpuKernels | None:
+    if settings.cpu_kernels == "off" or device.type != "cpu":
+        return None
+    try:
+        return make_kernels(NativeCode(find_compiler(environ), cache_folder(environ), say=say))
+    except NativeError as error:
+        if settings.cpu_kernels == "on":
+            raise ValueError(f"--cpu-kernels on: {error}; or leave the option out") from error
+        say(f"no kernels of our own, so decoding takes 1.3 to 3 times as long on this CPU: {error}")
+        return None
+
+
+def _pack(settings: Settings, base: ResidentBase, kernels: CpuKernels | None, say: Callable[[str], None]) -> None:
+    if settings.prepack == "off":
+        return
+    num_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    is_asked = settings.prepack == "on"
+    if kernels is not None and gains_from_kernels(base.device, base.dtype):
+        if is_asked or has_room(num_bytes):
+            base.adapted.pack(kernels.few_rows.linear, fewest=1)
+            say("weights packed for our own kernels")
+    elif can_pack(base.device, base.dtype) and (is_asked or is_worth_its_room(num_bytes, base.dtype)):
+        base.adapted.pack()
+        say("weights packed for this CPU")

@@ -1,0 +1,94 @@
+"""Products of a few rows with a weight, y = x W^T + b, by a kernel of our own on a CPU.
+
+Owns the packed copy of each weight: panels in the order in which they are read, float32 or bfloat16 as the weight is.
+A row's result has the same bits alone and in any batch, because the order of its sum depends on the weight's size
+alone. Sums are float32; bfloat16 is rounded once, at the end. Knows no layer and no model.
+
+Shapes: `M` rows, `I` in and `O` out features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from peft_serve.kernels.native import NativeCode, NativeError
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of few_rows.cpp."""
+
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("num_out", ctypes.c_long),
+        ("num_in", ctypes.c_long),
+        ("is_bf16", ctypes.c_int),
+    )
+
+
+class FewRows:
+    """Makes products. Raises NativeError where the library cannot be had or does not compute what it should."""
+
+    def __init__(self, code: NativeCode) -> None:
+        library = code.library("few_rows")
+        self._pack: Any = library.few_rows_pack
+        self._pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
+        self._pack.restype = None
+        self._run: Any = library.few_rows
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
+        self._run.restype = None
+        library.few_rows_panel.restype = ctypes.c_long
+        self._panel = int(library.few_rows_panel())
+        self._try_out()
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """x [..., I] -> x W^T + b [..., O], a new tensor, from a copy of W: as many bytes as W has, to the panel.
+
+        W is float32 or bfloat16, on the CPU, of any strides; x has its dtype.
+        """
+        weight = weight_OI.detach()
+        (num_out, num_in), dtype = weight.shape, weight.dtype
+        assert weight.device.type == "cpu", f"the kernel runs on a CPU, not on {weight.device}"
+        assert dtype in DTYPES, f"the kernel computes {DTYPES}, not {dtype}"
+        num_panels = -(-num_out // self._panel)
+        panels = torch.empty(num_panels * num_in * self._panel, dtype=dtype)
+        bias = None if bias_O is None else bias_O.detach().float().clone()
+        layer = _Layer(
+            panels.data_ptr(), None if bias is None else bias.data_ptr(), num_out, num_in, dtype == torch.bfloat16
+        )
+        at = ctypes.addressof(layer)
+        self._pack(at, weight.data_ptr(), weight.stride(0), weight.stride(1))
+        run, empty = self._run, torch.empty
+        kept = (layer, panels, bias)  # what the addresses point to lives as long as the function
+
+        def forward(x: Tensor) -> Tensor:
+            shape = x.shape
+            assert x.dtype is dtype and shape[-1] == num_in and kept, f"a product of {dtype} [.., {num_in}]"  # noqa: PT018
+            if not x.is_contiguous():
+                x = x.contiguous()
+            y = empty((*shape[:-1], num_out), dtype=dtype)
+            run(at, x.data_ptr(), y.data_ptr(), x.numel() // num_in)
+            return y
+
+        return forward
+
+    def _try_out(self) -> None:
+        """A compiler's mistake is found here rather than in an answer."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.inference_mode():
+            for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+                x_MI, w_OI, b_O = (torch.randn(size, generator=generator) for size in ((9, 300), (67, 300), (67,)))
+                x_MI, w_OI, b_O = x_MI.to(dtype), w_OI.to(dtype), b_O.to(dtype)
+                product = self.linear(w_OI, b_O)
+                y_MO, exact_MO = product(x_MI), x_MI.double() @ w_OI.double().t() + b_O.double()
+                if float((y_MO - exact_MO).abs().max() / exact_MO.abs().max()) > tolerance:
+                    raise NativeError(f"few_rows.cpp computes {dtype} wrongly as this compiler translates it")
+                if any(not torch.equal(product(x_MI[:n])[-1], y_MO[n - 1]) for n in range(1, len(x_MI))):
+                    raise NativeError("few_rows.cpp sums a row in another order in another batch; use another compiler")

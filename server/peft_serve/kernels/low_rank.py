@@ -1,0 +1,145 @@
+"""Low-rank terms of many adapters at one linear layer, y[t] += B_k (A_k x[t]), by a kernel of our own on a CPU.
+
+One call does all adapters of a step, whatever their ranks, and reads their factors where they lie. Sums are float32,
+and a result is rounded once. A token's term has the same bits alone and in any step, because the order of its sums
+depends on the rank and the number of inputs alone; nothing of one adapter meets another's tokens.
+
+Shapes: `T` tokens, `I` in and `O` out features, `R` rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from peft_serve.kernels.native import NativeCode, NativeError
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+
+Add = Callable[[Tensor, Tensor], object]
+"""(y [.., O], x [.., I]) -> y changed in place."""
+
+_HEADER = 2  # numbers in front of a layer's factors: in and out features
+_EACH = 3  # numbers of one slot: the addresses of A and B, and the rank
+
+
+class Segments:
+    """Tokens [first, last) and the slot of their adapter, (slot, first, last) each, as the kernel reads them.
+
+    Made once for a step; serves every layer.
+    """
+
+    def __init__(self, each: Iterable[tuple[int, int, int]], num_tokens: int) -> None:
+        rows = tuple(each)
+        assert all(0 <= first < last <= num_tokens for _, first, last in rows), (rows, num_tokens)
+        self.num_tokens = num_tokens
+        self.num_slots = 1 + max((slot for slot, _, _ in rows), default=0)
+        self._numbers = array("q", (len(rows), *(number for row in rows for number in row)))
+        self.address = self._numbers.buffer_info()[0]
+
+
+class LayerFactors:
+    """The factors of one layer's adapters by slot, and where they lie."""
+
+    def __init__(self, kernel: LowRankKernel, num_in: int, num_out: int, dtype: torch.dtype) -> None:
+        self._run = kernel.function(dtype)
+        self._dtype = dtype
+        self._num_in, self._num_out = num_in, num_out
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._numbers = array("q", (num_in, num_out))
+
+    def put(self, slot: int, a_RI: Tensor, b_OR: Tensor) -> None:
+        """Keep an adapter's factors: A as it is, B turned, so that both are read along their rows."""
+        a_RI, b_RO = a_RI.to(self._dtype).contiguous(), b_OR.to(self._dtype).t().contiguous()
+        rank = len(a_RI)
+        assert a_RI.shape == (rank, self._num_in), "a factor fits its layer"
+        assert b_RO.shape == (rank, self._num_out), "a factor fits its layer"
+        self._reach(slot + 1)
+        self._kept[slot] = a_RI, b_RO
+        self._write(slot, a_RI.data_ptr(), b_RO.data_ptr(), rank)
+
+    def drop(self, slot: int) -> None:
+        """Forget the slot, if it has something here. Ops that were made before are not to be called again."""
+        if self._kept.pop(slot, None) is not None:
+            self._write(slot, 0, 0, 0)
+
+    def op(self, segments: Segments) -> Add:
+        """Adds the terms of a step's adapters; those that have none here are passed over."""
+        self._reach(segments.num_slots)
+        numbers, run = self._numbers, self._run
+        layer, steps = numbers.buffer_info()[0], segments.address
+        num_x, num_y = segments.num_tokens * self._num_in, segments.num_tokens * self._num_out
+        dtype = self._dtype
+
+        def add(y: Tensor, x: Tensor, _alive: object = (numbers, segments)) -> None:  # for as long as it is read
+            if x.numel() != num_x or y.numel() != num_y:
+                raise ValueError(f"factors for {segments.num_tokens} tokens got x {x.shape} and y {y.shape}")
+            if x.dtype is not dtype or not x.is_contiguous():
+                x = x.to(dtype).contiguous()
+            if y.dtype is dtype and y.is_contiguous():
+                run(layer, steps, y.data_ptr(), x.data_ptr())
+                return
+            own = y.to(dtype).contiguous()
+            run(layer, steps, own.data_ptr(), x.data_ptr())
+            y.copy_(own)
+
+        return add
+
+    def _reach(self, num_slots: int) -> None:
+        """Make room for so many slots. The numbers move then, away from ops that were made before."""
+        missing = _HEADER + num_slots * _EACH - len(self._numbers)
+        if missing > 0:
+            self._numbers = self._numbers + array("q", bytes(8 * missing))
+
+    def _write(self, slot: int, *numbers: int) -> None:
+        at = _HEADER + slot * _EACH
+        self._numbers[at : at + _EACH] = array("q", numbers)
+
+
+class LowRankKernel:
+    """The compiled kernel. Raises NativeError where it cannot be had or does not compute what it should."""
+
+    def __init__(self, code: NativeCode) -> None:
+        library = code.library("low_rank")
+        self._functions = {torch.float32: library.low_rank_f32, torch.bfloat16: library.low_rank_bf16}
+        for function in self._functions.values():
+            function.argtypes = [ctypes.c_void_p] * 4
+            function.restype = None
+        with torch.inference_mode():
+            for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+                self._try_out(dtype, tolerance)
+
+    def function(self, dtype: torch.dtype) -> Any:
+        """What `LayerFactors` calls: (layer, segments, y, x), addresses all."""
+        return self._functions[dtype]
+
+    def layer(self, num_in: int, num_out: int, dtype: torch.dtype) -> LayerFactors:
+        """A layer without factors yet."""
+        return LayerFactors(self, num_in, num_out, dtype)
+
+    def _try_out(self, dtype: torch.dtype, tolerance: float) -> None:
+        """A compiler's mistake is found here rather than in an answer."""
+        generator = torch.Generator().manual_seed(0)
+
+        def small(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(dtype)
+
+        layer, x_TI, y_TO = self.layer(75, 70, dtype), small(12, 75), small(12, 70)
+        exact_TO = y_TO.double()
+        for slot, (rank, first, last) in enumerate(((13, 0, 1), (8, 1, 9), (3, 9, 12)), start=1):
+            a_RI, b_OR = small(rank, 75), small(70, rank)
+            layer.put(slot, a_RI, b_OR)
+            exact_TO[first:last] += x_TI[first:last].double() @ a_RI.double().t() @ b_OR.double().t()
+        together_TO, alone_TO = y_TO.clone(), y_TO.clone()
+        layer.op(Segments(((1, 0, 1), (2, 1, 9), (3, 9, 12)), 12))(together_TO, x_TI)
+        for token, slot in enumerate((1, *[2] * 8, *[3] * 3)):
+            layer.op(Segments(((slot, 0, 1),), 1))(alone_TO[token], x_TI[token])
+        if float((together_TO - exact_TO).abs().max() / exact_TO.abs().max()) > tolerance:
+            raise NativeError(f"low_rank.cpp computes {dtype} wrongly as this compiler translates it")
+        if not torch.equal(together_TO, alone_TO):
+            raise NativeError("low_rank.cpp sums a token in another order in another step; use another compiler")

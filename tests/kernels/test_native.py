@@ -1,0 +1,121 @@
+"""Compiling: once for each source, compiler and CPU; a machine that cannot says so and how it could."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_serve.kernels import native
+from peft_serve.kernels.native import Compiler, NativeCode, NativeError, cache_folder, find_compiler
+
+COMPILER = find_compiler(os.environ)
+SOURCE = """
+#include "team.h"
+extern "C" void squares(long n, long* out, long* threads) {
+  *threads = team::num_threads();
+  team::share(n, 2, [=](long first, long last) { for (long i = first; i < last; ++i) out[i] = i * i; });
+}
+"""
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="this machine has no C++ compiler")
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "squares.cpp").write_text(SOURCE)
+    (folder / "team.h").write_bytes(Path(native.__file__).with_name("team.h").read_bytes())
+    return folder
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_library_computes_on_torchs_threads(sources: Path, tmp_path: Path, num_threads: int) -> None:
+    runtimes = _openmp_runtimes()
+    library = NativeCode(COMPILER, tmp_path / "cache", sources=sources).library("squares")
+    out, threads = (ctypes.c_long * 101)(), ctypes.c_long()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        library.squares(ctypes.c_long(101), out, ctypes.byref(threads))
+    finally:
+        torch.set_num_threads(before)
+    assert list(out) == [i * i for i in range(101)]
+    assert threads.value == num_threads
+    assert _openmp_runtimes() == runtimes, "the library brought a runtime of its own"
+
+
+def _openmp_runtimes() -> set[str]:
+    """The files of OpenMP runtimes in this process, where the system tells; other packages may have brought some."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return {line.split()[-1] for line in lines if "omp" in line.rpartition("/")[2]}
+
+
+@needs_compiler
+def test_what_was_compiled_is_kept_until_its_source_changes(sources: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    code = NativeCode(COMPILER, tmp_path / "cache", say=said.append, sources=sources)
+    code.library("squares")
+    code.library("squares")
+    assert len(said) == 1
+    (sources / "team.h").write_text((sources / "team.h").read_text() + "// changed\n")
+    code.library("squares")
+    assert len(said) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # two libraries, and nothing half done
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+
+
+def test_without_a_compiler_the_message_has_the_way_out(tmp_path: Path) -> None:
+    assert find_compiler({"PATH": ""}) is None
+    assert find_compiler({"PATH": os.environ["PATH"], "CXX": "no-such-compiler"}) is None
+    with pytest.raises(NativeError, match="install g\\+\\+ or clang"):
+        NativeCode(None, tmp_path).library("few_rows")
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_is_named_and_leaves_nothing(sources: Path, tmp_path: Path) -> None:
+    (sources / "squares.cpp").write_text("this is no C++")
+    with pytest.raises(NativeError, match=r"squares\.cpp"):
+        NativeCode(COMPILER, tmp_path / "cache", sources=sources).library("squares")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_compiler_that_hangs_is_given_up(sources: Path, tmp_path: Path) -> None:
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o700)
+    with pytest.raises(NativeError, match=r"longer than 0\.2 s"):
+        NativeCode(Compiler(sleeper), tmp_path / "cache", timeout_s=0.2, sources=sources).library("squares")
+
+
+def test_a_library_that_does_not_load_is_named(sources: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.write_text('#!/bin/sh\nfor each; do [ "$last" = -o ] && echo no library > "$each"; last=$each; done\nexit 0\n')
+    bad.chmod(0o700)
+    with pytest.raises(NativeError, match="delete it"):
+        NativeCode(Compiler(bad), tmp_path / "cache", sources=sources).library("squares")
+
+
+def test_code_is_loaded_from_the_users_own_folder_only(sources: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(NativeError, match="can be written by others"):
+        NativeCode(Compiler(Path("/bin/sh")), cache, sources=sources).library("squares")
+
+
+def test_a_cache_that_cannot_be_written_is_refused(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NativeError, match="XDG_CACHE_HOME"):
+        NativeCode(Compiler(Path("/bin/sh")), tmp_path / "file" / "cache", sources=sources).library("squares")
+
+
+def test_the_cache_follows_the_base_directory_specification() -> None:
+    assert cache_folder({"XDG_CACHE_HOME": "/cache"}) == Path("/cache/peft-serve/kernels")
+    assert cache_folder({}) == Path.home() / ".cache/peft-serve/kernels"
