@@ -39,7 +39,7 @@ def place(browse: Open, url: str) -> Any:
 
 def test_an_archive_is_uploaded(place: Any, url: str) -> None:
     place.set_input_files("input[type=file] >> nth=0", archive("my new adapter (2).zip"))
-    assert place.input_value(".send input") == "my-new-adapter-2-"
+    assert place.input_value(".send input") == "my-new-adapter-2"
     place.fill(".send input", "mine")
     place.click(".send .primary")
     place.wait_for_selector(".accepted")
@@ -144,7 +144,7 @@ def test_the_list_is_found_by_name(place: Any) -> None:
     place.fill(".list .find", "SOF")
     assert place.locator("tbody tr").count() == 1
     place.fill(".list .find", "nobody")
-    place.wait_for_selector("text=None.")
+    place.wait_for_selector("text=No adapter has")
 
 
 def test_hostile_names_and_texts_stay_text(browse: Open, url: str, world: World) -> None:
@@ -169,6 +169,7 @@ def test_hostile_names_and_texts_stay_text(browse: Open, url: str, world: World)
     page.route("**/adapters", lambda route: route.fulfill(json={"adapters": entries}))
     page.route("**/info", lambda route: route.fulfill(json=info | {"model_id": HOSTILE}))
     page.route("**/v1/models/**", lambda route: route.fulfill(json={"tasks": ["generate"], "head": None}))
+    page.add_init_script("delete globalThis.SharedWorker")  # without it a tab watches for itself, and can be lied to
     page.route("**/v1/events", lambda route: route.fulfill(body=f"data: {json.dumps(live)}\n\n", headers=stream))
     page.route("**/generate_stream*", lambda route: route.fulfill(body=f"data:{json.dumps(said)}\n\n", headers=stream))
     page.reload()
@@ -203,14 +204,3 @@ def test_axe_finds_nothing_serious(browse: Open, url: str, scheme: str, width: i
     page.wait_for_selector(".refusal")
     page.wait_for_timeout(400)
     assert not serious(page)
-
-
-def test_a_server_that_is_gone_is_told(browse: Open, url: str) -> None:
-    page = browse(f"{url}/ui/")
-    page.wait_for_selector(".strip .state:has-text('running')")
-    page.route("**/v1/events", lambda route: route.abort())
-    page.route("**/adapters", lambda route: route.abort())
-    page.reload()
-    page.wait_for_selector(".strip .state:has-text('no connection')")
-    page.wait_for_selector("[role=alert]:has-text('did not come')")
-    page.errors.clear()

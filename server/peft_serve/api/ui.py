@@ -60,8 +60,8 @@ class PlaygroundRoutes:
     def router(self) -> APIRouter:
         router = APIRouter(include_in_schema=False)
         router.add_api_route("/", self.root, methods=["GET"])
-        router.add_api_route("/ui", self.moved, methods=["GET", "HEAD"])
-        router.add_api_route("/ui/{path:path}", self.page, methods=["GET", "HEAD"])
+        router.add_api_route("/ui", self.moved, methods=["GET"])
+        router.add_api_route("/ui/{path:path}", self.page, methods=["GET"])
         return router
 
     async def root(self, request: Request) -> Response:

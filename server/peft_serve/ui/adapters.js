@@ -3,7 +3,7 @@ import * as api from "./api.js";
 import { forget } from "./asking.js";
 import { hued } from "./colours.js";
 import { Upload } from "./upload.js";
-import { bytes, html, plural, useEffect, useRef, useState } from "./view.js";
+import { bytes, html, methodName, plural, useEffect, useRef, useState } from "./view.js";
 
 const SHOWN = 200;
 const PLACES = { device: "on the device", host: "in memory", disk: "on disk" };
@@ -37,11 +37,29 @@ function Versions({ entry, onClose, act }) {
     ${problem && html`<p class="alarm">${problem}</p>`}
     <ul class="versions">${(found ?? []).map((each) => html`<li>
       <b>${each.version === 0 ? "folder" : `v${each.version}`}</b>
-      <span>${each.peft_type ?? "not read yet"} · ${bytes(each.bytes)}<br /><small>${(each.created ?? "").replace("T", " ").slice(0, 16)} · <code>${(each.digest ?? "").slice(7, 19)}</code></small></span>
+      <span>${each.peft_type ? methodName(each.peft_type) : "not read yet"} · ${bytes(each.bytes)}<br /><small>${(each.created ?? "").replace("T", " ").slice(0, 16)} · <code>${(each.digest ?? "").slice(7, 19)}</code></small></span>
       ${each.version === entry.version ? html`<span class="badge">current</span>` : each.version > 0 && html`<button type="button" onClick=${() => back(each)}>Use this one</button>`}
     </li>`)}</ul>
     <form method="dialog" class="actions"><button value="no">Close</button></form>
   <//>`;
+}
+
+function Method({ entry }) {
+  if (!entry.peft_type) return html`<span class="note" title="A checkpoint of a folder is read when it is first used">read at first use</span>`;
+  return html`${methodName(entry.peft_type)}${entry.rank ? html` <small>rank ${entry.rank}</small>` : ""}`;
+}
+
+function Acts({ entry, act, open }) {
+  const { name, pinned } = entry;
+  return html`<td class="acts">
+    ${!entry.problem && html`<a class="quiet" href=${`#play?with=${encodeURIComponent(name)}`} aria-label=${`Ask ${name}`}>Ask</a>
+      <button type="button" class="quiet" aria-label=${`${pinned ? "Unpin" : "Pin"} ${name}`} title=${pinned ? "Let it leave the device when it is idle" : "Keep it on the device"}
+        onClick=${() => act(() => api.pin(name, !pinned), `${name} is ${pinned ? "no longer pinned" : "pinned"}`)}>${pinned ? "Unpin" : "Pin"}</button>`}
+    ${entry.num_versions > 1 && html`<button type="button" class="quiet" aria-label=${`Versions of ${name}`} onClick=${() => open("versions", entry)}>Versions</button>`}
+    ${entry.read_only
+      ? html`<span class="note locked" title="It lies in a folder that the server only reads">read-only</span>`
+      : html`<button type="button" class="quiet danger" aria-label=${`Delete ${name}`} onClick=${() => open("delete", entry)}>Delete</button>`}
+  </td>`;
 }
 
 function Row({ entry, inFlight, act, open }) {
@@ -49,17 +67,12 @@ function Row({ entry, inFlight, act, open }) {
   return html`<tr class="hued" style=${hued(entry.name)}>
     <th scope="row"><i class="swatch"></i>${entry.name}${entry.problem && html`<span class="problem">${entry.problem}</span>`}
       ${!entry.problem && entry.state !== "active" && html` <span class="badge">${entry.state}</span>`}</th>
-    <td data-label="Method">${entry.peft_type ?? html`<span class="note" title="A checkpoint of a folder is read when it is first used">not read yet</span>`}${entry.rank ? html` <small>r ${entry.rank}</small>` : ""}</td>
-    <td data-label="Version">${version}${entry.num_versions > 1 && html` <small>of ${entry.num_versions}</small>`}</td>
+    <td data-label="Method"><${Method} entry=${entry} /></td>
+    <td data-label="Version">${version || "–"}${entry.num_versions > 1 && html` <small>of ${entry.num_versions}</small>`}</td>
     <td data-label="Where"><span class=${`where ${entry.residency}`}>${PLACES[entry.residency] ?? entry.residency}</span>${entry.pinned && html` <span class="badge">pinned</span>`}</td>
-    <td data-label="In flight" class="number">${inFlight}</td>
+    <td data-label="In flight" class=${`number ${inFlight ? "" : "zero"}`}>${inFlight}</td>
     <td data-label="Size" class="number">${bytes(entry.bytes)}</td>
-    <td class="acts">
-      <button type="button" class="quiet" aria-label=${`${entry.pinned ? "Unpin" : "Pin"} ${entry.name}`} disabled=${Boolean(entry.problem)}
-        onClick=${() => act(() => api.pin(entry.name, !entry.pinned), `${entry.name} is ${entry.pinned ? "no longer pinned" : "pinned"}`)}>${entry.pinned ? "Unpin" : "Pin"}</button>
-      <button type="button" class="quiet" aria-label=${`Versions of ${entry.name}`} disabled=${entry.num_versions < 2} onClick=${() => open("versions", entry)}>Versions</button>
-      <button type="button" class="quiet danger" aria-label=${`Delete ${entry.name}`} disabled=${entry.read_only} title=${entry.read_only ? "It lies in a read-only folder" : ""} onClick=${() => open("delete", entry)}>Delete</button>
-    </td>
+    <${Acts} entry=${entry} act=${act} open=${open} />
   </tr>`;
 }
 
@@ -70,7 +83,7 @@ function flights(live) {
   return found;
 }
 
-export function Adapters({ adapters, refresh, live }) {
+export function Adapters({ adapters, refresh, live, maxBytes }) {
   const [wanted, setWanted] = useState("");
   const [said, setSaid] = useState({ text: "", isBad: false });
   const [dialog, setDialog] = useState(null);
@@ -96,7 +109,7 @@ export function Adapters({ adapters, refresh, live }) {
   const now = flights(live);
   const open = (kind, entry) => setDialog({ kind, entry });
   return html`<h1 class="sr">Adapters</h1>
-    <${Upload} onDone=${uploaded} />
+    <${Upload} onDone=${uploaded} maxBytes=${maxBytes} />
     <section class="list" aria-labelledby="list-title">
       <div class="bar-above"><h2 id="list-title">Adapters <span class="note">${adapters ? adapters.length : ""}</span></h2>
         <input type="search" class="find" placeholder="Find by name" aria-label="Find an adapter by name" value=${wanted} onInput=${(event) => setWanted(event.target.value)} /></div>
@@ -106,7 +119,7 @@ export function Adapters({ adapters, refresh, live }) {
         <tbody>${found.slice(0, SHOWN).map((each) => html`<${Row} key=${each.name} entry=${each} inFlight=${now.get(each.name) ?? each.in_flight} act=${act} open=${open} />`)}</tbody>
       </table></div>
       ${found.length > SHOWN && html`<p class="note">${found.length - SHOWN} more: type to find them</p>`}
-      ${adapters && !found.length && html`<p class="note">None.</p>`}
+      ${adapters && !found.length && html`<p class="empty">${wanted ? html`No adapter has “${wanted.trim()}” in its name.` : "No adapter yet. Drop a checkpoint above, and ask it a moment later."}</p>`}
     </section>
     ${dialog?.kind === "delete" && html`<${Delete} entry=${dialog.entry} onClose=${() => setDialog(null)} act=${act} />`}
     ${dialog?.kind === "versions" && html`<${Versions} entry=${dialog.entry} onClose=${() => setDialog(null)} act=${act} />`}`;

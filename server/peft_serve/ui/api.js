@@ -3,6 +3,22 @@
 const ROOT = new URL("..", import.meta.url);
 const address = (path) => new URL(path, ROOT).href;
 const JSON_TYPE = { "content-type": "application/json" };
+const KEY = "key";
+
+/** The key that this tab sends, or "": it is kept until the tab is closed, and in this tab alone. */
+export function key() {
+  try {
+    return sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    return ""; // storage is switched off
+  }
+}
+
+export function keepKey(text) {
+  sessionStorage.setItem(KEY, text);
+}
+
+const bearer = () => (key() ? { authorization: `Bearer ${key()}` } : {});
 
 /** What the server refused, in its own words: `problem` has `detail` and, for an upload, `errors`. */
 export class Refused extends Error {
@@ -11,6 +27,16 @@ export class Refused extends Error {
     this.status = status;
     this.code = problem.code || "";
     this.errors = Array.isArray(problem.errors) ? problem.errors : [];
+  }
+}
+
+/** fetch, with words for a server that cannot be reached. */
+async function reach(path, init) {
+  try {
+    return await fetch(address(path), { ...init, headers: { ...init.headers, ...bearer() } });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused({ detail: "The server does not answer. Is it still running?" }, 0);
   }
 }
 
@@ -27,7 +53,7 @@ async function problemOf(response) {
 export async function call(method, path, { body, signal } = {}) {
   const init = { method, signal };
   if (body !== undefined) Object.assign(init, { body: JSON.stringify(body), headers: JSON_TYPE });
-  const response = await fetch(address(path), init);
+  const response = await reach(path, init);
   if (!response.ok) throw await problemOf(response);
   return response.status === 204 ? null : response.json();
 }
@@ -44,37 +70,53 @@ export const describe = (name) => call("GET", `v1/models/${named(name)}`);
 
 const asked = (path, adapter) => (adapter === "base" ? path : `${path}?adapter=${named(adapter)}`);
 
-export function classify(adapter, inputs, parameters, signal) {
-  return call("POST", asked("classify", adapter), { body: { inputs, parameters }, signal });
+/** What is sent for each way to ask: a path and a body, also to be shown as a command. */
+export const asks = {
+  generate: (adapter, inputs, parameters) => ({ path: asked("generate_stream", adapter), body: { inputs, parameters: { ...parameters, details: true } } }),
+  classify: (adapter, inputs, parameters) => ({ path: asked("classify", adapter), body: { inputs, parameters } }),
+  embed: (adapter, inputs) => ({ path: asked("embed", adapter), body: { inputs } }),
+};
+
+/** The command that asks the same. */
+export function asCurl({ path, body }) {
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const keyed = key() ? " \\\n  -H 'authorization: Bearer YOUR_KEY'" : "";
+  return `curl -N ${quoted(address(path))}${keyed} \\\n  -H 'content-type: application/json' \\\n  -d ${quoted(JSON.stringify(body))}`;
 }
 
-export function embed(adapter, inputs, signal) {
-  return call("POST", asked("embed", adapter), { body: { inputs }, signal });
+export const answer = ({ path, body }, signal) => call("POST", path, { body, signal });
+
+/** The next piece of a stream. */
+async function piece(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused({ detail: "The connection broke off in the middle of the answer." }, 0);
+  }
 }
 
 /** Stream an answer: `onEvent` gets each event's object as it comes. Throws `Refused` for a failure within, too. */
-export async function generate(adapter, inputs, parameters, signal, onEvent) {
-  const response = await fetch(address(asked("generate_stream", adapter)), {
-    method: "POST",
-    headers: JSON_TYPE,
-    body: JSON.stringify({ inputs, parameters: { ...parameters, details: true } }),
-    signal,
-  });
+export async function stream({ path, body }, signal, onEvent) {
+  const response = await reach(path, { method: "POST", headers: JSON_TYPE, body: JSON.stringify(body), signal });
   if (!response.ok) throw await problemOf(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let isWhole = false;
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
+    const { value, done } = await piece(reader);
+    if (done) break;
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data:")) continue;
       const event = JSON.parse(line.slice(5));
       if (event.error !== undefined) throw new Refused(event, response.status);
+      isWhole ||= event.generated_text !== null;
       onEvent(event);
     }
   }
+  if (!isWhole) throw new Refused({ detail: "The answer broke off: the server ended it before its last token." }, 0);
 }
 
 /** Send an upload: a `File` that is an archive, or a list of `File`s. `onProgress` gets the share that is sent. */
@@ -82,7 +124,7 @@ export function upload(name, content, { check = false, onProgress }) {
   const request = new XMLHttpRequest();
   const done = new Promise((resolve, reject) => {
     request.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
-    request.onerror = () => reject(new Refused({ detail: "the connection broke; send it again" }, 0));
+    request.onerror = () => reject(new Refused({ detail: "The connection broke while it was sent: the server is gone, or it is larger than the server takes." }, 0));
     request.onabort = () => reject(new DOMException("stopped", "AbortError"));
     request.onload = () => {
       let answer = {};
@@ -96,6 +138,7 @@ export function upload(name, content, { check = false, onProgress }) {
     };
   });
   request.open(check ? "POST" : "PUT", address(check ? "adapters/validate" : `adapters/${named(name)}`));
+  for (const [name, value] of Object.entries(bearer())) request.setRequestHeader(name, value);
   if (Array.isArray(content)) {
     const form = new FormData();
     for (const file of content) form.append("files", file, file.name);
@@ -105,13 +148,4 @@ export function upload(name, content, { check = false, onProgress }) {
     request.send(content);
   }
   return { done, abort: () => request.abort() };
-}
-
-/** Watch the server; `onEvent` gets each snapshot, `onState` whether the connection stands. Returns what ends it. */
-export function watch(onEvent, onState) {
-  const source = new EventSource(address("v1/events"));
-  source.onopen = () => onState(true);
-  source.onerror = () => onState(false);
-  source.onmessage = (message) => onEvent(JSON.parse(message.data));
-  return () => source.close();
 }

@@ -35,26 +35,29 @@ export function parametersOf(options) {
 /** How many fields differ from their defaults. */
 const numSet = (options) => NUMBERS.filter(({ name }) => options[name]).length + (options.stop ? 1 : 0) + (options.choices ? 1 : 0) + (options.second ? 1 : 0) + (options.isEndless ? 1 : 0);
 
-export function Options({ options, onChange }) {
+/** The fields that fit: a base that writes nothing has no tokens to draw. */
+const fits = (isWriter) => NUMBERS.filter(({ name }) => isWriter || name === "task_id");
+
+export function Options({ options, onChange, isWriter }) {
   const set = (name) => (event) => onChange({ ...options, [name]: event.target.value });
   const count = numSet(options);
   return html`<details class="drawer">
     <summary>Parameters ${count > 0 && html`<span class="badge">${count} set</span>`}</summary>
     <div class="fields">
-      ${NUMBERS.map(({ name, label, min, max, step, hint }) => html`<label key=${name}>${label}
+      ${fits(isWriter).map(({ name, label, min, max, step, hint }) => html`<label key=${name}>${label}
         <input type="number" name=${name} min=${min} max=${max} step=${step} placeholder=${name === "max_new_tokens" && options.isFree ? FREE_LENGTH : hint}
           value=${options[name] ?? ""} onInput=${set(name)} /></label>`)}
     </div>
     <div class="fields wide">
-      <label>Choices, one a line
+      ${isWriter && html`<label>Choices, one a line
         <textarea rows="3" name="choices" placeholder="yes${"\n"}no" value=${options.choices} onInput=${set("choices")}></textarea></label>
       <label>Stop strings, one a line
-        <textarea rows="3" name="stop" value=${options.stop} onInput=${set("stop")}></textarea></label>
+        <textarea rows="3" name="stop" value=${options.stop} onInput=${set("stop")}></textarea></label>`}
       <label>Second text, or context of a question
-        <textarea rows="3" name="second" placeholder="for heads that read pairs or answer questions" value=${options.second} onInput=${set("second")}></textarea></label>
+        <textarea rows="3" name="second" dir="auto" placeholder="for heads that read pairs or answer questions" value=${options.second} onInput=${set("second")}></textarea></label>
     </div>
-    <label class="check"><input type="checkbox" name="ignore_eos" checked=${options.isEndless} onChange=${(event) => onChange({ ...options, isEndless: event.target.checked })} />
-      Go on past the end <span class="note">write all the new tokens, whatever the model says</span></label>
-    <p><button type="button" class="quiet" disabled=${!count} onClick=${() => onChange({ ...UNSET, isFree: options.isFree })}>Clear all</button></p>
+    ${isWriter && html`<label class="check"><input type="checkbox" name="ignore_eos" checked=${options.isEndless} onChange=${(event) => onChange({ ...options, isEndless: event.target.checked })} />
+      Go on past the end <span class="note">write all the new tokens, whatever the model says</span></label>`}
+    <p><button type="button" class="quiet" disabled=${!count} onClick=${() => onChange({ ...UNSET, isFree: options.isFree })}>Back to defaults</button></p>
   </details>`;
 }

@@ -1,9 +1,10 @@
 // The playground: pick adapters, write a prompt, and watch the answers side by side.
 import { Answer } from "./answers.js";
-import { ask } from "./asking.js";
+import { writes } from "./asking.js";
 import { Lanes } from "./lanes.js";
 import { Options, UNSET } from "./options.js";
-import { Picker } from "./picker.js";
+import { MOST, Picker } from "./picker.js";
+import { useRuns } from "./runs.js";
 import { html, useEffect, useRef, useState } from "./view.js";
 
 const EXAMPLES = [
@@ -22,48 +23,14 @@ function fuller(most, rows) {
   return isMore ? { rows: rows.length, adapters } : most;
 }
 
-/** The runs of one question, their clock, and what stops them. Tokens are shown once a frame, however many come. */
-function useRuns(base) {
-  const [runs, setRuns] = useState([]);
-  const current = useRef({ runs: [], stop: null, frame: 0 });
-  const show = () => {
-    const box = current.current;
-    box.frame ||= requestAnimationFrame(() => {
-      box.frame = 0;
-      setRuns([...box.runs]);
-    });
-  };
-  const start = (names, text, options) => {
-    current.current.stop?.abort();
-    const stop = new AbortController();
-    const made = names.map((name) => ({ name, status: "running", ticks: [] }));
-    current.current.runs = made;
-    current.current.stop = stop;
-    setRuns([...made]);
-    return Promise.all(made.map(async (run, i) => {
-      const change = (part) => {
-        Object.assign(run, part);
-        if (current.current.runs[i] !== run) return;
-        show();
-      };
-      try {
-        await ask(run.name, base, text, options, stop.signal, (part, { at }) => {
-          run.ticks.push(at);
-          change(part);
-        });
-        change({ status: "done" });
-      } catch (error) {
-        change(error.name === "AbortError" ? { status: "stopped" } : { status: "failed", error });
-      }
-    }));
-  };
-  return { runs, start, stop: () => current.current.stop?.abort() };
-}
-
-function useChosen(adapters) {
+/** Who is chosen: those of the address (`#play?with=a,b`), else the first few of the list. */
+function useChosen(adapters, wanted) {
   const [chosen, setChosen] = useState(null);
   useEffect(() => {
-    if (chosen !== null || adapters === null) return;
+    if (wanted.length) setChosen(wanted.slice(0, MOST));
+  }, [wanted.join()]);
+  useEffect(() => {
+    if (chosen !== null || adapters === null || wanted.length) return;
     const usable = adapters.filter((each) => !each.problem).map((each) => each.name);
     setChosen(usable.length ? usable.slice(0, STARTERS) : ["base"]);
   }, [adapters]);
@@ -71,12 +38,34 @@ function useChosen(adapters) {
   return [chosen ?? [], toggle];
 }
 
-export function Play({ adapters, base, live }) {
-  const [chosen, toggle] = useChosen(adapters);
+function Examples({ texts, onPick }) {
+  return html`<p class="examples"><span class="note">Try</span>
+    ${texts.map((each) => html`<button type="button" class="quiet small" onClick=${() => onPick(each)}>${each}</button>`)}</p>`;
+}
+
+function Words({ options, onChange }) {
+  return html`<label class="check"><input type="checkbox" checked=${!options.isFree} onChange=${(event) => onChange({ ...options, isFree: !event.target.checked })} />
+    Use each adapter's own template and labels <span class="note">off: all of them continue the bare text</span></label>`;
+}
+
+function Empty({ isWriter }) {
+  return html`<div class="empty"><span class="ghosts" aria-hidden="true"><i></i><i></i><i></i></span>
+    <p>${isWriter ? "Answers stream here side by side." : "What each head reads in the text appears here."}${" "}
+      All of them run in one batch over one copy of the base.</p></div>`;
+}
+
+const said = (runs, isBusy, ended) => {
+  if (!runs.length) return "";
+  return isBusy ? `${ended} of ${runs.length} answers are complete` : `All ${runs.length} answers have ended`;
+};
+
+export function Play({ adapters, base, live, wanted }) {
+  const [chosen, toggle] = useChosen(adapters, wanted);
   const [text, setText] = useState(EXAMPLES[0]);
   const [options, setOptions] = useState(UNSET);
   const [most, setMost] = useState({ rows: 0, adapters: 0 });
-  const { runs, start, stop } = useRuns(base);
+  const { runs, start, stop, again } = useRuns(base);
+  const isWriter = !base || writes(base);
   const isBusy = runs.some((run) => run.status === "running");
   const isReady = Boolean(base && chosen.length && text.trim());
   const wasBusy = useRef(false);
@@ -97,20 +86,19 @@ export function Play({ adapters, base, live }) {
   };
   const ended = runs.filter((each) => each.status !== "running").length;
   return html`<h1 class="sr">Playground</h1>
-    <form class="ask" onSubmit=${run}>
+    <form class="ask" noValidate onSubmit=${run}>
       <${Picker} adapters=${adapters} chosen=${chosen} onToggle=${toggle} />
-      <label class="prompt"><span>Prompt</span>
-        <textarea rows="3" value=${text} onInput=${(event) => setText(event.target.value)} onKeyDown=${keys} placeholder="Write something for all of them"></textarea></label>
-      <p class="examples"><span class="note">Try</span> ${(options.isFree ? STORIES : EXAMPLES).map((each) => html`<button type="button" class="quiet small" onClick=${() => setText(each)}>${each}</button>`)}</p>
-      <label class="check"><input type="checkbox" checked=${!options.isFree} onChange=${(event) => setOptions({ ...options, isFree: !event.target.checked })} />
-        Ask each adapter in its own words <span class="note">its template, its labels; off: all of them go on with the bare text</span></label>
-      <${Options} options=${options} onChange=${setOptions} />
+      <label class="prompt"><span>${isWriter ? "Prompt" : "Text"}</span>
+        <textarea rows="3" dir="auto" value=${text} onInput=${(event) => setText(event.target.value)} onKeyDown=${keys} placeholder="Write something for all of them"></textarea></label>
+      <${Examples} texts=${options.isFree ? STORIES : EXAMPLES} onPick=${setText} />
+      ${isWriter && html`<${Words} options=${options} onChange=${setOptions} />`}
+      <${Options} options=${options} onChange=${setOptions} isWriter=${isWriter} />
       <p class="actions"><button type="submit" class="primary" disabled=${!isReady}>${chosen.length > 1 ? `Ask all ${chosen.length}` : "Ask"}</button>
         ${isBusy && html`<button type="button" onClick=${stop}>Stop</button>`}
-        <kbd class="note">Ctrl + Enter</kbd></p>
+        <span class="note">${chosen.length ? html`<kbd>Ctrl</kbd> <kbd>Enter</kbd>` : "Choose at least one to ask."}</span></p>
     </form>
-    <p class="sr" role="status">${runs.length ? (isBusy ? `${ended} of ${runs.length} answers are complete` : `All ${runs.length} answers have ended`) : ""}</p>
-    <${Lanes} runs=${runs} most=${most} />
-    <div class="answers">${runs.map((each, i) => html`<${Answer} key=${i} run=${each} />`)}</div>
-    ${!runs.length && html`<p class="empty">The answers appear here side by side. All of them run in one batch over one copy of the base.</p>`}`;
+    <p class="sr" role="status">${said(runs, isBusy, ended)}</p>
+    <${Lanes} runs=${runs} most=${most} isWriter=${isWriter} />
+    <div class="answers" data-count=${runs.length}>${runs.map((each, i) => html`<${Answer} key=${i} run=${each} queue=${live?.queue} onAgain=${() => again(i)} />`)}</div>
+    ${!runs.length && html`<${Empty} isWriter=${isWriter} />`}`;
 }

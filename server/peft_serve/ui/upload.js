@@ -1,6 +1,6 @@
 // Uploading: drop a folder, its files or an archive, and read what came of it.
 import * as api from "./api.js";
-import { bytes, html, percent, plural, useRef, useState } from "./view.js";
+import { bytes, html, methodName, percent, plural, useEffect, useRef, useState } from "./view.js";
 
 const ARCHIVE = /\.(zip|tar|tar\.gz|tgz)$/i;
 const WANTED = /^(adapter_config\.json|adapter(_model)?\.(safetensors|bin)|head_config\.json|model_head\.safetensors|peft_serve\.json|chat_template\.jinja|tokenizer(_config)?\.json|added_tokens\.json)$/;
@@ -8,7 +8,7 @@ const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 
 /** A name for the adapter, made of a file's or a folder's. */
 function nameOf(text) {
-  return text.replace(ARCHIVE, "").replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 64);
+  return text.replace(ARCHIVE, "").replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 64).replace(/[^A-Za-z0-9]+$/, "");
 }
 
 const fileOf = (entry) => new Promise((resolve, reject) => entry.file(resolve, reject));
@@ -35,6 +35,13 @@ function picked(files, label) {
   return { content: wanted, label: folder, size: wanted.reduce((sum, file) => sum + file.size, 0), count: wanted.length };
 }
 
+/** Why nothing of it is sent, or "". */
+function problemOf({ count, size, label }, maxBytes) {
+  if (!count) return "None of these files belongs to a checkpoint: adapter_config.json and adapter_model.safetensors, or an archive of them.";
+  if (maxBytes && size > maxBytes) return `${label || "This"} has ${bytes(size)}, and this server takes ${bytes(maxBytes)} at most (--max-adapter-bytes).`;
+  return "";
+}
+
 function Refusal({ error }) {
   return html`<div class="refusal" role="alert">
     <p><b>Not accepted.</b> ${error.errors.length ? `${plural(error.errors.length, "reason")}, and nothing was kept:` : error.message}</p>
@@ -45,30 +52,54 @@ function Refusal({ error }) {
 function Accepted({ answer, name, wasCheck }) {
   const what = wasCheck ? "Fine as it is." : answer.status === 201 ? `${name} is version ${answer.version} now.` : `${name} has these very files already.`;
   return html`<div class="accepted" role="status">
-    <p><b>${what}</b> ${answer.peft_type}${answer.rank ? `, rank ${answer.rank}` : ""}: ${plural(answer.num_tensors, "tensor")} bound to ${plural(answer.num_sites, "place")} of the base, ${bytes(answer.bytes)}.
+    <p><b>${what}</b> ${methodName(answer.peft_type)}${answer.rank ? `, rank ${answer.rank}` : ""}: ${plural(answer.num_tensors, "tensor")} bound to ${plural(answer.num_sites, "place")} of the base, ${bytes(answer.bytes)}.
       ${answer.tried && " It was tried out on the base."}</p>
+    ${!wasCheck && html`<p class="actions"><a class="button" href=${`#play?with=${encodeURIComponent(name)}`}>Ask it</a></p>`}
     ${answer.warnings?.length > 0 && html`<ul>${answer.warnings.map((each) => html`<li>${each}</li>`)}</ul>`}
   </div>`;
 }
 
-export function Upload({ onDone }) {
+/** Files may be dropped anywhere on the page: beside the box a browser would leave the page and show them. */
+function useDrop(take) {
+  const [isOver, setOver] = useState(false);
+  const current = useRef(take);
+  current.current = take;
+  useEffect(() => {
+    const over = (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return; // text that is dragged into a field is none of ours
+      event.preventDefault();
+      setOver(true);
+    };
+    const leave = (event) => event.relatedTarget === null && setOver(false);
+    const drop = async (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      setOver(false);
+      current.current(await dropped(event.dataTransfer));
+    };
+    const all = { dragover: over, dragleave: leave, drop };
+    for (const [name, listener] of Object.entries(all)) addEventListener(name, listener);
+    return () => {
+      for (const [name, listener] of Object.entries(all)) removeEventListener(name, listener);
+    };
+  }, []);
+  return isOver;
+}
+
+export function Upload({ onDone, maxBytes }) {
   const [choice, setChoice] = useState(null);
   const [name, setName] = useState("");
-  const [isOver, setOver] = useState(false);
   const [progress, setProgress] = useState(null);
   const [outcome, setOutcome] = useState(null);
   const sending = useRef(null);
   const take = ({ files, label }) => {
     const found = picked(files, label);
-    setChoice(found);
-    setOutcome(found.count ? null : { error: { errors: [], message: "None of these files belongs to a checkpoint: adapter_config.json and adapter_model.safetensors, or an archive of them." } });
-    if (found.label) setName(nameOf(found.label));
+    const problem = problemOf(found, maxBytes);
+    setChoice(problem ? null : found);
+    setOutcome(problem ? { error: { errors: [], message: problem } } : null);
+    if (found.label && !problem) setName(nameOf(found.label));
   };
-  const onDrop = async (event) => {
-    event.preventDefault();
-    setOver(false);
-    take(await dropped(event.dataTransfer));
-  };
+  const isOver = useDrop(take);
   const send = async (check) => {
     setOutcome(null);
     setProgress(0);
@@ -84,20 +115,20 @@ export function Upload({ onDone }) {
   };
   const isSending = progress !== null;
   const isNamed = NAME.test(name);
-  const isReady = choice?.count > 0 && isNamed && !isSending;
+  const isReady = choice !== null && isNamed && !isSending;
   return html`<section class="upload" aria-labelledby="upload-title">
     <h2 id="upload-title">Add an adapter</h2>
-    <div class=${`drop ${isOver ? "over" : ""}`} onDragOver=${(event) => { event.preventDefault(); setOver(true); }} onDragLeave=${() => setOver(false)} onDrop=${onDrop}>
-      <p><b>Drop a checkpoint here</b><br /><span class="note">its folder, its files, or a .zip, .tar or .tar.gz of it</span></p>
+    <div class=${`drop ${isOver ? "over" : ""}`}>
+      <p><b>${isOver ? "Let go to take it" : "Drop a checkpoint here"}</b><br /><span class="note">what PEFT's save_pretrained wrote: the folder, its files, or a .zip, .tar or .tar.gz of it</span></p>
       <p class="actions center">
         <label class="button">Choose files<input class="sr" type="file" multiple onChange=${(event) => take({ files: [...event.target.files], label: "" })} /></label>
         <label class="button">Choose a folder<input class="sr" type="file" webkitdirectory onChange=${(event) => take({ files: [...event.target.files], label: "" })} /></label></p>
-      ${choice?.count > 0 && html`<p class="chosen">${choice.label} <span class="note">${plural(choice.count, "file")}, ${bytes(choice.size)}</span></p>`}
+      ${choice && html`<p class="chosen">${choice.label} <span class="note">${plural(choice.count, "file")}, ${bytes(choice.size)}</span></p>`}
     </div>
     <div class="send">
-      <label>Name <input type="text" value=${name} onInput=${(event) => setName(event.target.value)} aria-invalid=${Boolean(name) && !isNamed} aria-describedby="name-hint" spellcheck="false" autocomplete="off" /></label>
+      <label>Name <input type="text" value=${name} onInput=${(event) => setName(event.target.value)} aria-invalid=${Boolean(name) && !isNamed} aria-describedby="name-hint" spellcheck=${false} autocomplete="off" /></label>
       <button type="button" class="primary" disabled=${!isReady} onClick=${() => send(false)}>Upload</button>
-      <button type="button" disabled=${!(choice?.count > 0) || isSending} onClick=${() => send(true)}>Only check</button>
+      <button type="button" disabled=${choice === null || isSending} onClick=${() => send(true)}>Only check</button>
       ${isSending && html`<button type="button" onClick=${() => sending.current.abort()}>Stop</button>`}
     </div>
     <p class="note" id="name-hint">${name && !isNamed ? "A name begins with a letter or digit and has up to 64 letters, digits, dots, dashes and underscores." : "A name that is taken gets a new version; requests that run keep theirs."}</p>

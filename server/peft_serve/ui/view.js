@@ -36,3 +36,19 @@ export function percent(share) {
 export function plural(count, word) {
   return `${count} ${word}${count === 1 ? "" : "s"}`;
 }
+
+const METHODS = {
+  LORA: "LoRA", ADALORA: "AdaLoRA", IA3: "IA³", LOHA: "LoHa", LOKR: "LoKr", VERA: "VeRA", RANDLORA: "RandLoRA",
+  XLORA: "X-LoRA", PROMPT_TUNING: "prompt tuning", MULTITASK_PROMPT_TUNING: "multitask prompts", P_TUNING: "p-tuning",
+  PREFIX_TUNING: "prefix tuning", ADAPTION_PROMPT: "adaption prompt", LN_TUNING: "LayerNorm tuning", FOURIERFT: "FourierFT",
+};
+
+/** A peft type as its papers write it, or as it is. */
+export function methodName(type) {
+  return METHODS[type] ?? type;
+}
+
+/** A number of parameters, for people. */
+export function parameters(count) {
+  return count >= 1e9 ? `${(count / 1e9).toFixed(1)} B` : count >= 1e6 ? `${figure(count / 1e6)} M` : `${figure(count / 1e3)} k`;
+}
