@@ -16,9 +16,12 @@ from peft_serve.kernels.attention import PagedAttention
 from peft_serve.kernels.few_rows import FewRows
 from peft_serve.kernels.low_rank import LowRankKernel
 from peft_serve.kernels.native import NativeCode, NativeError, cache_folder, find_compiler
+from peft_serve.kernels.row_ops import RowOps
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.gated_mlp import gated_forward
 from peft_serve.model.packing import can_pack, gains_from_kernels, has_room, is_worth_its_room
 from peft_serve.model.paged import PagedDecode
+from peft_serve.model.rotary_attention import rotary_forward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +31,14 @@ class CpuKernels:
     few_rows: FewRows
     attention: PagedAttention
     low_rank: LowRankKernel
+    row_ops: RowOps
 
 
 def make_kernels(code: NativeCode) -> CpuKernels:
     """Compile what is not compiled yet and load it. NativeError where that cannot be."""
-    return CpuKernels(few_rows=FewRows(code), attention=PagedAttention(code), low_rank=LowRankKernel(code))
+    return CpuKernels(
+        few_rows=FewRows(code), attention=PagedAttention(code), low_rank=LowRankKernel(code), row_ops=RowOps(code)
+    )
 
 
 def speed_up(settings: Settings, base: ResidentBase, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -44,7 +50,21 @@ def speed_up(settings: Settings, base: ResidentBase, environ: Mapping[str, str],
     if kernels is not None:
         base.runs.attention.paged = PagedDecode(kernels.attention)
         base.adapted.run_low_rank_by(kernels.low_rank)
+        _shorten(base, kernels.row_ops)
     _pack(settings, base, kernels, say)
+
+
+def _shorten(base: ResidentBase, ops: RowOps) -> None:
+    """Fewer calls between the products of a layer (docs/decisions/0012)."""
+    base.adapted.run_norms_by(ops)
+    for module, site in base.adapted.beside_attention.items():
+        attention = rotary_forward(module, base.runs.attention, ops)
+        if attention is not None:
+            site.run_by(attention)
+    for module in base.model.modules():
+        gated = gated_forward(module)
+        if gated is not None:
+            module.__dict__["forward"] = gated
 
 
 def _wanted_kernels(

@@ -1,1 +1,1 @@
-"""Grouped adapter operations: the reference in torch, which is also the CPU backend."""
+"""Operations on tensors: grouped adapter terms in torch, and C++ kernels that take their place on a CPU."""

@@ -1,0 +1,73 @@
+"""Norms and rotations in one call: the formulas, alone and in any batch to the bit."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from peft_serve.kernels.native import NativeCode, cache_folder, find_compiler
+from peft_serve.kernels.row_ops import RowOps
+
+pytestmark = pytest.mark.skipif(find_compiler(os.environ) is None, reason="this machine has no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def ops() -> RowOps:
+    return RowOps(NativeCode(find_compiler(os.environ), cache_folder(os.environ)))
+
+
+def _random(*size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 48, 133, 896, 40000])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_a_norm_is_its_formula_and_every_row_is_its_own(ops: RowOps, size: int, scale: float) -> None:
+    x_TI, gain_I = _random(9, size) * scale + scale, _random(size)
+    norm = ops.rms_norm(gain_I, 1e-6)
+    y_TI = norm(x_TI)
+    x = x_TI.double()
+    exact_TI = gain_I.double() * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert ((y_TI - exact_TI).abs() <= 1e-6 * exact_TI.abs() + 1e-30).all()
+    for row in range(len(x_TI)):
+        assert torch.equal(norm(x_TI[row : row + 1])[0], y_TI[row])
+
+
+def test_a_norm_takes_what_has_gaps_and_leaves_it_as_it_was(ops: RowOps) -> None:
+    x = _random(1, 5, 2, 64)
+    given = x[:, :, 1]
+    before = given.clone()
+    assert torch.equal(ops.rms_norm(torch.ones(64), 1e-5)(given), ops.rms_norm(torch.ones(64), 1e-5)(before))
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head"), [(4, 4, 16), (6, 2, 64), (3, 1, 12), (8, 1, 2)])
+@pytest.mark.parametrize("num_tokens", [1, 5, 200])
+def test_queries_and_keys_are_turned_and_keys_and_values_stored(
+    ops: RowOps, num_heads: int, num_kv_heads: int, head: int, num_tokens: int
+) -> None:
+    q, k = _random(num_tokens, num_heads, head), _random(num_tokens, num_kv_heads, head)
+    v = k + 1
+    cosines, sines = _random(num_tokens, head), _random(num_tokens, head) + 1  # halves of a head differ
+    places = torch.randperm(num_tokens + 9, generator=torch.Generator().manual_seed(0))[:num_tokens]
+    keys, values = torch.zeros(2, num_tokens + 9, num_kv_heads, head).unbind(0)
+    turned_q, turned_k = apply_rotary_pos_emb(q[None], k[None], cosines[None], sines[None], unsqueeze_dim=2)
+    own_q, own_k = q.clone(), k.clone()
+    ops.rotate_and_store(own_q, own_k, v, (cosines, sines), places, (keys, values))
+    assert (own_q - turned_q[0]).abs().max() <= 1e-6 * turned_q.abs().max()
+    assert (own_k - turned_k[0]).abs().max() <= 1e-6 * turned_k.abs().max()
+    assert torch.equal(keys[places], own_k)
+    assert torch.equal(values[places], v)
+    is_free = torch.ones(len(keys), dtype=torch.bool)
+    is_free[places] = False
+    assert not keys[is_free].any()
+    assert not values[is_free].any()
+    last = slice(num_tokens - 1, num_tokens)
+    alone_q, alone_k = q[last].clone(), k[last].clone()
+    ops.rotate_and_store(alone_q, alone_k, v[last], (cosines[last], sines[last]), places[last], (keys, values))
+    assert torch.equal(alone_q, own_q[last])
+    assert torch.equal(alone_k, own_k[last])
