@@ -1,14 +1,15 @@
 """The order of the queue: who among those that wait is looked at first.
 
-`ArrivalOrder` is first come, first served. `FairOrder` gives every adapter the same share of the server's tokens as
-long as it has someone waiting: the adapter that was given the fewest comes first (the virtual token counter of
-"Fairness in Serving Large Language Models", arXiv 2401.00588). One adapter's flood then delays itself only.
+`ArrivalOrder` is first come, first served. `FairOrder` gives every tenant its share of the server's tokens as long as
+it has someone waiting, and within a tenant every adapter the same: who was given the fewest comes first (the virtual
+token counter of "Fairness in Serving Large Language Models", arXiv 2401.00588, with its weights for tenants). One
+tenant's flood then delays itself only, and in it one adapter's flood that adapter.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final, Protocol
 
 from peft_serve.core import AdapterId, RequestState
@@ -17,9 +18,9 @@ from peft_serve.scheduling.tracked import Tracked
 
 PROMPT_WEIGHT: Final = 1.0
 OUTPUT_WEIGHT: Final = 2.0
-"""What a token costs its adapter. A drawn one takes a row of a step for itself; the paper's figures."""
+"""What a token costs whoever it is given to. A drawn one takes a row of a step for itself; the paper's figures."""
 
-_MAX_IDLE: Final = 4096  # counters kept of adapters that nobody waits for
+_MAX_IDLE: Final = 4096  # counters kept of those that nobody waits for
 
 
 class Order(Protocol):
@@ -47,6 +48,13 @@ class Order(Protocol):
         ...
 
 
+def order_of(policy: str, *, has_tenants: bool) -> Order:
+    """The order of a `scheduling_policy`. Where there are tenants they are served side by side under every policy."""
+    if policy == "fair" or has_tenants:
+        return FairOrder(between_adapters=policy == "fair")
+    return ArrivalOrder()
+
+
 class ArrivalOrder:
     """Oldest first."""
 
@@ -66,54 +74,114 @@ class ArrivalOrder:
 
 
 class FairOrder:
-    """The adapter that was given the fewest weighted tokens first; each adapter's requests oldest first."""
+    """The tenant that was given the fewest weighted tokens first, and of its adapters the one that was given the
+    fewest; requests for one adapter oldest first. Not `between_adapters`: a tenant's requests oldest first.
+
+    Without tenants all requests are those of one.
+    """
 
     is_by_arrival = False
 
-    def __init__(self) -> None:
-        self._given: dict[AdapterId, float] = {}
-        self._floor = 0.0  # of the adapter that was served last: who comes to an empty queue begins there
+    def __init__(self, *, between_adapters: bool = True) -> None:
+        self._between_adapters = between_adapters
+        self._tenants: Counters = Counters()
+        self._adapters: dict[str, Counters] = {}  # of each tenant that has a counter
 
     def line(self, queue: WaitingQueue) -> Iterator[Tracked]:
-        waiting = {adapter: iter(queue.waiters(adapter)) for adapter in queue.adapters}
-        heads: list[tuple[float, int, AdapterId, Tracked]] = []
-        for adapter, own in waiting.items():
-            first = next(own)
-            heads.append((self._given.get(adapter, self._floor), first.seq, adapter, first))
-        heapq.heapify(heads)
-        while heads:
-            _, _, adapter, tracked = heapq.heappop(heads)
-            yield tracked
-            following = next(waiting[adapter], None)
-            if following is not None:
-                heapq.heappush(heads, (self._given.get(adapter, self._floor), following.seq, adapter, following))
+        return _merged({tenant: self._own_line(tenant, queue) for tenant in queue.tenants}, self._tenants)
+
+    def _own_line(self, tenant: str, queue: WaitingQueue) -> Iterator[Tracked]:
+        waiting = queue.of_tenant(tenant)
+        if self._between_adapters:
+            lines: dict[str, Iterator[Tracked]] = {adapter: iter(own) for adapter, own in waiting.items()}
+            return _merged(lines, self._of(tenant))
+        return iter(sorted((each for own in waiting.values() for each in own), key=lambda tracked: tracked.seq))
 
     def note_arrival(self, tracked: Tracked, queue: WaitingQueue) -> None:
         """Who comes back after a while has saved nothing up: it begins with the least of those that wait."""
-        if queue.has_waiters(tracked.adapter):
-            return
-        waiting = [self._given.get(adapter, self._floor) for adapter in queue.adapters]
-        least = min(waiting, default=self._floor)
-        self._given[tracked.adapter] = max(self._given.get(tracked.adapter, 0.0), least)
-        if len(self._given) > _MAX_IDLE + len(waiting):
-            self._forget(queue, least)
+        tenant, adapter = tracked.request.tenant, tracked.adapter
+        if not queue.has_tenant(tenant):
+            self._tenants.lift(tenant, queue.tenants)
+            if len(self._adapters) > len(self._tenants):
+                self._adapters = {each: own for each, own in self._adapters.items() if each in self._tenants}
+        adapters = queue.adapters_of(tenant)
+        if self._between_adapters and adapter not in adapters:
+            self._of(tenant).lift(adapter, adapters)
 
     def note_start(self, tracked: Tracked) -> None:
         assert tracked.state is RequestState.RUNNING, f"request {tracked.id} does not run"
-        self._floor = self._given.get(tracked.adapter, self._floor)
-        num_tokens = len(tracked.request.prompt) - tracked.num_cached
-        self._give(tracked, PROMPT_WEIGHT * num_tokens)
+        tenant = tracked.request.tenant
+        self._tenants.serve(tenant)
+        if self._between_adapters:
+            self._of(tenant).serve(tracked.adapter)
+        self._give(tracked, PROMPT_WEIGHT * (len(tracked.request.prompt) - tracked.num_cached))
 
     def note_token(self, tracked: Tracked) -> None:
         self._give(tracked, OUTPUT_WEIGHT)
 
-    def given(self, adapter: AdapterId) -> float:
-        """Weighted tokens on the adapter's counter."""
-        return self._given.get(adapter, 0.0)
+    def given(self, adapter: AdapterId, tenant: str = "") -> float:
+        """Weighted tokens on the counter of a tenant's adapter."""
+        return self._of(tenant).given(adapter)
+
+    def given_to(self, tenant: str) -> float:
+        """Weighted tokens on the tenant's counter, divided by its weight."""
+        return self._tenants.given(tenant)
+
+    @property
+    def num_counters(self) -> int:
+        return len(self._tenants) + sum(map(len, self._adapters.values()))
+
+    def _of(self, tenant: str) -> Counters:
+        return self._adapters.setdefault(tenant, Counters())
 
     def _give(self, tracked: Tracked, cost: float) -> None:
-        self._given[tracked.adapter] = self._given.get(tracked.adapter, self._floor) + cost
+        self._tenants.give(tracked.request.tenant, cost / tracked.request.tenant_weight)
+        if self._between_adapters:
+            self._of(tracked.request.tenant).give(tracked.adapter, cost)
 
-    def _forget(self, queue: WaitingQueue, least: float) -> None:
-        """Drop the counters that their adapters would be lifted above anyway."""
-        self._given = {a: given for a, given in self._given.items() if given > least or queue.has_waiters(a)}
+
+class Counters:
+    """What each of those who share was given. Whoever is served gets on; whoever comes begins with the least."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, float] = {}
+        self._floor = 0.0  # of the one that was served last: who comes when nobody waits begins there
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._given
+
+    def given(self, key: str) -> float:
+        return self._given.get(key, self._floor)
+
+    def give(self, key: str, cost: float) -> None:
+        self._given[key] = self.given(key) + cost
+
+    def serve(self, key: str) -> None:
+        self._floor = self.given(key)
+
+    def lift(self, key: str, waiting: Collection[str]) -> None:
+        """`key` begins to wait beside those that do."""
+        least = min(map(self.given, waiting), default=self._floor)
+        self._given[key] = max(self._given.get(key, 0.0), least)
+        if len(self._given) > _MAX_IDLE + len(waiting):
+            # those that would be lifted above their counter anyway
+            kept = {*waiting, key}
+            self._given = {each: given for each, given in self._given.items() if given > least or each in kept}
+
+
+def _merged(lines: Mapping[str, Iterator[Tracked]], counters: Counters) -> Iterator[Tracked]:
+    """One line of several, the head of whoever was given least in front; the counters move while it is read."""
+    heads: list[tuple[float, int, str, Tracked]] = []
+    for key, own in lines.items():
+        first = next(own)
+        heads.append((counters.given(key), first.seq, key, first))
+    heapq.heapify(heads)
+    while heads:
+        _, _, key, tracked = heapq.heappop(heads)
+        yield tracked
+        following = next(lines[key], None)
+        if following is not None:
+            heapq.heappush(heads, (counters.given(key), following.seq, key, following))

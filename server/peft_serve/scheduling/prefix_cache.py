@@ -1,7 +1,8 @@
 """The prefix cache: full KV blocks found again by what was computed into them.
 
 A block's label is a digest of everything its keys and values depend on: every token up to its end, and the adapter
-that acted on them. So requests that begin alike share blocks, running or not, and a preempted request finds its own
+that acted on them; and the tenant whose request it is, so that nobody learns by the time of an answer what another
+tenant has asked. So requests that begin alike share blocks, running or not, and a preempted request finds its own
 again. An adapter that begins to act inside the prompt (aLoRA) shares the blocks before that with the base, and
 adapters that are one and the same to the keys and values (`Footprint.kv_key`) share everything.
 
@@ -70,11 +71,17 @@ class PrefixCache:
         while len(labels) < num_blocks:
             start = (first + len(labels)) * size
             tokens = tracked.tokens[max(start - prefix, 0) : start + size - prefix]
-            digest = blake2b(labels[-1] if labels else b"", digest_size=32)
+            digest = blake2b(labels[-1] if labels else _whose(tracked), digest_size=32)
             digest.update(_actor(tracked, footprint, start, start + size))
             digest.update(array("q", tokens).tobytes())
             labels.append(digest.digest())
         return labels[:num_blocks]
+
+
+def _whose(tracked: Tracked) -> bytes:
+    """What the labels of a tenant's requests begin with: each depends on the one before it, so all of them differ."""
+    tenant = tracked.request.tenant.encode()
+    return f"{len(tenant)}|".encode() + tenant if tenant else b""
 
 
 def _actor(tracked: Tracked, footprint: Footprint, start: int, stop: int) -> bytes:

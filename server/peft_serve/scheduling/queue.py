@@ -1,4 +1,4 @@
-"""The queue: who waits, in order of arrival, and for which adapter.
+"""The queue: who waits, in order of arrival, for which adapter and for whom.
 
 Holds the requests that are WAITING or LOADING. A preempted request comes back to its old place.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from peft_serve.core import AdapterId
 from peft_serve.errors import QueueFull
@@ -22,12 +22,13 @@ def _seq(tracked: Tracked) -> int:
 
 
 class WaitingQueue:
-    """Waiting requests, oldest first, with an index by adapter."""
+    """Waiting requests, oldest first, with an index by adapter, and one by tenant and adapter."""
 
     def __init__(self, *, max_queue: int) -> None:
         self._max_queue = max_queue
         self._order: list[Tracked] = []
         self._by_adapter: dict[AdapterId, dict[int, Tracked]] = {}
+        self._by_tenant: dict[str, dict[AdapterId, dict[int, Tracked]]] = {}
         self.num_tokens = 0  # that those who wait want computed
         self._finished_s: deque[float] = deque(maxlen=_NUM_FINISHES)
 
@@ -58,6 +59,24 @@ class WaitingQueue:
     def has_waiters(self, adapter: AdapterId) -> bool:
         return adapter in self._by_adapter
 
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Tenants of whom a request waits."""
+        return tuple(self._by_tenant)
+
+    def of_tenant(self, tenant: str) -> Mapping[AdapterId, Sequence[Tracked]]:
+        """The tenant's requests by adapter, the oldest first."""
+        return {
+            adapter: sorted(waiters.values(), key=_seq) for adapter, waiters in self._by_tenant.get(tenant, {}).items()
+        }
+
+    def has_tenant(self, tenant: str) -> bool:
+        return tenant in self._by_tenant
+
+    def adapters_of(self, tenant: str) -> tuple[AdapterId, ...]:
+        """Adapters that a request of the tenant waits for."""
+        return tuple(self._by_tenant.get(tenant, ()))
+
     def require_room(self, now_s: float) -> None:
         """Raise `QueueFull` when the queue takes no more, with the time in which it should have emptied."""
         if len(self._order) < self._max_queue:
@@ -77,6 +96,8 @@ class WaitingQueue:
         insort(self._order, tracked, key=_seq)
         self.num_tokens += len(tracked.tokens)
         self._by_adapter.setdefault(tracked.adapter, {})[tracked.seq] = tracked
+        own = self._by_tenant.setdefault(tracked.request.tenant, {})
+        own.setdefault(tracked.adapter, {})[tracked.seq] = tracked
 
     def remove(self, tracked: Tracked) -> None:
         index = bisect_left(self._order, tracked.seq, key=_seq)
@@ -87,6 +108,12 @@ class WaitingQueue:
         del waiters[tracked.seq]
         if not waiters:
             del self._by_adapter[tracked.adapter]
+        own = self._by_tenant[tracked.request.tenant]
+        del own[tracked.adapter][tracked.seq]
+        if not own[tracked.adapter]:
+            del own[tracked.adapter]
+        if not own:
+            del self._by_tenant[tracked.request.tenant]
 
     def check(self) -> None:
         """Assert that order and index agree."""
@@ -95,6 +122,9 @@ class WaitingQueue:
         indexed = sorted(seq for waiters in self._by_adapter.values() for seq in waiters)
         assert indexed == seqs, "the queue's index by adapter is wrong"
         assert all(self._by_adapter.values()), "the queue's index keeps an empty entry"
+        flows = [waiters for own in self._by_tenant.values() for waiters in own.values()]
+        assert sorted(seq for waiters in flows for seq in waiters) == seqs, "the queue's index by tenant is wrong"
+        assert all((*flows, *self._by_tenant.values())), "the queue's index by tenant keeps an empty entry"
         assert self.num_tokens == sum(len(tracked.tokens) for tracked in self._order), "tokens do not add up"
 
     def gap_s(self, now_s: float) -> float:
