@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 
+from peft_serve.core import RequestState
 from peft_serve.errors import DeadlineMissed
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.queue import WaitingQueue
@@ -54,7 +55,7 @@ class Forecast:
         late = []
         while self._deadlines and self._deadlines[0][0] <= now_s:
             tracked = heapq.heappop(self._deadlines)[2]
-            if tracked.is_waiting and tracked.first_step_s is None:
+            if tracked.state is not RequestState.FINISHED and tracked.first_step_s is None:  # it may have a seat
                 late.append(tracked)
         return late
 
