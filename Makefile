@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 CLIENTS := .venv-clients
 LOCKER := .venv-lock
+AUDITOR := .venv-audit
+FUZZER := .venv-fuzz
 BIN := $(VENV)/bin
 MODEL ?= demo-llama
 PORT ?= 8000
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types floors lock clients loadtest bench clean
+.PHONY: help serve test check format lint types floors lock audit sbom planted fuzz-api clients loadtest bench clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,8 +52,23 @@ lock: $(VENV)/.ready $(LOCKER)/.ready ## write requirements.lock and requirement
 	grep -v '^torch==' requirements.lock | $(LOCKER)/bin/uv pip compile - --quiet --no-deps --generate-hashes \
 	    --no-header --no-annotate --output-file requirements.hashes
 
+# --strict: a package that nobody could tell of is no pass.
+audit: $(AUDITOR)/.ready ## ask PyPI for known vulnerabilities of what requirements.lock names (needs pypi.org)
+	$(AUDITOR)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock
+
+sbom: $(VENV)/.ready $(AUDITOR)/.ready ## write dist/sbom.json, what is installed and under which licences (CycloneDX)
+	@mkdir -p dist
+	$(AUDITOR)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+	    --output-format JSON --output-file dist/sbom.json
+
+planted: $(VENV)/.ready ## plant faults in a copy of the tree and see that each turns a test red (ARGS= picks by words)
+	$(BIN)/python -m tests.planted run $(ARGS)
+
+fuzz-api: $(VENV)/.ready $(FUZZER)/.ready ## schemathesis over every route of a server over fakes (ARGS=--seconds 600)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.fuzz_api $(abspath $(FUZZER))/bin/st $(ARGS)
+
 clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) $(CLIENTS) $(LOCKER) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(CLIENTS) $(LOCKER) $(AUDITOR) $(FUZZER) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 
 # Everything is held to its hash but torch, whose builds for CPUs and GPUs differ: pip picks this machine's.
 $(VENV)/.ready: requirements.lock requirements.hashes pyproject.toml
@@ -65,6 +82,16 @@ $(VENV)/.ready: requirements.lock requirements.hashes pyproject.toml
 $(LOCKER)/.ready:
 	@test -x $(LOCKER)/bin/python || $(PYTHON) -m venv $(LOCKER)
 	$(LOCKER)/bin/python -m pip install --disable-pip-version-check uv==0.13.9
+	@touch $@
+
+$(AUDITOR)/.ready:
+	@test -x $(AUDITOR)/bin/python || $(PYTHON) -m venv $(AUDITOR)
+	$(AUDITOR)/bin/python -m pip install --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+$(FUZZER)/.ready:
+	@test -x $(FUZZER)/bin/python || $(PYTHON) -m venv $(FUZZER)
+	$(FUZZER)/bin/python -m pip install --disable-pip-version-check schemathesis==4.32.5
 	@touch $@
 
 $(CLIENTS)/.ready: tests/clients/requirements.txt

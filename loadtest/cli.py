@@ -24,10 +24,12 @@ from loadtest.workloads import (
     beside,
     bound,
     ceiling,
+    edge,
     kernels,
     overhead,
     policies,
     replay,
+    soak,
     sweep,
     w1,
     w4,
@@ -131,6 +133,10 @@ def _parser() -> ArgumentParser:
     orders = "fcfs, affinity and fair on the same traffic: W2's, W3's, W7's, and light tenants beside a heavy one"
     add("policies", orders, lambda stage, parsed: policies.run(stage, duration_s=parsed.duration))
     _add_ceiling(add("ceiling", "what the HTTP side can carry, over an engine that computes nothing", _ceiling))
+    soaked = add("soak", "everything at once for hours: does the server hold more at the end?", _soak)
+    soaked.set_defaults(base="tiny", mixture="MIX")
+    soaked.add_argument("--minutes", type=above_zero, default=30.0, help="how long (default 30, made for 480)")
+    _add_edge(add("edge", "overload, a greedy adapter, clients that leave or dawdle, and a stop under streams", _edge))
     played = add("replay", "play a saved trace", _replay)
     played.add_argument("trace", type=Path, help="a trace that `python -m loadtest trace` made")
     played.add_argument("--closed", action="store_true", help="closed loop with --concurrency in flight")
@@ -206,6 +212,10 @@ def _replay(stage: Stage, parsed: Namespace) -> Report:
     return replay.run(stage, Trace.load(parsed.trace), closed=parsed.closed)
 
 
+def _soak(stage: Stage, parsed: Namespace) -> Report:
+    return soak.run(stage, minutes=parsed.minutes)
+
+
 def _add_ceiling(parser: ArgumentParser) -> None:
     parser.set_defaults(base="demo-llama", threads=1)
     parser.add_argument("--real", action="store_true", help="run the base, in place of the fake engine")
@@ -218,6 +228,17 @@ def _add_ceiling(parser: ArgumentParser) -> None:
 def _ceiling(stage: Stage, parsed: Namespace) -> Report:
     streams = parsed.streams or (100 if parsed.quick else 1000)
     return ceiling.run(stage, real=parsed.real, streams=streams, steps_per_s=parsed.steps, max_rows=parsed.rows)
+
+
+def _add_edge(parser: ArgumentParser) -> None:
+    parser.set_defaults(base="tiny", threads=1)
+    parser.add_argument("--phase", action="append", default=[], choices=edge.PHASES, help="only this (repeatable)")
+    often = "clients that leave at each stage (default 200), drains (50), slow sockets (500); quick 10, 2 and 50"
+    parser.add_argument("--count", type=whole_from(1), help=often)
+
+
+def _edge(stage: Stage, parsed: Namespace) -> Report:
+    return edge.run(stage, phases=tuple(parsed.phase), count=parsed.count)
 
 
 def _add_cache_replay(parser: ArgumentParser) -> None:

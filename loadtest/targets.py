@@ -30,6 +30,7 @@ QUESTIONS: Mapping[str, tuple[str, str]] = {
     "w13": ("W13: exactness", "Is every row of every mixed batch, under churn, what peft says on its own?"),
     "overhead": ("Overhead", "Is base traffic as fast on a server that holds adapters as on one without?"),
     "ceiling": ("Ceiling", "How much can the HTTP side carry, whatever the model?"),
+    "edge": ("The edge", "What becomes of the others when clients misbehave, or when there are too many of them?"),
     "policies": ("Scheduling policies", "What does each order of the queue do for whom, and what does it cost?"),
     "cache-replay": ("Caches, offline", "Which hit rate would another eviction policy or size have had?"),
     "compare": ("Peers", "How do others fare on the same trace, and do they say the same?"),

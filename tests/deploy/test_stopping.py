@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import threading
 import time
@@ -33,6 +34,9 @@ class StoppableEngine(FakeEngine):
     def close_admission(self) -> None:
         if self.state is EngineState.RUNNING:
             self.state = EngineState.DRAINING
+
+    def give_up(self, reason: str) -> None:
+        self.state = EngineState.DEAD
 
 
 class Process:
@@ -149,6 +153,21 @@ def test_a_dead_engine_ends_the_process_with_a_code(process: Process) -> None:
     assert process.ended.result(10) == 1
 
 
+def test_a_base_that_changed_ends_the_process_with_a_code(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_WATCH_S", 0.01)
+    world = make_world(tiny_tokenizer, tmp_path)
+    engine, is_sound = StoppableEngine(world.parts.codec), threading.Event()
+    is_sound.set()
+    parts = replace(world.parts, engine=engine, settings=Settings(port=0, drain_s=5), check_base=is_sound.is_set)
+    made = Process(replace(world, engine=engine, parts=parts), monkeypatch)
+    assert made.status("/readyz") == 200
+    is_sound.clear()
+    assert made.ended.result(10) == 1
+    made.client.close()
+
+
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_not_raised_again_when_the_server_has_stopped(sig: signal.Signals) -> None:
     """Or the process dies of it before the engine has written what is to be kept."""
@@ -166,3 +185,31 @@ def test_a_signal_is_not_raised_again_when_the_server_has_stopped(sig: signal.Si
         signal.raise_signal(sig)
         assert listener.should_exit
     assert signal.getsignal(sig) == earlier
+
+
+@pytest.mark.parametrize("time_of_signal_s", [0.0, 0.15])
+def test_streams_that_run_are_given_to_their_end(process: Process, time_of_signal_s: float) -> None:
+    process.world.engine.step_s = 0.01
+    body = {"inputs": "x", "stream": True, "parameters": {"max_new_tokens": 40, "ignore_eos": True}}
+    found: list[tuple[int, bytes]] = []
+
+    def ask() -> None:
+        answer = httpx.post(f"{process.url}/generate", json=body, timeout=30)
+        found.append((answer.status_code, answer.content))
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 10
+    while len(process.world.engine.seen) < 32:
+        assert time.monotonic() < deadline, "all run"
+        time.sleep(0.005)
+    time.sleep(time_of_signal_s)
+    process.tell(signal.SIGTERM)
+    for thread in threads:
+        thread.join(30)
+    assert [status for status, _ in found] == [200] * 32
+    assert {content.count(b"data:") for _, content in found} == {40}
+    lasts = [json.loads(content.rstrip().rsplit(b"data:", 1)[1]) for _, content in found]
+    assert all(last["generated_text"] for last in lasts)
+    assert process.ended.result(10) == 0

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from itertools import islice
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -18,44 +19,59 @@ from starlette.requests import Request
 from peft_serve.adapters.names import shown
 from peft_serve.api.fields import FieldRules
 from peft_serve.api.problems import MAX_ERRORS, FieldsInvalid
+from peft_serve.api.splitting import note_user
 from peft_serve.errors import InvalidParameter, Refusal
 
 B = TypeVar("B", bound=BaseModel)
+
+_LONGEST_NAME: Final = 64
 
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The request's body as a JSON object; raises InvalidParameter."""
     content = b"".join([chunk async for chunk in request.stream()])
-    return parse_object(content)
+    body = parse_object(content)
+    note_user(request, body)
+    return body
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
     """`content` as a JSON object of finite numbers and well-formed text; raises InvalidParameter."""
     try:
-        value = json.loads(content.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            content.decode(), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object
+        )
         if b"\\u" in content:
             # Half of a surrogate pair can be written in JSON, and cannot be encoded again.
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, _NotFiniteError) else "not valid JSON in UTF-8"
+        reason = str(error) if isinstance(error, _NotTakenError) else "not valid JSON in UTF-8"
         raise InvalidParameter(f"body: {reason}", param="body") from error
     if not isinstance(value, dict):
         raise InvalidParameter("body: a JSON object is needed", param="body")
     return value
 
 
-class _NotFiniteError(ValueError):
-    """A number that JSON cannot say; its message is fit to be shown."""
+class _NotTakenError(ValueError):
+    """JSON with two meanings, or none; its message is fit to be shown."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a field that is said twice, whoever stands before this server may have read the other one."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _NotTakenError("an object says a field twice; send it once")
+    return made
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _NotFiniteError(f"{name} is not a JSON number; send a finite one")
+    raise _NotTakenError(f"{name} is not a JSON number; send a finite one")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise _NotFiniteError("a number is too large; send a finite one")
+        raise _NotTakenError("a number is too large; send a finite one")
     return value
 
 
@@ -76,7 +92,7 @@ def validated(model: type[B], fields: Mapping[str, Any], rules: FieldRules, *, p
         if reason is not None:
             num_errors += 1
             if len(errors) < MAX_ERRORS:
-                errors.append(Refusal(path + printable(name), reason))
+                errors.append(Refusal(path + printable(name), reason if reason else _unknown(name, known)))
         elif name in known:
             kept[name] = value
     if errors:
@@ -89,10 +105,11 @@ def validated(model: type[B], fields: Mapping[str, Any], rules: FieldRules, *, p
 
 def printable(name: str) -> str:
     """A caller's own field name, fit for a message: as it is if it is plain, else quoted."""
-    return name if name.isascii() and name.isidentifier() and len(name) <= 64 else shown(name)
+    return name if name.isascii() and name.isidentifier() and len(name) <= _LONGEST_NAME else shown(name)
 
 
 def _refusal(name: str, value: Any, rules: FieldRules, *, is_known: bool) -> str | None:
+    """Why a field is not taken, empty where the route does not know it; None: it is taken, or passed over."""
     if name in rules.refused:
         refused = rules.refused[name]
         if any(type(value) is type(inert) and value == inert for inert in refused.inert):
@@ -100,7 +117,12 @@ def _refusal(name: str, value: Any, rules: FieldRules, *, is_known: bool) -> str
         return refused.reason
     if is_known or name in rules.ignored:
         return None
-    return "this route has no such field; /docs lists the ones it has"
+    return ""
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name[:_LONGEST_NAME].lower(), known, n=1, cutoff=0.7)
+    return f"this route has no such field; {f'did you mean {close[0]}?' if close else '/docs lists the ones it has'}"
 
 
 def _fields_invalid(error: ValidationError, path: str) -> FieldsInvalid:

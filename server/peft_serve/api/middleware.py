@@ -1,4 +1,5 @@
-"""What every exchange gets: an id, a bounded body, no encoded bodies, and an answer even to a fault of ours.
+"""What every exchange gets: an id, a body of bounded size and time, no encoded bodies, and an answer even to a fault
+of ours.
 
 Plain ASGI, outside the routes. Owns nothing; puts `request_id` into the scope's state.
 """
@@ -13,11 +14,19 @@ from contextlib import suppress
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peft_serve.api.problems import family_of, problem_of, response_of
 from peft_serve.config import MIB
-from peft_serve.errors import BadRequest, Internal, PayloadTooLarge, ServeError, UnsupportedMediaType
+from peft_serve.errors import (
+    BadRequest,
+    Internal,
+    PayloadTooLarge,
+    RequestTimeout,
+    ServeError,
+    UnsupportedMediaType,
+)
 
 UPLOAD_PREFIX: Final = "/adapters"
 UPLOAD_OVERHEAD_BYTES: Final = 1 * MIB  # archive headers, multipart boundaries, the files beside the weights
@@ -25,6 +34,9 @@ DRAIN_BYTES: Final = 64 * MIB
 DRAIN_S: Final = 5.0
 """How much of a body that nobody read is taken in before the connection may be closed, and for how long: closing it
 under a client that still sends makes many of them miss the answer."""
+BODY_S: Final = 30.0
+MIN_BODY_BYTES_PER_S: Final = 1 << 10
+"""What has come of a body has to have come in so long, and a second more for each so many bytes."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -53,6 +65,8 @@ class Envelope:
             await self._app(scope, self._checked_body(scope["path"], headers, body), reply)
         except ServeError as error:
             await self._refuse(error, scope, receive, reply)
+        except ClientDisconnect:
+            scope["state"]["error"] = "client_closed"  # before its body had come: there is nobody to answer
         except Exception:
             self._log.exception("request %s failed", request_id)
             if reply.has_started:
@@ -84,7 +98,8 @@ class Envelope:
 class _Reply:
     """`send`, with the request's id in the headers, remembering whether an answer has begun.
 
-    An answer to a body that was not read to its end is sent whole, and ended when the body was taken in.
+    An answer to a body that was not read to its end is sent whole, and ended when the body was taken in. Its connection
+    ends with it: where the next request would begin is the client's word.
     """
 
     def __init__(self, send: Send, request_id: str, body: _Body) -> None:
@@ -96,7 +111,10 @@ class _Reply:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_started = True
-            MutableHeaders(scope=message)["x-request-id"] = self._request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._request_id
+            if self._body.is_unread:
+                headers["connection"] = "close"
         elif self._body.is_left and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._body.drain()
@@ -105,25 +123,40 @@ class _Reply:
 
 
 class _Body:
-    """`receive`, knowing whether something of the request's body is still to come."""
+    """`receive`, knowing whether something of the request's body is still to come, and since when it is waited for."""
 
     def __init__(self, receive: Receive, headers: Headers) -> None:
         self._receive = receive
         # A client that waits to be told to go on has sent nothing, and sends nothing once it has its answer.
-        is_waiting = headers.get("expect", "").strip().lower() == "100-continue"
-        has_body = "transfer-encoding" in headers or headers.get("content-length", "0").strip() != "0"
-        self.is_left = has_body and not is_waiting
+        self._is_held = headers.get("expect", "").strip().lower() == "100-continue"
+        self.is_unread = "transfer-encoding" in headers or headers.get("content-length", "0").strip() != "0"
+        self._until_s: float | None = None  # on the loop's clock
+
+    @property
+    def is_left(self) -> bool:
+        """Whether more of it comes, whatever is answered."""
+        return self.is_unread and not self._is_held
 
     async def __call__(self) -> Message:
-        self.is_left = False  # while it is waited for, and whatever becomes of that
-        message = await self._receive()
-        self.is_left = message["type"] == "http.request" and bool(message.get("more_body", False))
+        if not self.is_unread:
+            return await self._receive()  # that the client has gone
+        self._is_held = True  # while it is waited for, and for good if that comes to nothing
+        if self._until_s is None:
+            self._until_s = asyncio.get_running_loop().time() + BODY_S
+        try:
+            async with asyncio.timeout_at(self._until_s):
+                message = await self._receive()
+        except TimeoutError:
+            raise RequestTimeout(f"body: its next bytes did not come in {BODY_S:.0f} s; send it again") from None
+        self._is_held = False
+        self._until_s += len(message.get("body", b"")) / MIN_BODY_BYTES_PER_S
+        self.is_unread = message["type"] == "http.request" and bool(message.get("more_body", False))
         return message
 
     async def drain(self) -> None:
         """Take in what is left of the body and drop it, up to a bound of bytes and of time."""
         num_read = 0
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, RequestTimeout):
             async with asyncio.timeout(DRAIN_S):
                 while self.is_left and num_read <= DRAIN_BYTES:
                     num_read += len((await self()).get("body", b""))
