@@ -144,6 +144,8 @@ class Request:
     reading: Reading | None = None  # not None = read one pass over the prompt, do not generate
     constraint: Constraint | None = None  # what the answer has to look like
     segments: tuple[int, ...] = ()  # token type of each prompt token (BERT's second sentence: 1); empty = all 0
+    tenant: str = ""  # whose it is: tenants share no keys and values, and are served side by side,
+    tenant_weight: float = 1.0  # one of weight 2 with twice the tokens of one of weight 1
     arrival_s: float = 0.0
     deadline_s: float | None = None  # on the clock of `arrival_s`: end it, unless its first step comes before
     max_time_s: float | None = None  # from its first step: the token that comes then is the last one
@@ -259,6 +261,7 @@ class RowResult:
     score_tops: tuple[tuple[tuple[int, float], ...], ...] = ()  # parallel to it too, if Row.num_wanted_top
     candidates: tuple[Candidate, ...] = ()  # as Draw.num_candidates asks, best first
     readings: tuple[tuple[float, ...], ...] = ()  # what Row.reading asked for, of the tokens of this row
+    failure: Exception | None = None  # why it gave nothing: its request fails, and no other does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +271,7 @@ class StepResult:
     step_id: int
     rows: tuple[RowResult, ...]
     failed_installs: tuple[tuple[AdapterId, str], ...] = ()  # (adapter, reason); its rows were not run
+    was_short_of_memory: bool = False  # whatever came of it: adapters that nobody uses should go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

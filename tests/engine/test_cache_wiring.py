@@ -47,12 +47,13 @@ async def test_requests_leave_their_lookups_in_the_trace_and_the_metrics(tmp_pat
     await asyncio.to_thread(engine.stop)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lookups = [(line["tier"], line["adapter"] == first, line["hit"]) for line in lines]
-    assert lookups == [
-        *[("host", True, False), ("disk", True, True), ("device", True, False)],
+    assert [lookup for lookup in lookups if lookup[0] != "disk"] == [
+        *[("host", True, False), ("device", True, False)],
         ("device", True, True),
-        *[("host", False, False), ("disk", False, True), ("device", False, False)],
+        *[("host", False, False), ("device", False, False)],
         *[("host", True, True), ("device", True, False)],
     ]
+    assert [lookup for lookup in lookups if lookup[0] == "disk"] == [("disk", True, True), ("disk", False, True)]
     assert all(line["bytes"] > 0 for line in lines if line["tier"] == "device")
     page = parts.metrics.render().decode().splitlines()
     assert 'peft_serve_adapter_cache_hits_total{tier="device"} 1.0' in page

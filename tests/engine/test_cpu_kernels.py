@@ -20,6 +20,7 @@ from tests.model.tiny_models import EVERY, VOCAB, tiny
 FEW = ("llama", "mistral", "gpt2", "t5", "bart")
 needs_compiler = pytest.mark.skipif(find_compiler(os.environ) is None, reason="this machine has no C++ compiler")
 NO_COMPILER = {"PATH": ""}
+_TOLERANCES = {"mt5": 1e-4, "t5-gated": 1e-4}  # unscaled scores: plain torch itself is 4e-5 off float64 here
 
 
 def _sped_up(
@@ -50,7 +51,7 @@ def test_kernels_give_the_tokens_of_plain_torch(name: str) -> None:
     assert said[-1] == "weights packed for our own kernels"
     for job, expected in zip(_served(ours), _served(plain), strict=True):
         assert job.output == expected.output
-        assert job.logprobs == pytest.approx(expected.logprobs, abs=2e-5)
+        assert job.logprobs == pytest.approx(expected.logprobs, abs=_TOLERANCES.get(name, 2e-5))
 
 
 @needs_compiler

@@ -229,6 +229,27 @@ async def test_a_full_queue_refuses_at_once() -> None:
         house.engine.stop()
 
 
+async def test_the_full_queue_holds_as_many_as_it_is_said_to() -> None:
+    house = House(max_queue=3)
+    stepping, release = threading.Event(), threading.Event()
+    plain = house.run
+    house.run = lambda step: (stepping.set(), release.wait(10), plain(step))[2]
+    try:
+        client = EngineClient(house.engine, asyncio.get_running_loop())
+        house.engine.start()
+        streams = [client.submit(request(0))]
+        assert await asyncio.to_thread(stepping.wait, 10)  # from here on nobody leaves the queue
+        streams += [client.submit(request(i)) for i in range(1, 4)]
+        with pytest.raises(QueueFull, match=r"^3 requests are waiting"):
+            client.submit(request(4))
+        release.set()
+        for stream in streams:
+            assert isinstance([event async for event in stream][-1], FinishEvent)
+    finally:
+        release.set()
+        house.engine.stop()
+
+
 async def test_before_start_and_while_draining_nothing_is_admitted(house: House) -> None:
     client = EngineClient(house.engine, asyncio.get_running_loop())
     with pytest.raises(Unavailable):
@@ -266,6 +287,61 @@ async def test_forty_adapters_pass_through_four_slots(house: House) -> None:
     assert all(events[-1].reason is FinishReason.LENGTH for events in answers)  # type: ignore[union-attr]
     snapshot = house.engine.snapshot()
     assert len(snapshot.resident) <= 4
+
+
+async def test_an_adapter_that_the_host_has_is_in_the_next_step_beside_those_that_run(house: House) -> None:
+    """Nobody who has to wait for a step waits for two because its adapter has no slot yet."""
+    wanted = AdapterId("sha256:5")
+    may_run, running = threading.Semaphore(0), threading.Semaphore(0)
+    steps: list[Step] = []
+    plain = house.run
+
+    def run(step: Step) -> StepResult:
+        steps.append(step)
+        running.release()
+        assert may_run.acquire(timeout=10)
+        return plain(step)
+
+    client = EngineClient(house.engine, asyncio.get_running_loop())
+    house.engine.start()
+    house.engine.load(wanted)
+    while wanted not in house.engine.snapshot().host_adapters:
+        await asyncio.sleep(0.01)
+    house.run = run
+    answers = [asyncio.ensure_future(collect(client, request(1, max_new_tokens=4)))]
+    assert await asyncio.to_thread(running.acquire, timeout=10)  # the first step runs
+    answers.append(asyncio.ensure_future(collect(client, request(2, wanted, max_new_tokens=1))))
+    await asyncio.sleep(0)
+    may_run.release(20)
+    await asyncio.gather(*answers)
+    assert [install.adapter for install in steps[1].installs] == [wanted]
+    assert RequestId("r2") in [row.request for row in steps[1].rows]
+
+
+async def test_a_load_begins_when_its_request_comes_and_not_when_the_step_is_over() -> None:
+    loading, stepping, may_run = threading.Event(), threading.Event(), threading.Event()
+
+    def load(adapter: AdapterId) -> Adapter:
+        loading.set()
+        return compiled(adapter)
+
+    house = House(load)
+    plain = house.run
+    house.run = lambda step: (stepping.set(), may_run.wait(10), plain(step))[2]
+    try:
+        client = EngineClient(house.engine, asyncio.get_running_loop())
+        house.engine.start()
+        answers = [asyncio.ensure_future(collect(client, request(1)))]
+        assert await asyncio.to_thread(stepping.wait, 10)
+        answers.append(asyncio.ensure_future(collect(client, request(2, AdapterId("sha256:1")))))
+        assert await asyncio.to_thread(loading.wait, 10)  # while the first step still runs
+        may_run.set()
+        ends = [events[-1] for events in await asyncio.gather(*answers)]
+        assert [end.reason for end in ends if isinstance(end, FinishEvent)] == [FinishReason.LENGTH] * 2
+        house.scheduler.check()
+    finally:
+        may_run.set()
+        house.engine.stop()
 
 
 async def test_unload_gives_back_both_tiers_and_pin_keeps(house: House) -> None:

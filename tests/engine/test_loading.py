@@ -22,7 +22,7 @@ from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
 from peft_serve.engine.loading import Loading, num_load_threads
-from peft_serve.errors import AdapterInvalid, InvalidParameter, Refusal
+from peft_serve.errors import AdapterInvalid, InvalidParameter, Refusal, Unavailable
 from tests.adapters.checkpoints import make_base, make_checkpoint
 from tests.adapters.fake_base import FakeBase
 from tests.adapters.same_bits import assert_same_bits
@@ -50,7 +50,7 @@ class Process:
     def __init__(self, root: Path | None, files: dict[AdapterId, CheckpointFiles]) -> None:
         self.base = CountingBase(make_base("llama"))
         self.read: list[AdapterId] = []
-        self.refusal: AdapterInvalid | None = None
+        self.refusal: Exception | None = None
         self.num_begun = 0
         self._files = files
         folder = None
@@ -179,6 +179,16 @@ def test_a_check_of_what_is_there_is_still_a_check(files: dict[str, CheckpointFi
         process.loading.check(files["lora"])
     with pytest.raises(AdapterInvalid):
         process.loading.check(replace(files["lora"], config=b'{"peft_type": "NONE"}'))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_check_that_finds_no_memory_may_come_again(files: dict[str, CheckpointFiles], error: Exception) -> None:
+    process = Process(None, {})
+    process.refusal = error
+    with pytest.raises(Unavailable, match="memory ran out") as refused:
+        process.loading.check(files["lora"])
+    assert refused.value.retry_after_s
+    assert refused.value.__context__ is None, "its frames would keep what was computed"
 
 
 def test_threads_that_load_are_as_many_as_asked_for() -> None:

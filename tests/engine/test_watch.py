@@ -25,3 +25,19 @@ def test_an_unchanged_base_goes_on() -> None:
     assert seen.wait(5)
     watch.stop()
     assert b"peft_serve_base_fingerprint_ok 1.0" in metrics.render()
+
+
+def test_a_look_that_fails_says_nothing_and_the_next_one_tells() -> None:
+    looks, metrics, changed = iter((MemoryError(), True, False)), Metrics(), threading.Event()
+
+    def check() -> bool:
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    watch = BaseWatch(check, changed.set, metrics, interval_s=0.001)
+    watch.start()
+    assert changed.wait(5)
+    watch.stop()
+    assert next(looks, None) is None

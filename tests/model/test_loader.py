@@ -101,6 +101,9 @@ def test_what_is_no_language_model_is_refused(config: dict[str, str] | None, rea
 
 def test_an_adapter_is_not_a_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
+    for missing in (str(tmp_path / "nothing"), "./nothing", "org/model/part"):
+        with pytest.raises(NotServable, match="there is no such folder"):
+            load_base(missing)
     with pytest.raises(NotServable, match="is an adapter"):
         load_base(str(tmp_path))
 

@@ -80,6 +80,8 @@ def some_footprints(
 class World:
     """A scheduler at work, watched."""
 
+    tick_s = 0.1  # from one step to the next
+
     def __init__(
         self,
         limits: Limits | None = None,
@@ -131,6 +133,8 @@ class World:
         max_time_s: float | None = None,
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        tenant: str = "",
+        tenant_weight: float = 1.0,
     ) -> RequestId:
         is_seq2seq = self.limits.is_encoder_decoder
         request = Request(
@@ -148,6 +152,8 @@ class World:
             max_time_s=max_time_s,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            tenant=tenant,
+            tenant_weight=tenant_weight,
         )
         self.requests[request.id] = request
         try:
@@ -155,7 +161,7 @@ class World:
         except (DeadlineMissed, ValueError):
             del self.requests[request.id]
             raise
-        self.scheduler.check()
+        self.check_books()
         return request.id
 
     def cancel(self, request: RequestId) -> None:
@@ -168,13 +174,13 @@ class World:
         assert BASE not in loads
         self.loads.extend(loads)
         self.loading.extend(loads)
-        self.scheduler.check()
+        self.check_books()
 
     def finish_load(self, adapter: AdapterId, *, error: Exception | None = None) -> None:
         self.loading.remove(adapter)
         if error is None:
             self.scheduler.adapter_ready(adapter, self.footprints[adapter])
-            self.scheduler.check()
+            self.check_books()
         else:
             self._note(self.scheduler.adapter_failed(adapter, error))
 
@@ -188,9 +194,9 @@ class World:
 
         `crash`: the model raises 'early', before it has done anything, or 'late', after everything.
         """
-        self.now_s += 0.1
+        self.now_s += self.tick_s
         step = self.scheduler.plan()
-        self.scheduler.check()
+        self.check_books()
         self._note(self.scheduler.take_events())
         if step is None:
             return False
@@ -221,7 +227,7 @@ class World:
         assert not self.scheduler.has_work, "requests are left over"
 
     def check_empty(self) -> None:
-        self.scheduler.check()
+        self.check_books()
         assert self.slots.num_leases == 0
         for resident in self.slots.resident():
             self.scheduler.unpin(resident.adapter)
@@ -229,6 +235,10 @@ class World:
         assert self.slots.num_bytes == 0
         assert self.blocks.num_free == self.blocks.capacity
         assert self.cross is None or self.cross.num_free == self.cross.capacity
+
+    def check_books(self) -> None:
+        """After every act; who makes many of them may do it less often."""
+        self.scheduler.check()
 
     # -- verdicts
 
@@ -299,7 +309,7 @@ class World:
                     self.scores[event.request] = event
                 case FinishEvent():
                     self.finishes[event.request] = event
-        self.scheduler.check()
+        self.check_books()
 
     def _check_step(self, step: Step) -> None:
         limits = self.limits

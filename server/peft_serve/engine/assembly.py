@@ -5,6 +5,7 @@ The one place that knows every part by its class. Nothing here runs a request.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -34,20 +35,21 @@ from peft_serve.core import AdapterId
 from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.cache_figures import CacheFigures
 from peft_serve.engine.cache_trace import CacheTrace, appender
+from peft_serve.engine.cpu_kernels import speed_up
 from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import BaseCard, ServerParts
+from peft_serve.engine.preparation import Preparation
 from peft_serve.engine.speech import with_speech_checked
 from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.loader import DEMO_NAMES, load_base, locate
-from peft_serve.model.packing import can_pack, is_worth_its_room
 from peft_serve.model.quantised import num_parameters
 from peft_serve.model.runner import StepRunner
 from peft_serve.rendering.templates import ChatTemplates
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
-from peft_serve.scheduling.order import ArrivalOrder, FairOrder
+from peft_serve.scheduling.order import order_of
 from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
 from peft_serve.text import TextCodec
@@ -86,9 +88,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
         revision=settings.revision,
         on_progress=say,
     )
-    if _wants_packing(settings, base):
-        base.adapted.pack()
-        say("weights packed for this CPU")
+    speed_up(settings, base, os.environ, say)
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
     say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
@@ -137,6 +137,7 @@ def gate_limits(settings: Settings, max_context: int) -> GateLimits:
         max_rank=settings.max_rank,
         max_adapter_bytes=min(settings.max_adapter_bytes, settings.device_adapter_bytes),
         max_virtual_tokens=settings.max_virtual_tokens,
+        max_compile_tflop=settings.max_compile_tflop,
     )
 
 
@@ -160,13 +161,6 @@ def _check_folders(settings: Settings) -> None:
         for folder in folders:
             if not folder.is_dir():
                 raise ValueError(f"{option} {folder}: there is no such folder; check the path")
-
-
-def _wants_packing(settings: Settings, base: ResidentBase) -> bool:
-    if settings.prepack == "off" or not can_pack(base.device, base.dtype):
-        return False
-    num_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    return settings.prepack == "on" or is_worth_its_room(num_bytes, base.dtype)
 
 
 def _max_context(settings: Settings, base: ResidentBase) -> int:
@@ -214,12 +208,16 @@ def _make_catalog(
     shipped = shipped_adapters(settings.model)
     paths = [*settings.adapters, *([] if shipped is None else [shipped])]
     disk = DiskFileSystem()
-    store = AdapterStore(root, disk, on_detach=on_detach)
+    store = AdapterStore(root, disk, on_detach=on_detach, min_free_bytes=settings.store_reserve_bytes)
     folders = CheckpointFolders(paths, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes)
     for problem in folders.problems:
         say(f"adapters: {problem}")
-    say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are kept in {root}")
+    say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are {_kept(store)} {root}")
     return Catalog(store, folders, check, checked_for=checked_for, base_name=card.name, now=lambda: datetime.now(UTC))
+
+
+def _kept(store: AdapterStore) -> str:
+    return "read from" if store.is_read_only else "kept in"
 
 
 def _make_engine(
@@ -236,7 +234,7 @@ def _make_engine(
             trace.stop()
 
     sizes = _kv_sizes(settings, base)
-    block_size, shape = settings.block_size, base.shape
+    block_size, ready = settings.block_size, Preparation(base, load)
     costs = LoadCosts()
     trace = _start_trace(settings)
     figures = CacheFigures(metrics, costs, trace)
@@ -256,7 +254,7 @@ def _make_engine(
             adapters=adapters,
         ),
         host_cache=HostCache(
-            load,
+            ready.load,
             max_bytes=settings.host_adapter_bytes,
             clock=time.monotonic,
             num_threads=num_load_threads(settings),
@@ -268,9 +266,7 @@ def _make_engine(
         clock=time.monotonic,
         draw_seed=_seed_source(),
         max_queue=settings.max_queue,
-        footprint_of=lambda adapter: adapter.footprint(
-            is_encoder_decoder=shape.is_encoder_decoder, is_encoder=shape.is_encoder
-        ),
+        footprint_of=ready.footprint,
         block_size=block_size,
         on_thread_start=lambda: _claim_threads(num_threads),
         on_stop=stop,
@@ -309,7 +305,7 @@ def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes, slo
         blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size),
         cross_blocks=cross_blocks,
         clock=time.monotonic,
-        order=FairOrder() if settings.scheduling_policy == "fair" else ArrivalOrder(),
+        order=order_of(settings.scheduling_policy, has_tenants=settings.api_keys_file is not None),
     )
 
 

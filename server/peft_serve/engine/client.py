@@ -1,8 +1,8 @@
 """The engine as asyncio code sees it: submit a request, iterate over its events, walk away at any time.
 
 Owns one queue of events per open request. The events of a whole step cross from the engine's thread in one call, and
-are handed out `AT_ONCE` at a time: between two lots the event loop turns, so that what else is due on it waits for one
-lot's work and not for the step's.
+are handed out in lots, of `AT_ONCE` at most and fewer where they take long: between two lots the event loop turns, so
+that what else is due on it waits for one lot's work and not for the step's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from peft_serve.core import AdapterId, Event, FinishEvent, FinishReason, Request, RequestId
+from peft_serve.engine.lots import Lot
 from peft_serve.engine.snapshot import EngineSnapshot
 
 AT_ONCE: Final = 32
-"""Events handed out in one turn of the loop. Each wakes a stream, whose work is some tens of microseconds."""
+"""Events handed out in one turn of the loop at most. Each wakes a stream, whose work is some tens of microseconds."""
 
 
 class EngineThread(Protocol):
@@ -91,6 +92,7 @@ class EngineClient:
         self._loop = loop
         self._streams: dict[RequestId, EventStream] = {}
         self._arrived: deque[Event] = deque()  # and not handed out yet
+        self._lot = Lot(loop.time, most=AT_ONCE)
         engine.connect(self._deliver)
 
     @property
@@ -129,7 +131,8 @@ class EngineClient:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        for _ in range(min(AT_ONCE, len(self._arrived))):
+        self._lot.turn()
+        for _ in range(min(self._lot.size, len(self._arrived))):
             event = self._arrived.popleft()
             stream = self._streams.get(event.request)
             if stream is None:
@@ -139,3 +142,5 @@ class EngineClient:
                 del self._streams[event.request]
         if self._arrived:
             self._loop.call_soon(self._hand_out)
+        else:
+            self._lot.rest()

@@ -42,8 +42,13 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUp:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Command = Submit | Cancel | Loaded | Load | Unload | Pin | Stop
+Command = Submit | Cancel | Loaded | Load | Unload | Pin | GiveUp | Stop

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class HostCopies:
-    """See the module. `on_loaded` is called on the host cache's thread with what a load gave."""
+    """See the module. `on_loaded` is called with what a load gave, on the host cache's thread or within `fetch`."""
 
     def __init__(
         self,
@@ -39,10 +39,12 @@ class HostCopies:
         """The copy to install."""
         return self._ready[adapter]
 
-    def fetch(self) -> None:
-        """Ask for the adapters the scheduler wants next."""
-        for adapter in self._scheduler.take_loads():
+    def fetch(self) -> bool:
+        """Ask for the adapters the scheduler wants next; False: for none. One that is at hand is told at once."""
+        wanted = self._scheduler.take_loads()
+        for adapter in wanted:
             self._host_cache.request(adapter, self._on_loaded)
+        return bool(wanted)
 
     def warm(self, adapter: AdapterId) -> None:
         """Bring an adapter to the host for nobody in particular."""

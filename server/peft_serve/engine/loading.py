@@ -32,12 +32,15 @@ from peft_serve.adapters.gate import Inspected, inspect
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.primitives import Adapter, mapped
 from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
+from peft_serve.errors import Unavailable
 from peft_serve.metrics import Metrics
 
 COMPILED_FOLDER: Final = "compiled"
 
+_RETRY_S: Final = 1.0
 _MIN_CORES: Final = 4  # from here on a second thread may load while the first compiles, and the engine keeps its cores
 
 
@@ -66,9 +69,18 @@ class Loading:
     def check(self, files: CheckpointFiles, *, keeps: bool = True) -> Inspected:
         """The whole of validation: the gate, then a compile. `keeps`: its result is likely to be asked for.
 
-        Raises AdapterInvalid and MalformedUpload. What was compiled before under the same rules compiles again.
+        Raises AdapterInvalid and MalformedUpload, and Unavailable where memory runs out: that is not the upload's
+        fault. What was compiled before under the same rules compiles again.
         """
         self._stand_aside()
+        try:
+            return self._checked(files, keeps=keeps)
+        except Exception as error:
+            if not is_short_of_memory(error):
+                raise
+        raise Unavailable("memory ran out while the adapter was checked; try again later", retry_after_s=_RETRY_S)
+
+    def _checked(self, files: CheckpointFiles, *, keeps: bool) -> Inspected:
         inspected = inspect(files, self._base, self._limits)
         if self._compiled.has(inspected.id):
             return self._speech(inspected)
@@ -130,6 +142,7 @@ def open_compiled_store(
         max_bytes=settings.compiled_cache_bytes,
         new_name=lambda: uuid.uuid4().hex,
         now_s=time.time,
+        min_free_bytes=settings.store_reserve_bytes,
     )
     code = code_digest(disk, Path(adapters.__file__).parent)
     versions = (peft_serve.__version__, torch.__version__, transformers.__version__)

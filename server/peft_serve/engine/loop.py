@@ -1,8 +1,9 @@
 """The engine: one thread that plans, runs and commits, and the only place where scheduler and model meet.
 
 Owns the thread and its inbox of frozen commands. Slow things (reading and compiling adapters) are asked of the host
-cache and come back through the inbox; copies on their way to a slot are `host_copies`' business. Knows no HTTP, no text
-and no file.
+cache and come back through the inbox: they begin when a request is submitted, whatever the engine does then, and what
+the host has already is in the very next step. Copies on their way to a slot are `host_copies`' business, and how things
+stand is written up in `books`. Knows no HTTP, no text and no file.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import (
+    BASE,
     BASE_SLOT,
     AdapterId,
     Event,
@@ -26,13 +27,13 @@ from peft_serve.core import (
     Request,
     RequestId,
     Step,
-    StepResult,
 )
-from peft_serve.engine.commands import Cancel, Command, Load, Loaded, Pin, Stop, Submit, Unload
+from peft_serve.engine.books import EngineBooks
+from peft_serve.engine.commands import Cancel, Command, GiveUp, Load, Loaded, Pin, Stop, Submit, Unload
 from peft_serve.engine.host_copies import HostCopies
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
-from peft_serve.engine.tally import StepTally
-from peft_serve.errors import Internal, InvalidParameter, QueueFull, ServeError, Unavailable
+from peft_serve.engine.stepping import EngineError, Runner, Stepping
+from peft_serve.errors import InvalidParameter, QueueFull, ServeError, Unavailable
 from peft_serve.metrics import Metrics
 from peft_serve.scheduling.scheduler import Scheduler
 
@@ -40,12 +41,6 @@ _log = logging.getLogger(__name__)
 
 _IDLE_S = 1.0  # how long an idle engine sleeps before it looks at its books
 _RETRY_S = 1.0
-
-
-class Runner(Protocol):
-    """What runs a step: the model floor's `StepRunner`, or a fake."""
-
-    def run(self, step: Step) -> StepResult: ...
 
 
 class Engine:
@@ -72,21 +67,17 @@ class Engine:
         self._clock = clock
         self._draw_seed = draw_seed
         self._max_queue = max_queue
-        self._block_size = block_size
         self._on_thread_start = on_thread_start
         self._on_stop = on_stop
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._copies = HostCopies(host_cache, scheduler, footprint_of, self._on_loaded)
-        self._runner = make_runner(self._copies.__getitem__)
+        self._stepping = Stepping(scheduler, make_runner(self._copies.__getitem__))
         self._deliver: Callable[[Sequence[Event]], None] = lambda _events: None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._lock = threading.Lock()
         self._num_arriving = 0  # submitted, not yet seen by the scheduler
         self._state = EngineState.STARTING
-        self._books = EngineSnapshot(state=EngineState.STARTING)
-        self._step_began_s: float | None = None
-        self._num_steps = 0
-        self._tally = StepTally()
+        self._books = EngineBooks(scheduler, host_cache, block_size=block_size, clock=clock)
         self._idle = threading.Event()
         self._idle.set()
 
@@ -96,7 +87,7 @@ class Engine:
 
     def start(self) -> None:
         self._state = EngineState.RUNNING
-        self._refresh_books()
+        self._books.refresh(self._state)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
@@ -116,6 +107,8 @@ class Engine:
             request = replace(request, sampling=replace(request.sampling, seed=self._draw_seed()))
         self._idle.clear()
         self._inbox.put(Submit(request))
+        if request.adapter != BASE and not self._books.has_on_device(request.adapter):
+            self._host_cache.fetch_ahead(request.adapter)
 
     def cancel(self, request: RequestId, reason: FinishReason) -> None:
         """End a request; one that has ended already, or never was, is no error."""
@@ -134,9 +127,7 @@ class Engine:
         self._inbox.put(Pin(adapter, pinned))
 
     def snapshot(self) -> EngineSnapshot:
-        began_s = self._step_began_s
-        stalled_s = 0.0 if began_s is None else self._clock() - began_s
-        return replace(self._books, state=self._state, stalled_s=stalled_s)
+        return self._books.snapshot(self._state)
 
     def close_admission(self) -> None:
         """Admit nothing more; what was admitted goes on."""
@@ -147,6 +138,11 @@ class Engine:
         """Admit nothing more and wait for what runs; True when everything ended in time. Blocks."""
         self.close_admission()
         return self._idle.wait(timeout_s)
+
+    def give_up(self, reason: str) -> None:
+        """Die: admit nothing more, and end every request; what the engine would answer is of no use to anybody."""
+        self.close_admission()
+        self._inbox.put(GiveUp(reason))
 
     def stop(self) -> None:
         """End the thread; requests that still run end as cancelled. Blocks."""
@@ -173,27 +169,34 @@ class Engine:
 
     def _read_inbox(self) -> bool:
         """Take in every command; False when told to stop. Sleeps when there is nothing to do."""
+        if self._scheduler.has_work:
+            return self._hear()
+        self._books.refresh(self._state)
+        if self._inbox.empty():
+            with self._lock:
+                if self._num_arriving == 0:
+                    self._idle.set()
+        return self._hear(timeout_s=_IDLE_S)
+
+    def _hear(self, timeout_s: float = 0.0) -> bool:
+        """Obey what is in the inbox, and wait so long for the first of it; False, always from then on: stop."""
         events: list[Event] = []
         try:
-            if not self._scheduler.has_work:
-                self._refresh_books()
-                if self._inbox.empty():
-                    with self._lock:
-                        if self._num_arriving == 0:
-                            self._idle.set()
-                command = self._inbox.get(timeout=_IDLE_S)
-            else:
-                command = self._inbox.get_nowait()
-            while True:
-                if isinstance(command, Stop):
-                    return False
+            while (command := self._next_command(timeout_s)) is not None and not isinstance(command, Stop):
                 events += self._obey(command)
-                command = self._inbox.get_nowait()
-        except queue.Empty:
-            return True
+                timeout_s = 0.0
         finally:
             if events:
                 self._deliver(events)
+        if isinstance(command, Stop):
+            self._inbox.put(command)
+        return command is None
+
+    def _next_command(self, timeout_s: float) -> Command | None:
+        try:
+            return self._inbox.get(timeout=timeout_s) if timeout_s else self._inbox.get_nowait()
+        except queue.Empty:
+            return None
 
     def _obey(self, command: Command) -> list[Event]:
         match command:
@@ -209,6 +212,8 @@ class Engine:
                 self._copies.unload(adapter)
             case Pin(adapter, pinned):
                 (self._scheduler.pin if pinned else self._scheduler.unpin)(adapter)
+            case GiveUp(reason):
+                raise EngineError(reason)
             case Stop():
                 raise AssertionError("stop is read by the loop itself")
         return []
@@ -230,6 +235,8 @@ class Engine:
     def _advance(self) -> None:
         """One step, if there is one to make."""
         began_s = self._clock()
+        if self._copies.fetch():
+            self._hear()  # what the host had at hand runs in this step, and not in the next
         step = self._scheduler.plan()
         self._copies.fetch()
         if step is None:
@@ -237,45 +244,19 @@ class Engine:
             events = self._scheduler.take_events()
             if events:
                 self._deliver(events)
-            else:
-                self._wait_for_news()
+            elif self._scheduler.has_work:
+                self._hear(timeout_s=_IDLE_S)  # nothing can run before news: of an adapter's load, as a rule
             return
-        self._step_began_s = began_s
-        events = self._run(step)
-        self._step_began_s = None
-        self._num_steps += 1
-        self._tally.note(step)
+        self._books.begin(began_s)
+        events = self._stepping.run(step)
+        self._books.end(step)
         self._copies.release_unclaimed()
         self._copies.unload_idle()
-        self._refresh_books()
+        self._books.refresh(self._state)
         if events:
             self._deliver(events)
         self._observe(step, self._clock() - began_s)
-
-    def _run(self, step: Step) -> list[Event]:
-        try:
-            result = self._runner.run(step)
-        except Exception as error:  # noqa: BLE001
-            # The step's rows fail, nobody else's do, and the engine goes on.
-            _log.exception("step %d failed with %d rows", step.id, len(step.rows))
-            failure = Internal(f"the forward pass failed ({type(error).__name__}); the request was not completed")
-            return self._scheduler.abandon(step.id, failure)
-        return self._scheduler.commit(result)
-
-    def _wait_for_news(self) -> None:
-        """Nothing can run before a command comes (an adapter that was loaded, as a rule)."""
-        if not self._scheduler.has_work:
-            return
-        try:
-            command = self._inbox.get(timeout=_IDLE_S)
-        except queue.Empty:
-            return
-        if isinstance(command, Stop):
-            self._inbox.put(command)
-            return
-        events = self._obey(command)
-        if events:
-            self._deliver(events)
+        self._stepping.require_working()
 
     def _on_loaded(self, adapter: AdapterId, outcome: Adapter | Exception) -> None:
         """Called on the host cache's thread."""
@@ -306,29 +287,3 @@ class Engine:
         )
         if step.removes:
             self._metrics.observe_evictions("device", len(step.removes))
-
-    def _refresh_books(self) -> None:
-        books, host = self._scheduler.snapshot(), self._host_cache.stats()
-        self._books = EngineSnapshot(
-            state=self._state,
-            num_running=books.num_running,
-            num_waiting=books.num_waiting,
-            num_loading=books.num_loading,
-            running_adapters=books.running_adapters,
-            waiting_adapters=books.waiting_adapters,
-            num_waiters=books.num_waiters,
-            resident=books.resident,
-            pinned=books.pinned,
-            host_adapters=self._host_cache.resident(),
-            device_bytes=books.device_bytes,
-            host_bytes=host.num_bytes,
-            num_slots=books.num_slots,
-            kv_usage=books.kv_usage,
-            step_time=books.step_time,
-            num_blocks=books.num_blocks,
-            block_size=self._block_size,
-            num_steps=self._num_steps,
-            last_rows=self._tally.rows,
-            num_prompt_tokens=self._tally.num_prompt_tokens,
-            num_drawn_tokens=self._tally.num_drawn_tokens,
-        )

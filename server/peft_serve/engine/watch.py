@@ -1,7 +1,7 @@
 """Watches that the base stays what it was: its weights are read again from time to time.
 
-Nothing in the server writes to them; if anything ever does, every tenant's answers are wrong, so the server stops
-admitting and says so, instead of serving on.
+Nothing in the server writes to them; if anything ever does, every tenant's answers are wrong, those under way too: so
+the server is told to end, and whoever started it starts it again with the weights as they are on disk.
 """
 
 from __future__ import annotations
@@ -38,8 +38,15 @@ class BaseWatch:
 
     def _main(self) -> None:
         while not self._stopped.wait(self._interval_s):
-            if not self._check():
-                _log.critical("the base's weights are not those the server was started with; nothing more is admitted")
+            if not self._is_unchanged():
+                _log.critical("the base's weights are not those the server was started with: it ends")
                 self._metrics.set_base_ok(ok=False)
                 self._on_change()
                 return
+
+    def _is_unchanged(self) -> bool:
+        try:
+            return self._check()
+        except Exception:  # noqa: BLE001  # short of memory, say: nothing is known, and the next look may tell
+            _log.exception("the base's weights could not be read")
+            return True

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from peft_serve.model.attend import Terms, attend_cached, attend_fresh, attend_reference
-from peft_serve.model.paged import PagedDecode
 from peft_serve.model.pools import KVPool
 from peft_serve.model.ragged import Bias, Cached, Plan
 
@@ -57,6 +56,18 @@ class Watcher(Protocol):
         ...
 
 
+class DecodeKernel(Protocol):
+    """Attention of groups with one token a row, where it is covered."""
+
+    def forget(self) -> None:
+        """The pass is over."""
+        ...
+
+    def attend(self, group: Cached, q_THD: Tensor, pool: KVPool, layer: int, terms: Terms) -> Tensor | None:
+        """[R, H, D], or None where it covers not what is asked."""
+        ...
+
+
 class RaggedAttention:
     """Attention over rows side by side, called by the model's own layers.
 
@@ -68,7 +79,7 @@ class RaggedAttention:
         self._places = dict(places)
         self._work: Mapping[Kind, Work] = {}
         self.is_reference = is_reference
-        self.paged: PagedDecode | None = None  # a kernel for decode rows
+        self.paged: DecodeKernel | None = None
         self.watched: Mapping[nn.Module, Watcher] = {}
         self.name = f"peft_serve_{id(self):x}"
 
@@ -136,7 +147,7 @@ class RaggedAttention:
         Masks and position biases that the model passes are not read: the plan and the module's place say
         both. At a cross-attention without new rows, k and v are dummies.
         """
-        place = self._places.get(module) or Place(kind=Kind.SELF, layer=module.layer_idx)  # type: ignore[arg-type]
+        place = self.place(module)
         terms = Terms(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=softcap,
@@ -144,17 +155,30 @@ class RaggedAttention:
             bias=place.bias,
             sinks_H=s_aux,
         )
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = self._run(self._work[place.kind], place.layer, q, k, v, terms)
+        q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        work = self._work[place.kind]
+        if work.pool is not None and work.plan.writes_T is not None:
+            work.pool.write(place.layer, work.plan.writes_T, k, v)
+        return self.run(module, work, place.layer, q, k, v, terms)[None], None
+
+    def work(self, kind: Kind) -> Work | None:
+        """What the pass that runs has to do for this kind of attention."""
+        return self._work.get(kind)
+
+    def place(self, module: nn.Module) -> Place:
+        """Where this module stands."""
+        return self._places.get(module) or Place(kind=Kind.SELF, layer=module.layer_idx)  # type: ignore[arg-type]
+
+    def run(self, module: nn.Module, work: Work, layer: int, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+        """[T, H, D] from q [T, H, D] and k, v [T, K, D], which are in their blocks already."""
+        out = self._run(work, layer, q, k, v, terms)
         watcher = self.watched.get(module)
         if watcher is not None:
             watcher.beside_(q, out)
-        return out[None], None
+        return out
 
     def _run(self, work: Work, layer: int, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
         plan, pool = work.plan, work.pool
-        if pool is not None and plan.writes_T is not None:
-            pool.write(layer, plan.writes_T, k, v)
         if self.is_reference:
             return attend_reference(plan, q, k, v, pool, layer, terms)
         if plan.is_one_group:  # the common step, all rows decode: nothing to put together

@@ -6,6 +6,7 @@ got (`beside_`). What goes through the output projection is added there; what do
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from peft_serve.model.routing import Lane, Route
 from peft_serve.model.sites_forward import expect_tokens
 from peft_serve.model.terms.gated import GatedPart, GatedPrompts
 from peft_serve.model.terms.term import Term
+
+Forward = Callable[..., Any]
 
 
 class AttentionSite:
@@ -31,10 +34,14 @@ class AttentionSite:
         )
         self.terms: tuple[Term, ...] = (self._prompts,)
         self._path = spec.path
-        self._base = module.forward
+        self._base: Forward = module.forward
         self._planned: Route | None = None
         self._parts: tuple[GatedPart, ...] = ()
         self._late: list[tuple[GatedPart, Tensor]] = []
+
+    def run_by(self, forward: Forward) -> None:
+        """Run the module by another forward that gives what its own gives."""
+        self._base = forward
 
     def forget(self) -> None:
         self._parts, self._planned = (), None

@@ -168,6 +168,8 @@ def locate(source: str) -> str:
 def _read_config(source: str, location: str, revision: str | None = None) -> PreTrainedConfig:
     if (Path(location) / "adapter_config.json").is_file():
         raise NotServable(f"{source} is an adapter, not a base; serve its base and upload it")
+    if _is_path(location) and not Path(location).is_dir():
+        raise NotServable(f"{source}: there is no such folder; check the path, or name a hub id (org/model)")
     try:
         given: Mapping[str, Any] = PreTrainedConfig.get_config_dict(location, revision=revision or _DEFAULT_REVISION)[0]
     except (OSError, ValueError) as error:
@@ -255,6 +257,11 @@ def _offline(location: str) -> str:
     if not constants.HF_HUB_OFFLINE or Path(location).is_dir():
         return ""
     return " (HF_HUB_OFFLINE is set: what the hub's cache on this machine holds is all there is)"
+
+
+def _is_path(location: str) -> bool:
+    """Whether a source cannot be a hub id."""
+    return location.startswith(("/", ".", "~")) or location.count("/") > 1
 
 
 def _first_line(error: Exception) -> str:

@@ -6,15 +6,19 @@ tokens. It plans nothing: every slot and block it touches is named by the `Step`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite, isnan
 
 import torch
 from torch import Tensor
 
 from peft_serve.adapters.primitives import Adapter
-from peft_serve.core import AdapterId, Install, Row, RowResult, Step, StepResult
-from peft_serve.errors import ServeError
+from peft_serve.adapters.shortage import is_short_of_memory
+from peft_serve.core import BASE_SLOT, AdapterId, Install, Row, RowResult, Step, StepResult
+from peft_serve.errors import Internal, ServeError
+from peft_serve.model.apart import Apart
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.candidates import candidates, tops
 from peft_serve.model.encoder_pass import EncoderPass
@@ -25,6 +29,8 @@ from peft_serve.model.pools import KVPool, KVShape
 from peft_serve.model.prefixes import VirtualTokens
 from peft_serve.model.readings import Ask, Rows, read
 from peft_serve.model.sampler import Chosen, Sampler, score
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +72,15 @@ class StepRunner:
         self._encoder = EncoderPass(base, self._virtual) if base.shape.is_encoder else None
         self._heads = Heads(base)
         self._sampler = Sampler(banned=base.banned_ids)
+        self._apart = Apart(self._run_rows, free=torch.cuda.empty_cache if base.device.type == "cuda" else lambda: None)
         self._occupied: set[int] = set()
+        self._is_short = False  # memory ran out for an install of the step
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
-        """Run one step. An adapter that cannot be installed fails alone: its rows are not run."""
+        """Run one step. What fails for some of its rows alone fails for them alone (`RowResult.failure`), and an
+        adapter that cannot be installed fails with its rows, which are not run. Raises when the base does not run."""
+        self._is_short = False
         for slot in step.removes:
             self._remove(slot)
         failed: dict[int, tuple[AdapterId, str]] = {}
@@ -80,7 +90,7 @@ class StepRunner:
                 failed[install.slot] = (install.adapter, reason)
         self._pool.copy(step.copies)
         runnable = [row for row in step.rows if row.slot not in failed]
-        ran = iter(self._run_rows(runnable))
+        ran = iter(self._apart.run(runnable) if runnable else ())
         return StepResult(
             step_id=step.id,
             rows=tuple(
@@ -88,6 +98,7 @@ class StepRunner:
                 for row in step.rows
             ),
             failed_installs=tuple(failed.values()),
+            was_short_of_memory=self._is_short or bool(runnable and self._apart.was_short_of_memory),
         )
 
     def check(self) -> None:
@@ -113,14 +124,14 @@ class StepRunner:
             self._virtual.place(install, adapter)
             if adapter.head is not None:
                 self._heads.put(install.slot, adapter.head)
-        except (ServeError, ValueError, LookupError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with an adapter, the others run
+            _log.warning("adapter %s cannot be installed", install.adapter, exc_info=True)
             self._remove(install.slot)
-            return str(error)
+            self._is_short |= is_short_of_memory(error)
+            return _told(error)
         return None
 
     def _run_rows(self, rows: Sequence[Row]) -> list[RowResult]:
-        if not rows:
-            return []
         if self._encoder is not None:
             return self._read_whole(self._encoder, rows)
         keep = {i: max(len(row.wanted), row.draw is not None) for i, row in enumerate(rows)}
@@ -132,12 +143,15 @@ class StepRunner:
             if count:
                 kept.append(_Kept(i, kept[-1].last + 1 if kept else 0, count))
         if logits is None:
-            return [_result(row, None, (), readings.get(i, ())) for i, row in enumerate(rows)]
+            return [_read(row, readings.get(i, ())) for i, row in enumerate(rows)]
         chosen = self._choose(rows, kept, logits)
         scores = self._score(rows, kept, logits)
         results = [_result(row, chosen.get(i), scores.get(i, ()), readings.get(i, ())) for i, row in enumerate(rows)]
         self._add_candidates(results, rows, kept, logits)
         self._add_score_tops(results, rows, kept, logits)
+        for i, result in enumerate(results):
+            if not (_are_numbers(result) and (i not in chosen or chosen[i].is_number)):
+                results[i] = _no_number(rows[i])
         return results
 
     def _read_whole(self, encoder: EncoderPass, rows: Sequence[Row]) -> list[RowResult]:
@@ -147,7 +161,7 @@ class StepRunner:
             asks.append(
                 Ask(slot=row.slot, reading=row.reading, states_SD=states.states_SD, num_virtual=states.num_virtual)
             )
-        return [_result(row, None, (), given) for row, given in zip(rows, read(self._heads, asks), strict=True)]
+        return [_read(row, given) for row, given in zip(rows, read(self._heads, asks), strict=True)]
 
     def _read_decoded(self, rows: Sequence[Row]) -> dict[int, Rows]:
         """The readings of a decoder's rows, by their place; a family without readable states gives none."""
@@ -216,6 +230,32 @@ def _result(row: Row, chosen: Chosen | None, scores: tuple[tuple[float, ...], ..
         top=chosen.top,
         scores=scores,
     )
+
+
+def _read(row: Row, readings: Rows) -> RowResult:
+    """The result of a row that chooses nothing."""
+    result = _result(row, None, (), readings)
+    return result if _are_numbers(result) else _no_number(row)
+
+
+def _are_numbers(result: RowResult) -> bool:
+    """Whether what is to be told of the row can be. A log-probability may be minus infinity."""
+    if any(isnan(one.score) for one in result.candidates) or any(isnan(sum(ids)) for ids in result.scores):
+        return False
+    return all(isfinite(sum(values)) for values in result.readings)
+
+
+def _no_number(row: Row) -> RowResult:
+    """Nothing can be chosen or told where the pass came to NaN or infinity, and nobody else is the worse for it."""
+    whose = "the base" if row.slot == BASE_SLOT else "the adapter"
+    told = f"{whose} gives values that are no numbers (NaN or infinite) for this request; it was not completed"
+    return RowResult(request=row.request, branch=row.branch, failure=Internal(told))
+
+
+def _told(error: Exception) -> str:
+    if is_short_of_memory(error):
+        return "memory ran out; try again later"
+    return str(error) if isinstance(error, ServeError | ValueError | LookupError) else type(error).__name__
 
 
 def _rows_of(logits_NV: Tensor, places: Sequence[int]) -> Tensor:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Chosen:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # (id, log-probability), best first
+    is_number: bool = True  # False: the scores came to NaN or infinity, and the token means nothing
 
 
 class Sampler:
@@ -56,7 +58,7 @@ class Sampler:
             scores_NV[:, self._banned] = _NEVER
         if any(_is_edited(draw) for draw in draws):
             scores_NV = edited(scores_NV.float(), draws)
-        tokens = best_ids(scores_NV).tolist()
+        tokens, best = _with_scores(scores_NV, best_ids(scores_NV))
         sampled = [row for row, draw in enumerate(draws) if is_sampled(draw.params)]
         if sampled:
             drawn = _sample(scores_NV[sampled].float(), [draws[row] for row in sampled])
@@ -65,7 +67,8 @@ class Sampler:
         for row, draw in enumerate(draws):
             if draw.forced is not None:
                 tokens[row] = draw.forced
-        return _reported(logits_NV, draws, tokens)
+        chosen = _reported(logits_NV, draws, tokens)
+        return [one if value < inf else replace(one, is_number=False) for one, value in zip(chosen, best, strict=True)]
 
 
 def best_ids(scores_NV: Tensor) -> Tensor:
@@ -85,6 +88,13 @@ def best_ids(scores_NV: Tensor) -> Tensor:
     ids_NP: Tensor = (first_N1 + torch.arange(_PART)).clamp_(max=size - 1)
     places_N1 = scores_NV.gather(1, ids_NP).argmax(-1, keepdim=True)
     return ids_NP.gather(1, places_N1).squeeze(1)
+
+
+def _with_scores(scores_NV: Tensor, ids_N: Tensor) -> tuple[list[int], list[float]]:
+    """Ids and their scores, brought to the host at once. Where a row holds a NaN, that is the best of it."""
+    both_2N = torch.stack((ids_N.double(), scores_NV.gather(1, ids_N.unsqueeze(1)).squeeze(1).double()))
+    ids, scores = both_2N.tolist()
+    return [int(i) for i in ids], scores
 
 
 def score(logits_NV: Tensor, wanted: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:

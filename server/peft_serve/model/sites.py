@@ -23,6 +23,7 @@ from peft_serve.adapters.primitives import Adapter, Edit, is_finite
 from peft_serve.adapters.sublayer_primitives import Intervention
 from peft_serve.core import BASE_SLOT
 from peft_serve.kernels.low_rank import LowRankKernel
+from peft_serve.kernels.row_ops import RowOps
 from peft_serve.model.attention_site import AttentionSite, attention_spec
 from peft_serve.model.edit_check import check_edit
 from peft_serve.model.expert_site import ExpertsSite, expert_spec
@@ -123,6 +124,12 @@ class AdaptedSites:
         for site in {id(site): site for site in self._sites.values()}.values():
             if isinstance(site, DenseSite) and site.num_packable >= max(1, fewest):
                 site.pack(pack)
+
+    def run_norms_by(self, ops: RowOps) -> None:
+        """Run the base's norms by a kernel from now on, where it can."""
+        for site in dict.fromkeys(self._sites.values()):
+            if isinstance(site, NormSite):
+                site.run_by(ops)
 
     def run_low_rank_by(self, kernel: LowRankKernel) -> None:
         """Run low-rank terms by a kernel from now on, where it can. No adapter is installed yet."""

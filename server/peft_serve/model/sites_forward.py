@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.model.norms import norm_forward
+from peft_serve.kernels.row_ops import RowOps
+from peft_serve.model.norms import kernel_norm, norm_forward
 from peft_serve.model.packing import Pack
 from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Lane, Route, Run
@@ -138,12 +139,19 @@ class NormSite:
 
     def __init__(self, spec: SiteSpec, module: nn.Module, lane: Lane) -> None:
         self.lane = lane
+        self._module = module
         self._own = OwnNorm(module)
         self.terms: tuple[Term, ...] = (self._own,)
         self._spec = spec
         self._base = norm_forward(module)
         self._planned: Route | None = None
         self._op: OwnOp | None = None
+
+    def run_by(self, ops: RowOps) -> None:
+        """Run the base's norm by a kernel, where it is one the kernel computes."""
+        fused = kernel_norm(self._module, self._base, ops)
+        if fused is not None:
+            self._base = fused
 
     def forget(self) -> None:
         self._op, self._planned = None, None

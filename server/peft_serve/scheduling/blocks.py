@@ -105,6 +105,14 @@ class BlockLedger:
             self._labels[block] = label
             self._labelled[label] = block
 
+    def unlabel(self, blocks: Iterable[int]) -> None:
+        """Nobody is to find these held blocks again: what they contain is not what their labels say."""
+        for block in blocks:
+            assert self._references[block] > 0, f"block {block} loses its label but nobody holds it"
+            label = self._labels.pop(block, None)
+            if label is not None:
+                del self._labelled[label]
+
     def find(self, labels: Iterable[bytes]) -> tuple[int, ...]:
         """The blocks with these labels, up to the first that there is none for. Nobody holds them for it: `share`."""
         blocks = []

@@ -114,6 +114,10 @@ class Memory:
         """A row of the request has run: the blocks it filled can be found again."""
         self._cache.keep(tracked)
 
+    def distrust(self, tracked: Tracked) -> None:
+        """The request failed on what it computed: nobody is to find its blocks."""
+        self._blocks.unlabel(tracked.table)
+
     def secure(self, tracked: Tracked) -> bool:
         """Make sure that the running request has the blocks of a next row; False while there are none."""
         if tracked.request.choices:

@@ -53,7 +53,12 @@ class Outcome:
         self._residency.confirm()
         for tracked, row, given in zip(flight.owners, flight.step.rows, result.rows, strict=True):
             assert (given.request, given.branch) == (row.request, row.branch), "results are not in row order"
-            if tracked.state is RequestState.RUNNING:
+            if tracked.state is not RequestState.RUNNING:
+                continue
+            if given.failure is not None:
+                self._memory.distrust(tracked)
+                yield self._roster.finish(tracked, FinishReason.FAILED, given.failure)
+            else:
                 yield from self._commit_row(tracked, row, given)
 
     def abandon(self, flight: Flight, error: Exception) -> Iterator[Event]:

@@ -96,13 +96,16 @@ class Scheduler:
         Answer each with `adapter_ready` or `adapter_failed`. At most `max_loads` are on their way at a time;
         the head of the queue does not count.
         """
-        self._residency.forget_unwanted(self._roster.queue.adapters)
+        adapters = self._roster.queue.adapters
+        self._residency.forget_unwanted(adapters)
+        cold = {adapter for adapter in adapters if self._residency.is_cold(adapter)}
         loads: list[AdapterId] = []
-        for tracked in self._roster.queue:
+        for tracked in self._roster.queue if cold else ():
             has_room = self._residency.num_on_the_way < self._limits.max_loads
-            if not has_room and tracked is not self._roster.queue.head:
+            if not cold or (not has_room and tracked is not self._roster.queue.head):
                 break
-            if self._residency.is_cold(tracked.adapter):
+            if tracked.adapter in cold:
+                cold.remove(tracked.adapter)
                 self._residency.ask(tracked.adapter)
                 loads.append(tracked.adapter)
         for adapter in loads:

@@ -95,6 +95,7 @@ class SlotLedger:
         self._free = list(range(num_slots, 0, -1))
         self._pinned: set[AdapterId] = set()
         self._num_bytes = 0
+        self._told: tuple[Resident, ...] | None = None  # what `resident` gave, until something of it changes
 
     @property
     def num_slots(self) -> int:
@@ -131,6 +132,7 @@ class SlotLedger:
         self._seats[adapter] = seat
         self._policy.enter(adapter, seat.num_bytes)
         self._num_bytes += seat.num_bytes
+        self._told = None
         return Placement(slot=seat.slot, evicted=tuple((v.slot, v.adapter) for v in victims))
 
     def acquire(self, adapter: AdapterId) -> Lease:
@@ -148,9 +150,11 @@ class SlotLedger:
     def pin(self, adapter: AdapterId) -> None:
         """Never evict the adapter, from now on and whenever it has a slot."""
         self._pinned.add(adapter)
+        self._told = None
 
     def unpin(self, adapter: AdapterId) -> None:
         self._pinned.discard(adapter)
+        self._told = None
 
     @property
     def pinned(self) -> frozenset[AdapterId]:
@@ -184,6 +188,11 @@ class SlotLedger:
 
     def resident(self) -> tuple[Resident, ...]:
         """Every adapter that has a slot, the base not counted, least recently used first."""
+        if self._told is None:
+            self._told = self._residents()
+        return self._told
+
+    def _residents(self) -> tuple[Resident, ...]:
         return tuple(
             Resident(
                 adapter=seat.adapter,
@@ -204,6 +213,7 @@ class SlotLedger:
         assert all(seat.leases >= 0 for seat in self._seats.values()), "a slot has negative leases"
         assert self._base.leases >= 0, "the base has negative leases"
         assert BASE not in self._seats, "the base has a second slot"
+        assert self._told in (None, self._residents()), "what was told of the residents is out of date"
         assert sorted(self._policy.victims()) == sorted(self._seats), "the policy knows other adapters"
 
     def _find(self, adapter: AdapterId) -> _Seat | None:
@@ -213,6 +223,7 @@ class SlotLedger:
         return seat.leases == 0 and seat.adapter not in self._pinned
 
     def _touch(self, seat: _Seat, *, is_new_use: bool) -> None:
+        self._told = None
         self._seats[seat.adapter] = self._seats.pop(seat.adapter)
         (self._policy.use if is_new_use else self._policy.rest)(seat.adapter)
 
@@ -226,6 +237,7 @@ class SlotLedger:
         del self._seats[seat.adapter]
         self._free.append(seat.slot)
         self._num_bytes -= seat.num_bytes
+        self._told = None
         self._policy.leave(seat.adapter, is_evicted=is_evicted)
 
     def _require_possible(self, num_bytes: int) -> None:
