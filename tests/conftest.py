@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,24 @@ def repository() -> Path:
     return REPOSITORY
 
 
+@pytest.fixture(autouse=True)
+def undisturbed_logs() -> Iterator[None]:
+    """A command that sets up the process's logs leaves no handler or level to the tests after it."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    for handler in [each for each in root.handlers if type(each).__module__.startswith("peft_serve.")]:
+        root.removeHandler(handler)
+    root.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
+    """As `make_tiny_tokenizer` makes it."""
+    return make_tiny_tokenizer()
+
+
+def make_tiny_tokenizer() -> Any:
     """A byte-level tokenizer of 261 entries: <pad> 0, </s> 1, <unk> 2, <s> 3, <sep> 4, then the bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 import peft_serve
-from peft_serve.commands import adapters, bench, config, doctor, generate, top
+from peft_serve.commands import adapters, bench, config, doctor, generate, keys, top
 from peft_serve.commands.config import CONFIG_OPTION, settings_of
 from peft_serve.commands.options import with_settings
 from peft_serve.commands.speech import Speech
@@ -60,6 +60,7 @@ def _serve(config: Path | None, **flags: Any) -> None:
 app.command("serve")(with_settings(_serve, extra=(CONFIG_OPTION,)))
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(config.app, name="config")
+app.add_typer(keys.app, name="keys")
 app.command("generate")(generate.generate)
 app.command("top")(top.top)
 app.command("bench")(bench.bench)

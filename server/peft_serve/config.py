@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
@@ -33,13 +33,19 @@ class Settings(BaseSettings):
         default=None, description="store the base's linear weights in fewer bits; needs peft-serve[quantised]"
     )
     prepack: Literal["auto", "on", "off"] = Field(
-        default="auto", description="a second copy of float32 weights in the CPU's own layout: faster, twice the memory"
+        default="auto", description="a second copy of the weights in the order a CPU reads: faster, twice the memory"
+    )
+    cpu_kernels: Literal["auto", "on", "off"] = Field(
+        default="auto", description="kernels compiled for this CPU at the first start; on = refuse to start without"
     )
     num_threads: int | None = Field(default=None, ge=1, description="torch threads for the forward pass")
 
     # adapters
     adapters: list[Path] = Field(default_factory=list, description="read-only folders of checkpoints to serve")
     store: Path | None = Field(default=None, description="folder that keeps uploads; default ~/.local/share/peft-serve")
+    store_reserve_bytes: int = Field(
+        default=64 * MIB, ge=0, description="free space of the store's disk that no adapter takes, for records"
+    )
     allow_source: list[str] = Field(
         default_factory=list,
         description="where adapters may be fetched from: hf://org/*, s3://bucket/folder, file:/folder; default nowhere",
@@ -55,6 +61,11 @@ class Settings(BaseSettings):
     max_rank: int = Field(default=256, ge=1, description="largest rank of an adapter after compilation")
     max_adapter_bytes: int = Field(default=512 * MIB, ge=1, description="largest upload, and largest compiled adapter")
     max_virtual_tokens: int = Field(default=1024, ge=1, description="longest soft prompt or prefix")
+    max_compile_tflop: int = Field(
+        default=100,
+        ge=1,
+        description="most work of compiling an adapter, in 10^12 operations: a core does two a minute",
+    )
     allow_chat_templates: bool = Field(
         default=False, description="run the chat templates of uploads, in a sandbox; off: the base's own is used"
     )
@@ -93,7 +104,23 @@ class Settings(BaseSettings):
     # HTTP
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    allowed_hosts: list[str] = Field(
+        default_factory=list, description="names of this server, beside localhost and its addresses; *.example.com"
+    )
+    allowed_origins: list[str] = Field(
+        default_factory=list, description="sites whose pages may call this server, such as https://chat.example.com"
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="one key that may do everything; better said in the environment than here"
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="YAML file of keys, tenants and quotas; it is read again when it changes"
+    )
+    metrics_public: bool = Field(default=False, description="answer /metrics without a key, where keys are asked for")
     max_body_bytes: int = Field(default=4 * MIB, ge=1024, description="largest request body that is not an upload")
+    max_connections: int = Field(
+        default=4096, ge=1, description="open connections; beyond them those that idle are closed"
+    )
     max_inputs: int = Field(default=256, ge=1, description="inputs in one request")
     max_new_tokens: int = Field(default=4096, ge=1, description="largest max_new_tokens a request may ask for")
     max_stop_sequences: int = Field(default=16, ge=0, description="stop strings in one request")

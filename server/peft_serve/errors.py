@@ -6,8 +6,11 @@ ServeError
 |   `-- MalformedUpload   400  an upload that cannot be read at all
 |-- Unauthorized          401
 |-- Forbidden             403
+|   `-- StorageQuotaExceeded 403  a tenant keeps as much as it may; waiting does not help
 |-- UnknownAdapter        404  never answered by the base model instead
 |-- NotFound              404
+|-- Conflict              409  the name, or what points to it, stands in the way
+|-- RequestTimeout        408  a body that came too slowly
 |-- PreconditionFailed    412  the name moved meanwhile, or exists already
 |-- PayloadTooLarge       413
 |-- UnsupportedMediaType  415
@@ -16,6 +19,7 @@ ServeError
 |-- AdapterInvalid        422  a readable adapter that is refused, one reason a place (400 on /v1)
 |-- QueueFull             429  with Retry-After
 |   `-- DeadlineMissed    429  would be, or was, not begun in the time it was to wait
+|-- QuotaExceeded         429  of a tenant, with Retry-After
 |-- Internal              500
 |-- FetchFailed           502  a source of adapters did not give what it should
 |-- Unavailable           503  starting, draining or dead, with Retry-After
@@ -66,12 +70,24 @@ class Forbidden(ServeError):
     status, code = 403, "forbidden"
 
 
+class StorageQuotaExceeded(Forbidden):
+    code = "storage_quota_exceeded"
+
+
 class UnknownAdapter(ServeError):
     status, code = 404, "model_not_found"
 
 
 class NotFound(ServeError):
     status, code = 404, "not_found"
+
+
+class Conflict(ServeError):
+    status, code = 409, "conflict"
+
+
+class RequestTimeout(ServeError):
+    status, code = 408, "request_timeout"
 
 
 class PreconditionFailed(ServeError):
@@ -121,6 +137,15 @@ class QueueFull(ServeError):
 
 class DeadlineMissed(QueueFull):
     code = "deadline_missed"
+
+
+class QuotaExceeded(ServeError):
+    status, code = 429, "quota_exceeded"
+
+    def __init__(self, message: str, *, quota: str, retry_after_s: float) -> None:
+        """`quota` is the name of the one that is used up."""
+        super().__init__(f"{message}; try again in {max(1.0, retry_after_s):.0f} s", retry_after_s=retry_after_s)
+        self.quota = quota
 
 
 class Internal(ServeError):

@@ -20,6 +20,7 @@ LogFormat = Literal["text", "json"]
 MAX_CHARS: Final = 16_384
 """Of a message or a traceback; the rest is cut. No record is worth more, and a caller can make some of them long."""
 
+_WITH_HANDLERS: Final = ("huggingface_hub", "transformers")
 _PLAIN = re.compile(r"[!#-<>-~]+")  # printable ASCII without space, quote and equals sign
 
 
@@ -30,6 +31,10 @@ def configure_logs(level: str, log_format: LogFormat, stream_of: Callable[[], Te
     """
     handler = _Writer(stream_of)
     handler.setFormatter(JSONFormatter() if log_format == "json" else TextFormatter())
+    for name in _WITH_HANDLERS:  # their own would write each record once more, or keep it from coming here
+        logger = logging.getLogger(name)
+        logger.handlers = [each for each in logger.handlers if not isinstance(each, logging.StreamHandler)]
+        logger.propagate = True
     root = logging.getLogger()
     for earlier in [each for each in root.handlers if isinstance(each, _Writer)]:
         root.removeHandler(earlier)

@@ -12,6 +12,9 @@ from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from peft_serve.alias_figures import AliasFigures
+from peft_serve.tenant_figures import TenantFigures
+
 Tier = Literal["device", "host", "disk"]
 
 MAX_ADAPTER_LABELS: Final = 100  # more names than this share the label `_other`
@@ -31,7 +34,7 @@ class RequestFigures:
 
     adapter: str  # its name; `base` for the base
     method: str  # peft_type; `base` for the base
-    outcome: str  # ok | cancelled | failed
+    outcome: str  # ok | cancelled | refused | failed
     finish_reason: str
     num_prompt_tokens: int
     num_output_tokens: int
@@ -100,6 +103,8 @@ class Metrics:
         self._make_engine_metrics()
         self._make_adapter_metrics()
         self._make_server_metrics(build)
+        self.tenants = TenantFigures(self._registry)
+        self.aliases = AliasFigures(self._registry)
 
     def _make_request_metrics(self) -> None:
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.")

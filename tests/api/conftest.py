@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from peft_serve.api.app import create_app
+from peft_serve.commands.connections import ConnectionLimits, Connections
 from tests.api.api_fakes import World, checkpoint, make_world
 
 COMPLAINTS = {
@@ -131,11 +132,18 @@ def reading_url(encoder: World) -> Iterator[str]:
 
 
 @contextmanager
-def served(world: World) -> Iterator[str]:
+def served(world: World, limits: ConnectionLimits | None = None) -> Iterator[str]:
+    """A real server, with the connections of a real one."""
+    connections = Connections(limits or ConnectionLimits(max_connections=1000))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(
-            create_app(world.parts), log_level="error", timeout_graceful_shutdown=1, timeout_keep_alive=75
+            create_app(world.parts),
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=75,
+            http=connections,  # type: ignore[arg-type]
+            ws="none",
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -183,11 +183,11 @@ async def test_unknown_names_are_404_everywhere(client: httpx.AsyncClient) -> No
     assert (await client.get("/adapters/nobody/versions")).status_code == 404
     assert (await client.delete("/adapters/nobody")).status_code == 404
     assert (await client.delete("/adapters/nobody", headers={"If-Match": "*"})).status_code == 404
-    for method, path in (("GET", ""), ("GET", "/versions"), ("DELETE", ""), ("POST", "/load"), ("POST", "/rollback")):
+    for method, path in (("GET", ""), ("GET", "/versions"), ("DELETE", ""), ("POST", "/rollback")):
         answer = await client.request(method, f"/adapters/plain@1{path}")
         assert (answer.status_code, answer.json()["detail"]) == (404, "name the adapter without a version here")
     for act in ("pin", "unpin", "load", "unload", "rollback"):
-        for name in ("nobody", "plain@1" if act != "rollback" else "nobody@1"):
+        for name in ("nobody", "nobody@1", "plain@9"):
             answer = await client.post(f"/adapters/{name}/{act}")
             assert (answer.status_code, answer.json()["code"]) == (404, "model_not_found"), (act, name)
 
@@ -285,3 +285,20 @@ async def test_pins_leave_one_slot_to_everybody_else(client: httpx.AsyncClient, 
     assert "--max-resident-adapters" in answers[-1].json()["detail"]
     assert (await client.post("/adapters/kept-0/pin")).status_code == 202, "it has its slot already"
     assert (await client.get("/adapters/kept-0")).json()["pinned"]
+
+
+async def test_a_pin_is_the_files_and_not_the_names(client: httpx.AsyncClient, world: World) -> None:
+    first = (await put(client, "moving", "one")).json()["digest"]
+    await client.post("/adapters/moving/pin")
+    second = (await put(client, "moving", "two")).json()["digest"]
+    assert (await client.get("/adapters/moving")).json()["pinned"] is False
+    assert world.engine.snapshot().pinned == {first}
+    kept = await client.post("/adapters/moving@1/unload")
+    assert kept.status_code == 412
+    told = await client.post("/adapters/moving/pin")
+    assert (told.json()["version"], told.json()["pinned"]) == (2, True)
+    unpinned = await client.post("/adapters/moving@1/unpin")
+    assert (unpinned.status_code, unpinned.json()["version"]) == (202, 2), "the answer is about the name"
+    assert world.engine.snapshot().pinned == {second}
+    assert (await client.post(f"/adapters/moving@{first}/load")).status_code == 202
+    assert world.engine.commands[-1] == ("load", first)

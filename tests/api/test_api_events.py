@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from peft_serve.api.beat import MAX_LISTENERS, Beat
+from peft_serve.api.principal import ANYONE
 from peft_serve.api.rates import Counts, RateWindow
 from peft_serve.api.service import Service
 from peft_serve.core import AdapterId, Draw, Row, SamplingParams, Step
@@ -65,7 +66,7 @@ def beat(world: World) -> Beat:
 
 async def taken(beat: Beat, count: int) -> list[dict[str, Any]]:
     """The next events of one listener."""
-    events = beat.join()
+    events = beat.join(ANYONE)
     found: list[dict[str, Any]] = []
     try:
         async for chunk in events:
@@ -184,9 +185,9 @@ def test_a_tally_tells_prompts_from_answers() -> None:
 
 async def test_too_many_listeners_are_refused(beat: Beat) -> None:
     for _ in range(MAX_LISTENERS):
-        beat.join()
+        beat.join(ANYONE)
     with pytest.raises(QueueFull, match="watch already"):
-        beat.join()
+        beat.join(ANYONE)
     for _ in range(MAX_LISTENERS):
         beat.leave()
     assert len(await taken(beat, 1)) == 1

@@ -387,6 +387,7 @@ async def test_tokenize_and_info(client: httpx.AsyncClient) -> None:
     info = (await client.get("/info")).json()
     assert info["model_id"] == BASE_NAME
     assert info["max_total_tokens"] == 512
+    assert info["max_num_beams"] == 16
 
 
 async def test_requests_are_counted(client: httpx.AsyncClient) -> None:
@@ -394,6 +395,16 @@ async def test_requests_are_counted(client: httpx.AsyncClient) -> None:
     page = (await client.get("/metrics")).text
     assert 'peft_serve_adapter_requests_total{adapter="plain",method="LORA",outcome="ok"} 1.0' in page
     assert 'vllm:request_success_total{finished_reason="stop",model_name=""} 1.0' in page
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [("max_tokens", "did you mean max_new_tokens?"), ("Temprature", "did you mean temperature?"),
+     ("x" * 5000, "/docs lists the ones it has")],
+)  # fmt: skip
+async def test_a_field_that_is_not_known_is_told_the_nearest(client: httpx.AsyncClient, field: str, said: str) -> None:
+    answer = await client.post("/generate", json={"inputs": "hello", "parameters": {field: 1}})
+    assert (answer.status_code, said in answer.json()["detail"]) == (422, True), answer.text
 
 
 async def test_what_is_wrong_with_inputs_is_said_in_one_sentence(client: httpx.AsyncClient) -> None:

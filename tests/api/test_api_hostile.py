@@ -84,6 +84,7 @@ async def test_no_value_of_any_field_is_our_fault(
 
 
 BODIES = [b"", b"nope", b"[]", b'"x"', b"3", b"null", b"{", b"\xff\xfe", b'{"inputs": NaN}', b'{"a":' * 100_000]
+BODIES += [b'{"inputs": "x", "prompt": "x", "input": "x", "messages": [], "model": "a", "model": "b"}']
 BODIES += [b"[" * 200_000, b'{"prompt": "\\ud83d"}', b'{"inputs": ' + b"9" * 10_000 + b"}", b"{}", b'{"inputs": 1e999}']
 
 

@@ -198,3 +198,44 @@ async def test_a_syntax_that_is_not_known_is_the_operators_to_tell(tiny_tokenize
         async with http(told) as client:
             choice = await chat(client, tools=TOOLS)
             assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": "{}"}
+
+
+MISTRAL = (
+    "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('Tool call IDs should have length 9!') }}{% endif %}"
+    "[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}"
+    "{% endfor %}{% endfor %}<assistant>"
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_mistrals_newer_calls_are_read_and_can_be_sent_back(
+    tiny_tokenizer: Any, tmp_path: Path, stream: bool
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = MISTRAL
+    world = make_world(tokenizer, tmp_path)
+    with running(world):
+        world.engine.says["weather;time;<user>How is Rome?<assistant>"] = (
+            'Hm.[TOOL_CALLS]weather[ARGS]{"city": "Rome"}[TOOL_CALLS]time[ARGS]{}'
+        )
+        with served(world) as url:
+            async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-") as client:
+                asked: dict[str, Any] = {"model": "base", "messages": ASKED, "tools": TOOLS, "temperature": 0}
+                if stream:
+                    async with client.chat.completions.stream(**asked) as events:
+                        answer: Any = await events.get_final_completion()
+                else:
+                    answer = await client.chat.completions.create(**asked)
+                (choice,) = answer.choices
+                assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Hm.")
+                calls = choice.message.tool_calls
+                told = [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+                assert told == [("weather", {"city": "Rome"}), ("time", {})]
+                assert len({call.id for call in calls}) == 2
+                assert all(len(call.id) == 9 and call.id.isalnum() for call in calls)
+                results = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in calls]
+                said = {"role": "assistant", "content": "Hm.", "tool_calls": [call.model_dump() for call in calls]}
+                again = await client.chat.completions.create(**asked | {"messages": [*ASKED, said, *results]})
+                assert again.choices

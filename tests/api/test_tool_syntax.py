@@ -38,6 +38,13 @@ CASES: list[tuple[ToolSyntax, str, list[str | ToolCall]]] = [
     (LLAMA, '{"colour": "red"}', ['{"colour": "red"}']),
     (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]', [F, G]),
     (MISTRAL, "[1, 2]", ["[1, 2]"]),
+    (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}', [F, G]),
+    (MISTRAL, 'Let me see.[TOOL_CALLS]f[CALL_ID]a1B2c3D4e[ARGS]{"a": 1}', ["Let me see.", F]),
+    (MISTRAL, '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g{}', [F, G]),
+    (MISTRAL, '[TOOL_CALLS] my.tool-2 [ARGS] {"a": "}]"} done', [ToolCall("my.tool-2", '{"a": "}]"}'), "done"]),
+    (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": ', ['[TOOL_CALLS]f[ARGS]{"a": ']),
+    (MISTRAL, "[TOOL_CALLS] of what?", ["[TOOL_CALLS] of what?"]),
+    (HERMES, 'f[ARGS]{"a": 1}', ['f[ARGS]{"a": 1}']),
     (LIST, '[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]', [F, G]),
     (LIST, '[{"name": "f", "argu', ['[{"name": "f", "argu']),
 ]

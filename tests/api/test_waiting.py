@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from peft_serve.errors import DeadlineMissed
 from tests.api.api_fakes import World
 
 CALLS = {
@@ -30,3 +31,18 @@ async def test_what_is_no_time_is_refused_by_name(client: httpx.AsyncClient, giv
     answer = await client.post("/generate", json={"inputs": "hello"}, headers={"X-Max-Wait": given})
     assert answer.status_code == 422
     assert "X-Max-Wait" in answer.text
+
+
+async def test_a_request_that_waited_too_long_is_no_failure_of_the_server(
+    client: httpx.AsyncClient, world: World
+) -> None:
+    world.engine.fails[world.adapters["plain"]] = DeadlineMissed("the first token would come too late")
+    world.engine.fails[world.adapters["soft"]] = RuntimeError("gone")
+    assert (await client.post("/generate?adapter=plain", json={"inputs": "hello"})).status_code == 429
+    assert (await client.post("/generate?adapter=soft", json={"inputs": "hello"})).status_code == 500
+    page = (await client.get("/metrics")).text
+    outcomes = {
+        line.split('outcome="')[1].split('"')[0] for line in page.splitlines() if "adapter_requests_total{" in line
+    }
+    assert outcomes == {"refused", "failed"}
+    assert 'peft_serve_adapter_requests_total{adapter="plain",method="LORA",outcome="refused"} 1.0' in page

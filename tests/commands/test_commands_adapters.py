@@ -153,6 +153,8 @@ def test_a_source_is_fetched_by_the_server(tiny_tokenizer: Any, folder: Path, tm
         assert run("adapters", "push", f"file:{folder}", "--create-only", "--url", url).code == 4
         assert run("adapters", "push", "hf://org/repo@v1", "--url", url).code == 4, "this server does not allow it"
         assert run("adapters", "push", f"file:{folder}", "--dry-run", "--url", url).code == 2
+        by_address = run("adapters", "push", "https://example.org/x.tar", "--url", url)
+        assert (by_address.code, "nothing is fetched from there" in by_address.err) == (2, True)
 
 
 def test_rollback_and_removal(url: str, folder: Path, world: World) -> None:
@@ -160,6 +162,8 @@ def test_rollback_and_removal(url: str, folder: Path, world: World) -> None:
     assert "plain is version 1" in run("adapters", "rollback", "plain", "--url", url).out
     assert run("adapters", "rollback", "plain", "--version", "2", "--url", url, "--json").json["version"] == 2
     assert run("adapters", "rollback", "soft", "--url", url).code == 4
+    unasked = run("adapters", "rm", "plain", "--json", "--url", url)
+    assert (unasked.code, "--yes" in unasked.json["error"]["message"]) == (2, True)
     kept = run("adapters", "rm", "plain", "--url", url, stdin="n\n")
     assert (kept.code, world.catalog.get("plain").name) == (1, "plain")
     assert "plain is deleted" in run("adapters", "rm", "plain", "--url", url, stdin="y\n").out

@@ -75,8 +75,10 @@ def test_words_of_yaml_stay_words_and_nothing_is_nothing(file: Path) -> None:
 
 
 def test_a_variable_that_is_no_setting_is_refused() -> None:
-    with pytest.raises(ConfigurationInvalid, match=r"PEFT_SERVE_MAX_RNK: is no setting; did you mean max_rank\?"):
+    with pytest.raises(ConfigurationInvalid, match=r"PEFT_SERVE_MAX_RNK: .*; did you mean PEFT_SERVE_MAX_RANK\?"):
         configured({}, {"PEFT_SERVE_MAX_RNK": "8"})
+    with pytest.raises(ConfigurationInvalid, match=r"did you mean PEFT_SERVE_MAX_ROWS\?"):
+        configured({}, {"PEFT_SERVE_MAX_NUM_SEQ": "8"})  # vLLM's name is none of a variable
     assert configured({}, {"PEFT_SERVE_URL": "http://x", "OTHER": "1"}).settings == Settings()
 
 
@@ -121,6 +123,9 @@ def test_vllms_names_are_flags_and_keys() -> None:
         assert theirs not in Settings.model_fields
         assert setting_named(theirs.replace("_", "-")) == ours
     help_text = run("serve", "--help", env={"COLUMNS": "300"}).all
+    assert "[default: 256; env: PEFT_SERVE_MAX_RANK]" in help_text
+    assert "needs peft-serve[quantised] [env: PEFT_SERVE_QUANTISATION]" in help_text
+    assert "YAML file with settings [env: PEFT_SERVE_CONFIG]" in help_text
     assert all(f"--{name.replace('_', '-')}" in help_text for name in VLLM_NAMES.values())
     same = ("served_model_name", "dtype", "block_size", "max_model_len", "enable_prefix_caching", "host", "port")
     assert set(same) <= set(Settings.model_fields), "and these have one name on both sides"

@@ -106,6 +106,13 @@ def test_what_only_a_base_shows(lora: Path, base: Path, mistake: str, words: tup
     assert all(word in texts for word in words), texts
 
 
+def test_copies_of_weights_are_left_to_a_server_that_has_them(lora: Path, base: Path) -> None:
+    weights = lora / "adapter_model.safetensors"
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file(load_file(weights) | {"base_model.model.model.embed_tokens.weight": embedding}, weights)
+    found(look_at_adapter(lora, Settings(), base=str(base)), "only the base's own values", state=State.ODD)
+
+
 def test_an_adapter_of_another_base(lora: Path, tmp_path: Path) -> None:
     save_tiny_base("gpt2", tmp_path / "other")
     findings = list(look_at_adapter(lora, Settings(), base=str(tmp_path / "other")))

@@ -122,6 +122,7 @@ def test_a_base_on_the_hub_is_asked_for_and_not_downloaded(monkeypatch: pytest.M
     found(ask(GatedRepoError("gated", response=response)), "gated", "HF_TOKEN")
     found(ask(RepositoryNotFoundError("no", response=response)), "neither a folder here nor a model on the hub")
     found(ask(OSError("no route")), "hub cannot be asked", state=State.ODD)
+    found(ask(httpx.ConnectError("no such name")), "hub cannot be asked about it: no such name", state=State.ODD)
 
 
 def test_a_base_that_was_downloaded_is_looked_at_where_it_lies(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_a_wrong_setting_is_found_before_anything_else(tmp_path: Path) -> None:
     said = run("doctor", "--port", "0", env={"PEFT_SERVE_MAX_RNK": "8"})
     assert said.code == 1
     assert "PEFT_SERVE_MAX_RNK: is no setting" in said.all
-    assert "→ did you mean max_rank?" in said.all
+    assert "→ did you mean PEFT_SERVE_MAX_RANK?" in said.all
 
 
 def test_what_is_not_fine_has_a_way_out() -> None:

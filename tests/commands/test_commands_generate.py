@@ -36,6 +36,11 @@ def test_the_prompt_comes_from_arguments_a_file_or_stdin(url: str, world: World,
     assert run("generate", "--file", str(tmp_path / "prompt.txt"), "--url", url).out == "one\n"
     assert run("generate", "--url", url, stdin="from a pipe").out == "two\n"
     assert run("generate", "-f", "-", "--url", url, stdin="from a pipe").out == "two\n"
+    assert run("generate", "--url", url, stdin="from a pipe\n").out == "two\n", "echo ends its line"
+    nothing = run("generate", "--url", url, stdin="")
+    assert (nothing.code, "stdin: holds no prompt" in nothing.err) == (2, True)
+    written = run("generate", "", "--url", url)
+    assert (written.code, "inputs" in written.err) == (4, True), "the server's business when it is written"
     both = run("generate", "words", "--file", str(tmp_path / "prompt.txt"), "--url", url)
     assert (both.code, "leave one of them out" in both.err) == (2, True)
     assert run("generate", "--file", str(tmp_path / "typo"), "--url", url).code == 2
@@ -81,6 +86,24 @@ def test_choices_and_the_bare_model(url: str, world: World) -> None:
     run("generate", "x", "-a", "complaints", "--url", url, "--raw")
     assert world.engine.seen[-1].choices == ()
     assert run("generate", "x", "--url", url, "-p", "top_k").code == 2
+
+
+@pytest.mark.parametrize("parameter", ["num_beams=2", "best_of=2", "n=2", "decoder_input_details=true"])
+def test_what_cannot_be_streamed_comes_whole(url: str, world: World, parameter: str) -> None:
+    words = ["generate", "x", "--url", url, "-n", "3", "-p", parameter, *([] if "beams" in parameter else ["--sample"])]
+    said = run(*words)
+    assert (said.code, bool(said.out.strip())) == (0, True), said.err
+    (answer,) = run(*words, "--json").json["answers"]
+    assert answer["generated_text"]
+    assert answer["details"]["generated_tokens"] > 0
+    assert (answer["tokens_per_s"], answer["total_ms"] > 0) == (None, True)
+
+
+def test_a_reason_is_said_once(url: str) -> None:
+    said = run("generate", "x", "--url", url, "--parameter", "top_p=7")
+    assert said.err.count("top_p") == 1
+    typo = run("generate", "x", "--url", url, "--parameter", "max_new_token=7")
+    assert "did you mean max_new_tokens?" in typo.err
 
 
 def test_refusals_are_told(url: str) -> None:

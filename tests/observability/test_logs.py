@@ -107,6 +107,20 @@ def test_to_configure_twice_is_to_write_once(lines: Any) -> None:
     assert len(written()) == 1
 
 
+@pytest.mark.parametrize("name", ["huggingface_hub", "transformers"])
+def test_a_library_that_writes_by_itself_is_written_once(lines: Any, name: str) -> None:
+    logger, own = logging.getLogger(name), io.StringIO()
+    handlers, propagate = list(logger.handlers), logger.propagate
+    logger.handlers, logger.propagate = [logging.StreamHandler(own)], name == "huggingface_hub"
+    try:
+        written = lines("text")
+        logging.getLogger(f"{name}.part").warning("come back later")
+        assert [line.endswith("come back later") for line in written()] == [True]
+        assert own.getvalue() == ""
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+
+
 def test_a_long_message_is_cut(lines: Any) -> None:
     written = lines("json")
     logging.getLogger("x").info("y" * (MAX_CHARS + 5))

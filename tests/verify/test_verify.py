@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE
 from peft_serve.errors import UnknownAdapter
 from peft_serve.verify.checkpoint import find_checkpoint
-from peft_serve.verify.command import app
+from peft_serve.verify.command import _table, app
 from peft_serve.verify.report import Answer, Comparison, verdict
 from tests.adapters.checkpoints import make_checkpoint
 from tests.parity.bases import lively_base, save_tiny_base
@@ -21,11 +24,13 @@ from tests.parity.test_parity_http import as_zip
 NARROW = {"COLUMNS": "200"}
 
 
-def compared(expected: tuple[int, ...], served: tuple[int, ...], base: tuple[int, ...] = (9,)) -> Comparison:
+def compared(
+    expected: tuple[int, ...], served: tuple[int, ...], base: tuple[int, ...] = (9,), text: str = "a prompt"
+) -> Comparison:
     def answer(tokens: tuple[int, ...]) -> Answer:
         return Answer(tokens=tokens, logprobs=tuple(-0.1 * t for t in tokens))
 
-    return Comparison(text="a prompt", expected=answer(expected), served=answer(served), base=answer(base))
+    return Comparison(text=text, expected=answer(expected), served=answer(served), base=answer(base))
 
 
 def test_shipped_adapter_equals_peft() -> None:
@@ -42,10 +47,20 @@ def test_folder_on_a_base_of_ones_own(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / CONFIG_FILE).write_bytes(files.config)
     (folder / WEIGHTS_FILE).write_bytes(files.weights)
-    words = ["--prompt", "t09 t30 t12", "--prompt", "t17 t08"]
-    result = CliRunner().invoke(app, ["verify", str(folder), "--model", str(tmp_path / "base"), *words], env=NARROW)
+    words = ["--prompt", "t09 t30 [/t12]", "--prompt", "t17 t08", "--model", str(tmp_path / "base"), "--json"]
+    result = CliRunner().invoke(app, ["verify", str(folder), *words], env=NARROW)
     assert result.exit_code == 0, result.output
-    assert "all 2 answers equal" in result.output
+    found = json.loads(result.stdout)
+    assert (found["equal"], "all 2 answers equal" in found["verdict"]) == (True, True)
+    assert [each["prompt"] for each in found["prompts"]] == ["t09 t30 [/t12]", "t17 t08"]
+    assert all(each["equal"] and each["differs_from_base"] and each["largest_gap"] < 1e-3 for each in found["prompts"])
+
+
+def test_what_is_shown_is_text_and_no_markup() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(_table([compared((1,), (1,), text="say [/b] and [red]")]))
+    assert isinstance(console.file, io.StringIO)
+    assert "say [/b] and [red]" in console.file.getvalue()
 
 
 def test_unknown_name_says_where_it_looked(tmp_path: Path) -> None:
@@ -53,6 +68,8 @@ def test_unknown_name_says_where_it_looked(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "nobody" in result.output
     assert "--store" in result.output
+    told = CliRunner().invoke(app, ["verify", "nobody", "--store", str(tmp_path), "--json"], env=NARROW)
+    assert (told.exit_code, json.loads(told.stdout)["error"]["code"]) == (2, "not_verified")
 
 
 def test_reads_a_store_that_a_server_owns(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ first write. Used by one writing thread, and by any number that read. What is in
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,12 +32,21 @@ class BoundedFolder:
     """
 
     def __init__(
-        self, root: Path, fs: FileSystem, *, max_bytes: int, new_name: Callable[[], str], now_s: Callable[[], float]
+        self,
+        root: Path,
+        fs: FileSystem,
+        *,
+        max_bytes: int,
+        new_name: Callable[[], str],
+        now_s: Callable[[], float],
+        min_free_bytes: int = 0,
     ) -> None:
+        """`min_free_bytes` of the disk are left to others."""
         self._root = root
         self._tmp = root / "tmp"
         self._fs = fs
         self._max_bytes = max_bytes
+        self._min_free_bytes = min_free_bytes
         self._new_name = new_name
         self._now_s = now_s
         self._num_bytes: int | None = None  # in the folder, as far as this process knows; None: it has not looked
@@ -73,6 +83,8 @@ class BoundedFolder:
             self._sweep()
         for folder in (path.parent, self._tmp):
             self._fs.make_dir(folder)
+        if self._fs.free_bytes(self._tmp) < len(content) + self._min_free_bytes:
+            raise OSError(errno.ENOSPC, "the rest of the disk is not for files that can be made again")
         scratch = self._tmp / self._new_name()
         try:
             self._fs.write(scratch, content)

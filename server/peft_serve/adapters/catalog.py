@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from peft_serve.adapters.alias_record import Target
+from peft_serve.adapters.aliases import Aliases
 from peft_serve.adapters.findings import FolderFindings, Inspect, Proof, Prove, StoreFindings, manifest_of, rfc3339
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.holds import BlobHolds
 from peft_serve.adapters.listing import FOLDER_VERSION, Entry, Listing
-from peft_serve.adapters.manifest import Manifest
+from peft_serve.adapters.manifest import Manifest, resolved_as
 from peft_serve.adapters.name_ledger import NameLedger
 from peft_serve.adapters.name_record import NameRecord, Numbered
 from peft_serve.adapters.names import AdapterRef, check_name, is_name, parse_ref, unknown
+from peft_serve.adapters.ownership import OPERATOR, Kept, Ownership, Publisher
+from peft_serve.adapters.pins import Pins
 from peft_serve.adapters.records import CheckpointFiles, Resolved, Summary, Version
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.core import BASE, AdapterId
@@ -63,11 +68,21 @@ class Catalog:
         self._base_name = base_name
         self._now = now
         self._names = NameLedger(store)
+        self._ownership = Ownership(self._names)
         self._folders = FolderFindings(folders, inspect, checked_for)
         self._findings = StoreFindings(store, inspect, checked_for)
         self._holds = BlobHolds(store.detach_blob)
         self._listing = Listing(store, self._names, self._findings, self._folders, self._holds)
         self._writing = threading.RLock()  # one change of the records at a time
+        self.pins = Pins(store)
+        self.aliases = Aliases(
+            self._names,
+            self._writing,
+            base_name=base_name,
+            is_there=self._is_served,
+            is_taken=self._folders.__contains__,
+            now=lambda: rfc3339(self._now()),
+        )
 
     # asking
 
@@ -79,19 +94,26 @@ class Catalog:
         """
         wanted = parse_ref(ref)
         while True:
-            version = self._pick(wanted)
+            version = _picked(self._names.record(wanted.name), wanted)
             if version is None:
                 return self._resolved_folder(wanted, ref, hold=hold)
             self._holds.hold(version.id)
             try:
-                if self._pick(wanted) != version:  # moved or deleted before the hold: look again
-                    continue
+                if _picked(self._names.record(wanted.name), wanted) != version:
+                    continue  # moved or deleted before the hold: look again
                 found = self._accepted(wanted.name, version)
                 if hold:
                     self._holds.hold(version.id)
-                return _resolved(wanted.name, version.number, version.id, found)
+                return resolved_as(wanted.name, version.number, version.id, found)
             finally:
                 self._holds.release(version.id)
+
+    def is_at_hand(self, ref: str) -> bool:
+        """Whether `resolve` would read nothing, as far as can be told without reading."""
+        wanted = parse_ref(ref)
+        record = self._names.peek(wanted.name)
+        version = None if record is None else _picked(record, wanted)
+        return version is not None and self._findings.is_known(version.id)
 
     def _resolved_folder(self, wanted: AdapterRef, ref: str, *, hold: bool) -> Resolved:
         if wanted.name not in self._folders or wanted.number not in (None, FOLDER_VERSION):
@@ -102,14 +124,7 @@ class Catalog:
         found = finding.accepted(f"adapter '{wanted.name}'")
         if hold:
             self._holds.hold(finding.id)
-        return _resolved(wanted.name, FOLDER_VERSION, finding.id, found)
-
-    def _pick(self, wanted: AdapterRef) -> Numbered | None:
-        """The uploaded version that is meant, if there is one."""
-        record = self._names.record(wanted.name)
-        if wanted.number is not None:
-            return record.numbered(wanted.number)
-        return record.identified(wanted.id) if wanted.id is not None else record.current_version
+        return resolved_as(wanted.name, FOLDER_VERSION, finding.id, found)
 
     def _accepted(self, name: str, version: Numbered) -> Manifest:
         what = f"adapter '{name}' version {version.number}"
@@ -156,6 +171,13 @@ class Catalog:
     def in_flight(self, adapter: AdapterId) -> int:
         return self._holds.count(adapter)
 
+    def _is_served(self, target: Target) -> bool:
+        record = self._names.record(target.adapter) if is_name(target.adapter) else NameRecord(name=target.adapter)
+        if target.version is None and record.current is not None:
+            return True
+        is_folder = target.adapter in self._folders and target.version in (None, FOLDER_VERSION)
+        return record.numbered(target.version) is not None or is_folder
+
     def _is_there(self, adapter: AdapterId) -> bool:
         return self._store.has_blob(adapter) or self._folders.has(adapter)
 
@@ -171,16 +193,20 @@ class Catalog:
         dry_run: bool = False,
         prove: Prove | None = None,
         source: str = "",
+        publisher: Publisher = OPERATOR,
     ) -> Published:
         """Make `files` what `name` stands for: once, whole, and durably before this returns, or not at all.
 
         `if_match` is the value of an If-Match header; `prove` tries new files out, once they are kept and before
         the name stands for them; `source` is recorded with a new version. Raises InvalidParameter (the name), what
-        the gate and `prove` raise, PreconditionFailed, StoreFull and Unavailable.
+        the gate and `prove` raise, Forbidden and StorageQuotaExceeded (the publisher), PreconditionFailed, StoreFull
+        and Unavailable.
         """
         check_name(name, base_name=self._base_name)
+        self.require_own(name, publisher)
         found = self._inspect(files)
         self._check_precondition(name, if_match=if_match, create_only=create_only)
+        self._ownership.require_room(self._names.record(name), publisher, found.id, files.num_bytes)
         created_at = rfc3339(self._now())
         if dry_run:
             return self._outcome(name, self._names.record(name), found.id, found.summary, created_at)
@@ -191,11 +217,14 @@ class Catalog:
             is_new = found.id not in self._names.record(name).ids
             proof = prove(found) if prove is not None and is_new else Proof()
             with self._writing:
+                self.require_own(name, publisher)
                 self._check_precondition(name, if_match=if_match, create_only=create_only)
                 record = self._names.record(name)
+                self._ownership.require_room(record, publisher, found.id, files.num_bytes)
                 outcome = self._outcome(name, record, found.id, found.summary, created_at)
                 if outcome.created:
-                    self._names.write(record.published(found.id, created_at, source))
+                    owner, num_bytes = publisher.tenant, files.num_bytes
+                    self._names.write(record.published(found.id, created_at, source, owner=owner, num_bytes=num_bytes))
                     outcome = replace(outcome, version=replace(outcome.version, source=source))
                 self._holds.keep(found.id)
                 self._findings.learn(found.id, manifest)
@@ -205,6 +234,16 @@ class Catalog:
             raise
         finally:
             self._holds.release(found.id)
+
+    def require_own(self, name: str, publisher: Publisher) -> None:
+        """Raise Forbidden where the name stands for something that `publisher` may not change."""
+        if is_name(name):
+            self.aliases.require_free(name)
+            self._ownership.require_own(self._names.record(name), publisher, is_folder=name in self._folders)
+
+    def kept(self, tenant: str) -> Kept:
+        """What a tenant owns now; reads records."""
+        return self._ownership.kept(tenant)
 
     def rollback(self, name: str, number: int) -> Version:
         """Make an earlier version what `name` stands for; raises as `resolve` does."""
@@ -218,10 +257,11 @@ class Catalog:
                 self._names.write(record.rolled_back(number))
         return self._listing.version(name, version)
 
-    def delete(self, name: str) -> int:
+    def delete(self, name: str, *, force: bool = False) -> int:
         """Delete an upload with all its versions; gives how many requests still run on them.
 
-        Their files go when nothing holds or names them. Raises UnknownAdapter, and Forbidden for a folder's.
+        Their files go when nothing holds or names them. Raises UnknownAdapter, Forbidden for a folder's, and Conflict
+        for an alias' target, which `force` takes out of the alias.
         """
         with self._writing:
             entry = self.get(name)
@@ -230,6 +270,7 @@ class Catalog:
                     f"adapter '{name}' is served from a read-only folder; "
                     "take it out of the folder that --adapters names, and restart the server"
                 )
+            self.aliases.let_go(name, force=force)
             record = self._names.record(name)
             self._names.write(record.deleted())
             in_flight = sum(self._holds.count(adapter) for adapter in record.ids)
@@ -238,6 +279,8 @@ class Catalog:
 
     def collect(self) -> int:
         """Remove the blobs that no record names and nobody holds, as a crash can leave; reads all records."""
+        with suppress(AdapterUnavailable):
+            self._names.named_ids()  # reads the records, so that the next line keeps no upload waiting for long
         return self._forget(frozenset(self._store.blob_ids()))
 
     def check(self) -> None:
@@ -290,19 +333,11 @@ class Catalog:
             return self._holds.forget(gone)
 
 
-def _resolved(name: str, number: int, adapter: AdapterId, found: Manifest) -> Resolved:
-    return Resolved(
-        name=name,
-        number=number,
-        id=adapter,
-        peft_type=found.summary.peft_type,
-        num_virtual_tokens=found.summary.num_virtual_tokens,
-        num_tasks=found.summary.num_tasks,
-        ignores_segments=found.summary.ignores_segments,
-        profile=found.profile,
-        head=found.summary.head,
-        vocabulary=found.vocabulary,
-    )
+def _picked(record: NameRecord, wanted: AdapterRef) -> Numbered | None:
+    """The uploaded version that is meant, if there is one."""
+    if wanted.number is not None:
+        return record.numbered(wanted.number)
+    return record.identified(wanted.id) if wanted.id is not None else record.current_version
 
 
 def _matches(if_match: str, current: AdapterId | None) -> bool:

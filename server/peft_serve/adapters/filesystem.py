@@ -66,6 +66,10 @@ class FileSystem(Protocol):
         """The stamp of a regular file (links are followed); None if there is none."""
         ...
 
+    def free_bytes(self, path: Path) -> int:
+        """Room on the disk of a folder, as far as this process may use it."""
+        ...
+
     def lock(self, path: Path) -> Callable[[], None]:
         """Take an exclusive lock that ends with the process; gives its release. Held: BlockingIOError."""
         ...
@@ -120,6 +124,10 @@ class DiskFileSystem:
         except (FileNotFoundError, NotADirectoryError):
             return None
         return (found.st_mtime_ns, found.st_size) if path.is_file() else None
+
+    def free_bytes(self, path: Path) -> int:
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize
 
     def lock(self, path: Path) -> Callable[[], None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

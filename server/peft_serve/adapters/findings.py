@@ -126,6 +126,10 @@ class StoreFindings:
         self._findings.put(adapter, Finding(id=adapter, manifest=manifest))
         return manifest.summary
 
+    def is_known(self, adapter: AdapterId) -> bool:
+        """Whether `of` would read nothing."""
+        return self._findings.peek(adapter) is not None
+
     def learn(self, adapter: AdapterId, manifest: Manifest) -> None:
         """The gate has just said this about it."""
         self._findings.put(adapter, Finding(id=adapter, manifest=manifest))

@@ -1,16 +1,16 @@
 """The host cache: compiled adapters in host memory, within a budget of bytes, loaded on its own threads.
 
-One load serves everyone who asks meanwhile. A delivered adapter is *leased* to who asked until `release`, so
-that one waiting to be installed on the device is never dropped under it; beyond the budget those without a lease
-go, in the order of the eviction policy. A failure is remembered for a while, so that a broken adapter does not keep
-the disk busy. How an adapter is loaded, and what the device holds, is not known here.
+One load serves everyone who asks meanwhile, and may begin before anybody does. A delivered adapter is *leased* to who
+asked until `release`, so that one waiting to be installed on the device is never dropped under it; beyond the budget
+those without a lease go, in the order of the eviction policy. A failure is remembered for a while, so that a broken
+adapter does not keep the disk busy. How an adapter is loaded, and what the device holds, is not known here.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
@@ -18,8 +18,9 @@ from typing import Final
 from peft_serve.adapters.eviction import EvictionPolicy, LeastRecentlyUsed
 from peft_serve.adapters.lookups import Lookup, OnLookup, unobserved
 from peft_serve.adapters.primitives import Adapter
+from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.core import AdapterId
-from peft_serve.errors import Unavailable
+from peft_serve.errors import AdapterUnavailable, Unavailable
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ class _Entry:
     num_bytes: int
     leases: int
     keep: bool  # False: goes with its last lease, whatever room there is
+    is_ahead: bool  # fetched ahead, and nobody has asked yet: whoever does would have had to wait
 
 
 class HostCache:
     """Owner of compiled adapters on the host. Thread-safe.
 
-    `clock` gives seconds that never go back. `policy` is this cache's own (least recently used unless given).
+    `clock` gives seconds that never go back. `max_ahead` bounds the loads under way beyond which none is begun ahead.
+    `policy` is this cache's own (least recently used unless given).
     `on_lookup` is told of every request and every load, `on_evict` of every adapter that makes room for others.
     """
 
@@ -61,6 +64,7 @@ class HostCache:
         max_bytes: int,
         clock: Callable[[], float],
         failure_ttl_s: float = 10.0,
+        max_ahead: int = 16,
         num_threads: int = 1,
         policy: EvictionPolicy | None = None,
         on_lookup: OnLookup = unobserved,
@@ -70,12 +74,14 @@ class HostCache:
         self._max_bytes = max_bytes
         self._clock = clock
         self._failure_ttl_s = failure_ttl_s
+        self._max_ahead = max_ahead
         self._policy = policy or LeastRecentlyUsed()  # knows the entries that are kept
         self._on_lookup = on_lookup
         self._on_evict = on_evict
         self._lock = threading.Lock()
         self._entries: dict[AdapterId, _Entry] = {}  # least recently used first
-        self._num_bytes = 0
+        self._num_bytes = 0  # of the entries that are kept
+        self._held_bytes = 0  # of all entries
         self._waiters: dict[AdapterId, list[OnDone]] = {}  # ids being loaded
         self._dropped: set[AdapterId] = set()  # of those, the ones that are not to be kept
         self._failures: dict[AdapterId, tuple[float, Exception]] = {}  # until when, and why
@@ -92,17 +98,29 @@ class HostCache:
         """Have `on_done` called with the adapter, leased, or with why it cannot be had."""
         with self._lock:
             is_closed, entry = self._closed, self._entries.get(adapter_id)
+            is_hit = entry is not None and not entry.is_ahead
             outcome = self._at_hand(adapter_id)
             if outcome is None:
-                if adapter_id not in self._waiters:
-                    self._waiters[adapter_id] = []
-                    self._queue.put(adapter_id)
+                self._begin(adapter_id)
                 self._waiters[adapter_id].append(on_done)
         if not is_closed:
             num_bytes = None if entry is None else entry.num_bytes
-            self._on_lookup(Lookup(tier="host", adapter=adapter_id, is_hit=entry is not None, num_bytes=num_bytes))
+            self._on_lookup(Lookup(tier="host", adapter=adapter_id, is_hit=is_hit, num_bytes=num_bytes))
         if outcome is not None:
             _deliver(on_done, adapter_id, outcome)
+
+    def fetch_ahead(self, adapter_id: AdapterId) -> None:
+        """Begin to load an adapter that somebody is about to request, unless enough is under way. Leases nothing."""
+        with self._lock:
+            is_known = adapter_id in self._entries or adapter_id in self._failures
+            if not (self._closed or is_known) and len(self._waiters) < self._max_ahead:
+                self._begin(adapter_id)
+
+    def _begin(self, adapter_id: AdapterId) -> None:
+        """Have it loaded, unless it is being loaded."""
+        if adapter_id not in self._waiters:
+            self._waiters[adapter_id] = []
+            self._queue.put(adapter_id)
 
     def _at_hand(self, adapter_id: AdapterId) -> Adapter | Exception | None:
         """What can be answered at once: an adapter (leased by this), a remembered failure, or nothing."""
@@ -110,7 +128,9 @@ class HostCache:
             return Unavailable("the server is stopping; ask again", retry_after_s=1.0)
         entry = self._entries.get(adapter_id)
         if entry is not None:
-            self._hits += 1
+            self._hits += not entry.is_ahead
+            self._misses += entry.is_ahead
+            entry.is_ahead = False
             entry.leases += 1
             self._entries[adapter_id] = self._entries.pop(adapter_id)
             if entry.keep:
@@ -158,7 +178,7 @@ class HostCache:
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,
-                num_bytes=sum(entry.num_bytes for entry in self._entries.values()),
+                num_bytes=self._held_bytes,
                 num_adapters=len(self._entries),
                 num_loading=len(self._waiters),
             )
@@ -178,6 +198,8 @@ class HostCache:
             kept = [entry for entry in self._entries.values() if entry.keep]
             assert self._num_bytes == sum(entry.num_bytes for entry in kept), "bytes do not add up"
             assert all(entry.leases > 0 for entry in self._entries.values() if not entry.keep), "a leftover"
+            held = sum(entry.num_bytes for entry in self._entries.values())
+            assert self._held_bytes == held, "the bytes of what is here do not add up"
             over = self._num_bytes > self._max_bytes
             assert not over or all(entry.leases > 0 for entry in kept), "over budget with one to evict"
             assert self._dropped <= self._waiters.keys(), "dropped, yet nobody waits"
@@ -204,15 +226,28 @@ class HostCache:
         start_s = self._clock()
         num_bytes = None
         try:
-            adapter = self._load(adapter_id)
+            adapter = self._load_or_make_room(adapter_id)
             num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors())
             return adapter, num_bytes
         except Exception as error:  # noqa: BLE001 (whatever a load raises fails its own requests only)
             _LOG.warning("adapter %s cannot be loaded: %s: %s", adapter_id, type(error).__name__, error)
-            return _without_frames(error), 0
+            return _no_memory() if is_short_of_memory(error) else _without_frames(error), 0
         finally:
             load_s, is_hit = self._clock() - start_s, num_bytes is not None
             self._on_lookup(Lookup(tier="disk", adapter=adapter_id, is_hit=is_hit, num_bytes=num_bytes, load_s=load_s))
+
+    def _load_or_make_room(self, adapter_id: AdapterId) -> Adapter:
+        """Load; where memory runs out, whatever the budget says, once more without those that nobody uses."""
+        try:
+            return self._load(adapter_id)
+        except Exception as error:
+            if not is_short_of_memory(error):
+                raise
+        with self._lock:
+            victims = [i for i in self._policy.victims() if self._entries[i].leases == 0]
+            self._let_out(victims)
+        self._tell(len(victims))
+        return self._load(adapter_id)
 
     def _take_in(self, adapter_id: AdapterId, outcome: Adapter | Exception, num_bytes: int, *, num_leases: int) -> None:
         now = self._clock()
@@ -223,7 +258,12 @@ class HostCache:
                 self._failures[adapter_id] = (now + self._failure_ttl_s, outcome)
             return
         keep = num_bytes <= self._max_bytes and not dropped
-        self._entries[adapter_id] = _Entry(adapter=outcome, num_bytes=num_bytes, leases=num_leases, keep=keep)
+        if not (keep or num_leases):  # fetched ahead, and not to be kept for those who may come
+            return
+        is_ahead = num_leases == 0
+        assert adapter_id not in self._entries, "what is here is not loaded once more"
+        self._entries[adapter_id] = _Entry(outcome, num_bytes, leases=num_leases, keep=keep, is_ahead=is_ahead)
+        self._held_bytes += num_bytes
         if keep:
             self._num_bytes += num_bytes
             self._policy.enter(adapter_id, num_bytes)
@@ -243,11 +283,14 @@ class HostCache:
             if entry.leases == 0:
                 victims.append(adapter_id)
                 excess -= entry.num_bytes
+        self._let_out(victims)
+        return len(victims)
+
+    def _let_out(self, victims: Sequence[AdapterId]) -> None:
         for adapter_id in victims:
             self._disown(adapter_id, is_evicted=True)
             self._let_go(adapter_id)
         self._evictions += len(victims)
-        return len(victims)
 
     def _disown(self, adapter_id: AdapterId, *, is_evicted: bool) -> None:
         """The entry does not count any more, and goes with its last lease."""
@@ -260,6 +303,7 @@ class HostCache:
         entry = self._entries[adapter_id]
         if not entry.keep and entry.leases == 0:
             del self._entries[adapter_id]
+            self._held_bytes -= entry.num_bytes
 
     def _tell(self, num_evicted: int) -> None:
         for _ in range(num_evicted):
@@ -282,3 +326,7 @@ def _without_frames(error: Exception) -> Exception:
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
     return error
+
+
+def _no_memory() -> AdapterUnavailable:
+    return AdapterUnavailable("memory ran out while the adapter was loaded; try again later", retry_after_s=1.0)

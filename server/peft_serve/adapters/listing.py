@@ -28,6 +28,7 @@ class Entry:
     num_versions: int
     in_flight: int  # requests that hold the current version
     problem: str = ""  # why it cannot be used, if that is known
+    owner: str = ""  # the tenant that published it; empty: the operator
 
 
 class Listing:
@@ -99,7 +100,7 @@ class Listing:
         current = record.current_version
         if current is not None:
             version = self.version(name, current)
-            return self._usable(version, is_folder=False, num_versions=len(record.versions))
+            return self._usable(version, is_folder=False, num_versions=len(record.versions), owner=record.owner)
         return self._folder_entry(name) if name in self._folders else None
 
     def _folder_entry(self, name: str) -> Entry:
@@ -109,7 +110,7 @@ class Listing:
         finding = self._folders.known(name)
         return _nothing_usable(name, is_folder=True, problem="" if finding is None else finding.refusal)
 
-    def _usable(self, version: Version, *, is_folder: bool, num_versions: int) -> Entry:
+    def _usable(self, version: Version, *, is_folder: bool, num_versions: int, owner: str = "") -> Entry:
         quarantined = version.state is VersionState.QUARANTINED
         return Entry(
             name=version.name,
@@ -118,6 +119,7 @@ class Listing:
             num_versions=num_versions,
             in_flight=self._holds.count(version.id),
             problem="its files are damaged or missing; upload it again" if quarantined else "",
+            owner=owner,
         )
 
 

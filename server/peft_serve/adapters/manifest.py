@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft_serve.adapters.records import HeadFacts, Profile, Summary
+from peft_serve.adapters.records import HeadFacts, Profile, Resolved, Summary
 from peft_serve.adapters.sealed import SealError, seal, unseal
 from peft_serve.adapters.vocabulary import Vocabulary
+from peft_serve.core import AdapterId
 
 _FORMAT = 1
 
@@ -25,6 +26,22 @@ class Manifest:
     summary: Summary
     profile: Profile
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+
+def resolved_as(name: str, number: int, adapter: AdapterId, found: Manifest) -> Resolved:
+    """What a request is told of a version that this is the manifest of."""
+    return Resolved(
+        name=name,
+        number=number,
+        id=adapter,
+        peft_type=found.summary.peft_type,
+        num_virtual_tokens=found.summary.num_virtual_tokens,
+        num_tasks=found.summary.num_tasks,
+        ignores_segments=found.summary.ignores_segments,
+        profile=found.profile,
+        head=found.summary.head,
+        vocabulary=found.vocabulary,
+    )
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

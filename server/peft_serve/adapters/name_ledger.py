@@ -15,22 +15,30 @@ class NameLedger:
 
     def __init__(self, store: AdapterStore) -> None:
         self._store = store
-        self._lock = threading.Lock()  # held for the reading of one record, never while one is written
+        self._lock = threading.Lock()  # never held while the disk is read or written
         self._names = set(store.names())  # names with a record, deleted ones too, read or not
         self._records: dict[str, NameRecord] = {}  # those read
+        self._num_writes = 0  # that ended, well or not
 
     def names(self) -> frozenset[str]:
         with self._lock:
             return frozenset(self._names)
 
     def record(self, name: str) -> NameRecord:
-        """The record of a name, empty if there never was one; raises AdapterUnavailable if it is damaged."""
+        """The record of a name, empty if there never was one; raises AdapterUnavailable if it cannot be read."""
+        while True:
+            num_writes, known = self._num_writes, self.peek(name)
+            if known is not None:
+                return known
+            read = self._store.read_name(name)
+            with self._lock:
+                if self._num_writes == num_writes:  # else it may be what a write has replaced
+                    return self._records.setdefault(name, read)
+
+    def peek(self, name: str) -> NameRecord | None:
+        """The record if nothing must be read for it."""
         with self._lock:
-            if name not in self._names:
-                return NameRecord(name=name)
-            if name not in self._records:
-                self._records[name] = self._store.read_name(name)
-            return self._records[name]
+            return self._records.get(name) if name in self._names else NameRecord(name=name)
 
     def named_ids(self) -> frozenset[AdapterId]:
         """Every id that some record names; reads all records, raises AdapterUnavailable if one is damaged."""
@@ -44,9 +52,11 @@ class NameLedger:
             self._store.write_name(record)
         except ServeError:
             with self._lock:
+                self._num_writes += 1
                 self._records.pop(record.name, None)
             raise
         with self._lock:
+            self._num_writes += 1
             self._records[record.name] = record
 
     def check(self) -> None:

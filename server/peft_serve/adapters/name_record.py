@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft_serve.adapters.alias_record import Revisions
 from peft_serve.adapters.names import is_id
 from peft_serve.adapters.sealed import SealError
 from peft_serve.core import AdapterId
@@ -23,6 +24,7 @@ class Numbered:
     id: AdapterId
     created: str  # RFC 3339, UTC
     source: str = ""  # where the server fetched it; empty: it was uploaded
+    num_bytes: int = 0  # of its files; 0 where the record is from before they were counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +35,17 @@ class NameRecord:
     next_number: int = 1
     current: int | None = None
     versions: tuple[Numbered, ...] = ()
+    owner: str = ""  # the tenant that published the first of the versions; empty: the operator
+    alias: Revisions | None = None  # what it points to, of a name that has no versions and is an alias
 
-    def published(self, adapter: AdapterId, created: str, source: str = "") -> NameRecord:
-        """The record with one more version, which is current."""
-        version = Numbered(number=self.next_number, id=adapter, created=created, source=source)
+    def published(
+        self, adapter: AdapterId, created: str, source: str = "", *, owner: str = "", num_bytes: int = 0
+    ) -> NameRecord:
+        """The record with one more version, which is current. Who publishes the first one owns the name."""
+        version = Numbered(number=self.next_number, id=adapter, created=created, source=source, num_bytes=num_bytes)
         return replace(
             self,
+            owner=self.owner if self.versions else owner,
             next_number=self.next_number + 1,
             current=version.number,
             versions=(*self.versions, version),
@@ -51,7 +58,7 @@ class NameRecord:
 
     def deleted(self) -> NameRecord:
         """The tombstone: nothing but the counter."""
-        return replace(self, current=None, versions=())
+        return replace(self, current=None, versions=(), owner="", alias=None)
 
     def numbered(self, number: int | None) -> Numbered | None:
         """Version `number`, if it is there."""
@@ -71,25 +78,44 @@ class NameRecord:
 
     def to_json(self) -> dict[str, Any]:
         versions = [
-            {"number": v.number, "id": v.id, "created": v.created} | ({"source": v.source} if v.source else {})
+            {"number": v.number, "id": v.id, "created": v.created}
+            | ({"source": v.source} if v.source else {})
+            | ({"bytes": v.num_bytes} if v.num_bytes else {})
             for v in self.versions
         ]
-        return {"name": self.name, "next": self.next_number, "current": self.current, "versions": versions}
+        body = {"name": self.name, "next": self.next_number, "current": self.current, "versions": versions}
+        alias = {} if self.alias is None else {"alias": self.alias.to_json()}
+        return body | ({"owner": self.owner} if self.owner else {}) | alias
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> NameRecord:
         """The record that `to_json` gave; raises SealError when the body is not a consistent one."""
         try:
             versions = tuple(
-                Numbered(number=v["number"], id=AdapterId(v["id"]), created=v["created"], source=v.get("source", ""))
+                Numbered(
+                    number=v["number"],
+                    id=AdapterId(v["id"]),
+                    created=v["created"],
+                    source=v.get("source", ""),
+                    num_bytes=v.get("bytes", 0),
+                )
                 for v in body["versions"]
             )
-            record = cls(name=body["name"], next_number=body["next"], current=body["current"], versions=versions)
+            record = cls(
+                name=body["name"],
+                next_number=body["next"],
+                current=body["current"],
+                versions=versions,
+                owner=body.get("owner", ""),
+                alias=Revisions.from_json(body["alias"]) if "alias" in body else None,
+            )
             numbers = [v.number for v in versions]
             consistent = (
                 numbers == sorted(set(numbers))
                 and all(0 < n < record.next_number for n in numbers)
-                and all(is_id(v.id) for v in versions)
+                and all(is_id(v.id) and type(v.num_bytes) is int and v.num_bytes >= 0 for v in versions)
+                and isinstance(record.owner, str)
+                and (record.alias is None or (not numbers and record.alias.current < record.next_number))
                 and ((record.current in numbers) if numbers else record.current is None)
             )
         except (KeyError, TypeError, AttributeError) as error:

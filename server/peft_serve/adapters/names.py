@@ -22,7 +22,7 @@ RESERVED: Final = frozenset({"base", "dummy", "tgi"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
-_TERM = re.compile(r"(?P<ref>[^+:]*?(?:@sha256:[0-9a-f]{64}|@[^+:]*)?)(?::(?P<weight>[^+:]*))?")
+_TERM = re.compile(r"(?P<ref>[^+:@]*(?:@sha256:[0-9a-f]{64}|@[^+:]*)?)(?::(?P<weight>[^+:]*))?")
 _WEIGHT = re.compile(r"-?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})")
 _STEM = re.compile(r"(?:[a-z0-9._-]|=[a-z])+")
 _MAX_SHOWN = 80
@@ -109,11 +109,11 @@ def parse_expression(text: str) -> tuple[Term, ...]:
             f"adapter {shown(text)}: there is nothing beside a '+'; write a+b, and %2B for the plus in an address",
             param="adapter",
         )
-    terms = tuple(_term(part, text) for part in parts)
-    if len(terms) > MAX_PARTS:
+    if len(parts) > MAX_PARTS:
         raise InvalidParameter(
-            f"adapter: {len(terms)} adapters in one request; this server combines at most {MAX_PARTS}", param="adapter"
+            f"adapter: {len(parts)} adapters in one request; this server combines at most {MAX_PARTS}", param="adapter"
         )
+    terms = tuple(_term(part, text) for part in parts)
     if len({term.ref for term in terms}) < len(terms):
         raise InvalidParameter(
             f"adapter {shown(text)}: names an adapter twice; name it once, with a weight", param="adapter"

@@ -3,20 +3,22 @@
     blobs/sha256/<hex>/   the files of one checkpoint and its manifest; never changed once it is there
     names/<stem>.json     the record of one name; replaced by rename
     quarantine/           blobs whose files stopped matching their digest; never read again
+    pins.json             the versions that are to be kept on the device; replaced by rename
     tmp/                  what is being written; emptied at start
-    lock                  held by the one process that owns the store
+    lock                  held by the one process that writes
 
 A write returns when it is durable: every file is synced, then its folder, then moved into place, then the
-folder it was moved into is synced. Nothing else on the disk is the truth. The store knows bytes, digests and
-records; which version of a name is wanted, and when a blob is no longer needed, is the catalog's business.
+folder it was moved into is synced. Nothing else on the disk is the truth. One process writes; a store that this one
+may not write to is read as it lies, without the lock: what is there never changes under its name, or changes whole.
+The store knows bytes, digests and records; which version of a name is wanted, and when a blob is no longer needed, is
+the catalog's business.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -32,15 +34,15 @@ from peft_serve.adapters.records import (
     WEIGHTS_FILE,
     CheckpointFiles,
 )
-from peft_serve.adapters.sealed import SealError, seal, unseal
+from peft_serve.adapters.sealed import SealError, unseal
+from peft_serve.adapters.store_folder import StoreFolder
+from peft_serve.adapters.store_words import damaged_record, told, unreadable_blob, unreadable_record
 from peft_serve.adapters.vocabulary import VOCABULARY_FILES
 from peft_serve.core import AdapterId
-from peft_serve.errors import AdapterUnavailable, StoreFull, Unavailable
+from peft_serve.errors import AdapterUnavailable
 
 MANIFEST_FILE: Final = "manifest.json"
-
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_RETRY_AFTER_S: Final = 30.0
+PINS_FILE: Final = "pins.json"
 
 
 def blob_folder(root: Path, adapter: AdapterId) -> Path:
@@ -57,49 +59,36 @@ def record_file(root: Path, name: str) -> Path:
 class AdapterStore:
     """Owner of one folder. Methods may be called from any thread; the catalog orders writes to one name.
 
-    `on_detach` is told of each blob that is gone for good, and returns at once.
+    `on_detach` is told of each blob that is gone for good, and returns at once. Checkpoints leave `min_free_bytes` of
+    the disk alone, so that there is room for records: those of a delete, first of all.
     """
 
     def __init__(
-        self, root: Path, fs: FileSystem, *, on_detach: Callable[[AdapterId], None] = lambda _adapter: None
+        self,
+        root: Path,
+        fs: FileSystem,
+        *,
+        on_detach: Callable[[AdapterId], None] = lambda _adapter: None,
+        min_free_bytes: int = 0,
     ) -> None:
         self._fs = fs
+        self._min_free_bytes = min_free_bytes
         self._on_detach = on_detach
         self._root = root
         self._blobs = root / "blobs" / "sha256"
         self._names = root / "names"
         self._quarantine = root / "quarantine"
-        self._tmp = root / "tmp"
-        self._tmp_ids = itertools.count()
-        with _told("opened"):
-            fs.make_dir(root)
-            self._unlock = self._lock(root / "lock")
-            try:
-                self._lay_out(root)
-            except BaseException:
-                self._unlock()
-                raise
+        self._damaged: set[AdapterId] = set()  # found damaged, and still lying there: the disk takes no writes
+        self._folder = StoreFolder(root, fs, (self._blobs, self._names, self._quarantine))
 
-    def _lock(self, path: Path) -> Callable[[], None]:
-        try:
-            return self._fs.lock(path)
-        except BlockingIOError:
-            raise Unavailable(
-                "the adapter store is in use by another server process; stop that one, "
-                "or give this one a store of its own with --store"
-            ) from None
-
-    def _lay_out(self, root: Path) -> None:
-        """Make the folders, durably, and sweep what a crash left half written."""
-        self._fs.remove_tree(self._tmp)
-        for path in (self._blobs, self._names, self._quarantine, self._tmp):
-            self._fs.make_dir(path)
-        for path in (self._blobs.parent, root, root.parent):
-            self._fs.sync_dir(path)
+    @property
+    def is_read_only(self) -> bool:
+        """Whether this process may only read what lies there; what would write raises Unavailable."""
+        return self._folder.is_read_only
 
     def close(self) -> None:
         """Let another process own the store."""
-        self._unlock()
+        self._folder.close()
 
     # blobs
 
@@ -110,16 +99,20 @@ class AdapterStore:
         StoreFull or Unavailable, and then nothing new is left.
         """
         assert adapter == files.digest(), "a blob's id is the digest of its files"
-        with _told("written"):
-            if self.has_blob(adapter) and not self._is_intact(adapter):
+        with self._folder.writing():
+            if self._is_there(adapter) and not self._is_intact(adapter):
                 self._set_aside(adapter)
-            if not self.has_blob(adapter):
+            if not self._is_there(adapter):
                 self._write_blob(adapter, files, manifest)
             self._fs.sync_dir(self._blobs)
+        self._damaged.discard(adapter)
 
     def _write_blob(self, adapter: AdapterId, files: CheckpointFiles, manifest: Manifest) -> None:
         contents = {**files.contents(), MANIFEST_FILE: encode_manifest(manifest)}
-        with self._scratch() as folder:
+        needed = sum(len(content) for content in contents.values()) + self._min_free_bytes
+        if self._fs.free_bytes(self._root) < needed:
+            raise OSError(errno.ENOSPC, "what must stay free would be used")
+        with self._folder.scratch() as folder:
             self._fs.make_dir(folder)
             for name, content in contents.items():
                 self._fs.write(folder / name, content)
@@ -128,40 +121,43 @@ class AdapterStore:
             try:
                 self._fs.rename(folder, self._blob(adapter))
             except OSError:
-                if not self.has_blob(adapter):  # a second upload of the same files may have come first
+                if not self._is_there(adapter):  # a second upload of the same files may have come first
                     raise
 
     def has_blob(self, adapter: AdapterId) -> bool:
+        """Whether a blob is there that nobody found damaged; raises Unavailable."""
+        with told("read"):
+            return adapter not in self._damaged and self._is_there(adapter)
+
+    def _is_there(self, adapter: AdapterId) -> bool:
         return self._fs.is_dir(self._blob(adapter))
 
     def blob_ids(self) -> list[AdapterId]:
-        """The ids of all blobs, by listing alone."""
-        ids = [f"sha256:{name}" for name in self._fs.list_dir(self._blobs)]
+        """The ids of all blobs, by listing alone; raises Unavailable."""
+        with told("read"):
+            ids = [f"sha256:{name}" for name in self._fs.list_dir(self._blobs)]
         return [AdapterId(text) for text in ids if is_id(text)]
 
     def read_blob(self, adapter: AdapterId) -> CheckpointFiles:
         """The files of a blob, checked against its digest; raises AdapterUnavailable.
 
-        A blob that does not match goes to quarantine: the same upload mends it.
+        A blob that does not match goes to quarantine, where the disk lets it: the same upload mends it.
         """
         try:
             files = self._read_files(adapter)
-        except FileNotFoundError:
-            files = None
+            if files is not None and files.digest() == adapter:
+                return files
+            is_damaged = self._is_there(adapter) and not self._is_intact(adapter)  # or mended by an upload meanwhile
         except OSError as error:
-            raise AdapterUnavailable(
-                "the adapter's files cannot be read; the server's disk may be failing",
-                retry_after_s=_RETRY_AFTER_S,
-            ) from error
-        if files is not None and files.digest() == adapter:
-            return files
-        if self.has_blob(adapter) and not self._is_intact(adapter):  # an upload may have mended it meanwhile
-            with _told("written"):
-                self._set_aside(adapter)
-        raise AdapterUnavailable("the adapter's files are damaged or missing and were set aside; upload it again")
+            raise unreadable_blob() from error
+        if is_damaged:
+            self._give_up(adapter)
+        raise AdapterUnavailable("the adapter's files are damaged or missing; upload it again")
 
     def read_manifest(self, adapter: AdapterId) -> Manifest | None:
-        """The manifest of a blob; None when it is missing or damaged."""
+        """The manifest of a blob; None when it is missing or damaged, or the blob is."""
+        if adapter in self._damaged:
+            return None
         try:
             return decode_manifest(self._fs.read(self._blob(adapter) / MANIFEST_FILE))
         except (OSError, SealError):
@@ -172,15 +168,26 @@ class AdapterStore:
 
         A blob that cannot be moved stays: it costs room and nothing else.
         """
-        resting = self._tmp / str(next(self._tmp_ids))
+        resting = self._folder.fresh()
+        if self.is_read_only:  # it is another process's to remove
+            return lambda: None
         with suppress(OSError):
             self._fs.rename(self._blob(adapter), resting)
 
         def finish() -> None:
-            self._clear(resting)
+            self._folder.clear(resting)
             self._on_detach(adapter)
 
         return finish
+
+    def _give_up(self, adapter: AdapterId) -> None:
+        """Set a damaged blob aside, or remember that it is one where the disk takes no writes."""
+        try:
+            if self.is_read_only:
+                raise OSError(errno.EROFS, "not this process's to move")
+            self._set_aside(adapter)
+        except OSError:
+            self._damaged.add(adapter)
 
     def _set_aside(self, adapter: AdapterId) -> None:
         """Move a damaged blob out of the way; an earlier one of the same id is replaced."""
@@ -192,16 +199,21 @@ class AdapterStore:
 
     def _is_intact(self, adapter: AdapterId) -> bool:
         try:
-            return self._read_files(adapter).digest() == adapter
+            files = self._read_files(adapter)
         except OSError:
             return False
+        return files is not None and files.digest() == adapter
 
-    def _read_files(self, adapter: AdapterId) -> CheckpointFiles:
+    def _read_files(self, adapter: AdapterId) -> CheckpointFiles | None:
+        """What lies there; None without the two files that every checkpoint has."""
         folder = self._blob(adapter)
+        config, weights = self._read_if_there(folder / CONFIG_FILE), self._read_if_there(folder / WEIGHTS_FILE)
+        if config is None or weights is None:
+            return None
         vocabulary = {name: self._read_if_there(folder / name) for name in VOCABULARY_FILES}
         return CheckpointFiles(
-            config=self._fs.read(folder / CONFIG_FILE),
-            weights=self._fs.read(folder / WEIGHTS_FILE),
+            config=config,
+            weights=weights,
             profile=self._read_if_there(folder / PROFILE_FILE),
             head_config=self._read_if_there(folder / HEAD_CONFIG_FILE),
             head_weights=self._read_if_there(folder / HEAD_WEIGHTS_FILE),
@@ -220,68 +232,42 @@ class AdapterStore:
     # records of names
 
     def names(self) -> list[str]:
-        """The names that have a record, deleted ones too, by listing alone."""
-        stems = (file[:-5] for file in self._fs.list_dir(self._names) if file.endswith(".json"))
+        """The names that have a record, deleted ones too, by listing alone; raises Unavailable."""
+        with told("read"):
+            stems = [file[:-5] for file in self._fs.list_dir(self._names) if file.endswith(".json")]
         return [name for stem in stems if (name := name_of_stem(stem)) is not None]
 
     def read_name(self, name: str) -> NameRecord:
-        """The record of a name, empty if there never was one; raises AdapterUnavailable if it is damaged."""
+        """The record of a name, empty if there never was one; raises AdapterUnavailable if it cannot be read."""
         try:
-            record = NameRecord.from_json(unseal(self._fs.read(self._record(name))))
+            record = NameRecord.from_json(unseal(self._fs.read(record_file(self._root, name))))
         except FileNotFoundError:
             return NameRecord(name=name)
-        except (OSError, SealError) as error:
-            raise _unreadable(name) from error
+        except SealError as error:
+            raise damaged_record(name) from error
+        except OSError as error:
+            raise unreadable_record(name) from error
         if record.name != name:
-            raise _unreadable(name)
+            raise damaged_record(name)
         return record
 
     def write_name(self, record: NameRecord) -> None:
         """Replace the record of a name; durable on return. Raises StoreFull or Unavailable."""
-        with _told("written"), self._scratch() as file:
-            self._fs.write(file, seal(record.to_json()))
-            self._fs.sync_file(file)
-            self._fs.rename(file, self._record(record.name))
-            self._fs.sync_dir(self._names)
+        self._folder.replace(record_file(self._root, record.name), record.to_json())
 
-    def _record(self, name: str) -> Path:
-        return record_file(self._root, name)
+    # pins
 
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """A fresh path in tmp; whatever is there at the end is removed."""
-        path = self._tmp / str(next(self._tmp_ids))
-        try:
-            yield path
-        finally:
-            self._clear(path)
+    def read_pins(self) -> dict[AdapterId, str]:
+        """The versions to be kept on the device, with a name of each; raises Unavailable, and SealError if damaged."""
+        with told("read"):
+            document = self._read_if_there(self._root / PINS_FILE)
+        if document is None:
+            return {}
+        pins = unseal(document).get("pins")
+        if not isinstance(pins, dict) or not all(is_id(each) and isinstance(pins[each], str) for each in pins):
+            raise SealError("not a list of pins")
+        return {AdapterId(each): name for each, name in pins.items()}
 
-    def _clear(self, path: Path) -> None:
-        with suppress(OSError):  # the sweep at the next start gets what resists now
-            if self._fs.is_dir(path):
-                self._fs.remove_tree(path)
-            elif self._fs.stamp(path) is not None:
-                self._fs.remove_file(path)
-
-
-def _unreadable(name: str) -> AdapterUnavailable:
-    return AdapterUnavailable(
-        f"adapter '{name}': its record on the server's disk is damaged; "
-        "the operator can restore it from a backup, or remove it and upload the adapter again"
-    )
-
-
-@contextmanager
-def _told(act: str) -> Iterator[None]:
-    """Turn what the disk says into a refusal that may be shown."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise StoreFull(
-                "the adapter store has no room left; delete adapters that are not needed, or enlarge its disk"
-            ) from error
-        raise Unavailable(
-            "the adapter store cannot be " + act + "; its disk may be failing or read-only",
-            retry_after_s=_RETRY_AFTER_S,
-        ) from error
+    def write_pins(self, pins: Mapping[AdapterId, str]) -> None:
+        """Replace the list; durable on return. Raises StoreFull or Unavailable."""
+        self._folder.replace(self._root / PINS_FILE, {"pins": dict(sorted(pins.items()))})

@@ -52,6 +52,7 @@ def fields_of(exchange: Exchange) -> dict[str, Any]:
         "status": exchange.status,
         "outcome": None if exchange.is_whole else "broken_off",
         "error": exchange.error,
+        "tenant": exchange.tenant,
         **_of_works(exchange.works),
         "total_ms": _ms(exchange.total_s),
     }

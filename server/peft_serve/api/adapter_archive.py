@@ -37,6 +37,7 @@ class ArchiveRoutes:
     """See the module's docstring."""
 
     def __init__(self, service: Service) -> None:
+        self._service = service
         self._catalog = service.parts.catalog
         self._num_running = 0
 
@@ -54,7 +55,7 @@ class ArchiveRoutes:
 
     async def archive(self, name: str, request: Request) -> Response:
         """Of the current version, or of `name@3` or `name@sha256:..`."""
-        found = await asyncio.to_thread(self._catalog.resolve, name)
+        found = await asyncio.to_thread(self._service.seen(request).resolve, name)
         headers = {"etag": etag(found.id), "x-adapter": found.name, "x-adapter-version": str(found.number)}
         if headers["etag"] in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
             return Response(status_code=304, headers=headers)

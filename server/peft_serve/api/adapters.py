@@ -19,10 +19,13 @@ from peft_serve.adapters.listing import Entry
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.names import check_name
 from peft_serve.api.adapter_views import entry_view, published_view, summary_view, version_view
+from peft_serve.api.aliases import alias_view
 from peft_serve.api.fetching import FetchRoutes, or_source
 from peft_serve.api.json_body import parse_object
 from peft_serve.api.json_response import json_response
 from peft_serve.api.openapi import UPLOAD_BODY, error_responses
+from peft_serve.api.principal import principal_of
+from peft_serve.api.seen_catalog import SeenCatalog
 from peft_serve.api.service import Service
 from peft_serve.api.uploads import Upload, receive_upload
 from peft_serve.core import AdapterId
@@ -55,7 +58,7 @@ class AdapterRoutes:
         router = APIRouter(tags=["adapters"])
         upload: dict[str, Any] = {
             "openapi_extra": UPLOAD_BODY,
-            "responses": error_responses(400, 403, 412, 413, 415, 422, 503, 507),
+            "responses": error_responses(400, 403, 409, 412, 413, 415, 422, 503, 507),
         }
         known: dict[str, Any] = {"responses": error_responses(404, 503)}
         add = router.add_api_route
@@ -87,21 +90,27 @@ class AdapterRoutes:
         )
         return router
 
-    async def list(self) -> Response:
-        entries = await asyncio.to_thread(self._parts.catalog.list)
-        snapshot = self._parts.engine.snapshot()
-        problems = [{"source": each.source, "problem": each.problem} for each in self._service.intake.problems]
-        return json_response({"adapters": [entry_view(entry, snapshot) for entry in entries], "problems": problems})
+    async def list(self, request: Request) -> Response:
+        seen, principal = self._service.seen(request), principal_of(request)
+        entries = await asyncio.to_thread(seen.list)
+        aliases = await asyncio.to_thread(seen.aliases)
+        problems = self._service.intake.problems if principal.is_operator else ()
+        content = {
+            "adapters": [self._view(entry, request) for entry in entries],
+            "aliases": [alias_view(alias, principal) for alias in aliases],
+            "problems": [{"source": each.source, "problem": each.problem} for each in problems],
+        }
+        return json_response(content)
 
-    async def get(self, name: str) -> Response:
-        return await self._entry(name)
+    async def get(self, name: str, request: Request) -> Response:
+        return await self._entry(name, request)
 
-    async def versions(self, name: str) -> Response:
-        versions = await asyncio.to_thread(self._parts.catalog.versions, _plain(name))
+    async def versions(self, name: str, request: Request) -> Response:
+        versions = await asyncio.to_thread(self._service.seen(request).versions, _plain(name))
         return json_response({"name": name, "versions": [version_view(version) for version in versions]})
 
     async def put(self, name: str, request: Request) -> Response:
-        self._check_name(name)
+        self._check_name(name, request)
         upload = await self._receive(request)
         if upload.name not in (None, name):
             raise BadRequest("name: the form and the address differ; leave it out of the form", param="name")
@@ -113,7 +122,7 @@ class AdapterRoutes:
         upload = await self._receive(request)
         if upload.name is None:
             raise InvalidParameter("name: the form needs a field of this name", param="name")
-        self._check_name(upload.name)
+        self._check_name(upload.name, request)
         return await self._publish(upload.name, upload, request)
 
     async def validate(self, request: Request) -> Response:
@@ -123,20 +132,21 @@ class AdapterRoutes:
         return json_response({"digest": found.id, **summary_view(found.summary), "tried": False})
 
     async def delete(self, name: str, request: Request) -> Response:
-        catalog, name = self._parts.catalog, _plain(name)
+        seen, name = self._service.seen(request), _plain(name)
         if_match = request.headers.get("if-match")
+        await asyncio.to_thread(seen.require_own, name)
         if if_match is not None:
-            version = (await asyncio.to_thread(catalog.get, name)).version
+            version = (await asyncio.to_thread(seen.get, name)).version
             tags = [tag.strip() for tag in if_match.split(",")]
             if tags != ["*"] and (version is None or etag(version.id) not in tags):
                 raise PreconditionFailed(f"adapter '{name}' is not at what If-Match names; look again")
-        in_flight = await asyncio.to_thread(self._service.intake.remove, name)
+        in_flight = await asyncio.to_thread(self._service.intake.remove, name, force=_flag(request, "force"))
         if in_flight == 0:
             return Response(status_code=204)
         return json_response({"name": name, "state": "draining", "in_flight": in_flight}, status=202)
 
-    async def pin(self, name: str) -> Response:
-        adapter = await self._id_of(name)
+    async def pin(self, name: str, request: Request) -> Response:
+        adapter = await self._id_of(name, request)
         snapshot = self._parts.engine.snapshot()
         others = snapshot.pinned - {adapter}
         if len(others) + 1 >= snapshot.num_slots:
@@ -144,28 +154,32 @@ class AdapterRoutes:
                 f"adapter '{name}' cannot be pinned: {len(others)} of {snapshot.num_slots} slots are pinned, and one "
                 "must stay free for everybody else; unpin another, or start with more (--max-resident-adapters)"
             )
+        await asyncio.to_thread(self._parts.catalog.pins.add, adapter, name.partition("@")[0])
         self._parts.engine.load(adapter)
         self._parts.engine.set_pinned(adapter, pinned=True)
-        return await self._entry(name, status=202)
+        return await self._moved(name, request)
 
-    async def unpin(self, name: str) -> Response:
-        self._parts.engine.set_pinned(await self._id_of(name), pinned=False)
-        return await self._entry(name, status=202)
+    async def unpin(self, name: str, request: Request) -> Response:
+        adapter = await self._id_of(name, request)
+        await asyncio.to_thread(self._parts.catalog.pins.remove, [adapter])
+        self._parts.engine.set_pinned(adapter, pinned=False)
+        return await self._moved(name, request)
 
-    async def load(self, name: str) -> Response:
-        self._parts.engine.load(await self._id_of(name))
-        return await self._entry(name, status=202)
+    async def load(self, name: str, request: Request) -> Response:
+        self._parts.engine.load(await self._id_of(name, request))
+        return await self._moved(name, request)
 
-    async def unload(self, name: str) -> Response:
-        adapter = await self._id_of(name)
+    async def unload(self, name: str, request: Request) -> Response:
+        adapter = await self._id_of(name, request)
         if adapter in self._parts.engine.snapshot().pinned:
             raise PreconditionFailed(f"adapter '{name}' is pinned; POST /adapters/{name}/unpin first")
         self._parts.engine.unload(adapter)
-        return await self._entry(name, status=202)
+        return await self._moved(name, request)
 
     async def rollback(self, name: str, request: Request) -> Response:
         """To the version in the body, else to the one before the current."""
         name, number = _plain(name), await _wanted_version(request)
+        await asyncio.to_thread(self._service.seen(request).require_own, name)
         if number is None:
             number = await asyncio.to_thread(self._version_before, name)
         version = await asyncio.to_thread(self._parts.catalog.rollback, name, number)
@@ -182,8 +196,9 @@ class AdapterRoutes:
             raise NotFound(f"adapter '{name}' has no earlier version to return to")
         return max(earlier)
 
-    def _check_name(self, name: str) -> None:
+    def _check_name(self, name: str, request: Request) -> None:
         check_name(name, base_name=self._parts.base.name)
+        principal_of(request).require_reach(name)
 
     async def _receive(self, request: Request) -> Upload:
         try:
@@ -217,24 +232,34 @@ class AdapterRoutes:
                     create_only=create_only,
                     dry_run=dry_run,
                     prove=prove,
+                    publisher=principal_of(request).publisher,
                 )
         except ServeError as error:
             self._parts.metrics.observe_upload("refused" if error.status < 500 else "failed")
             raise
 
-    async def _id_of(self, name: str) -> AdapterId:
-        resolved = await asyncio.to_thread(self._parts.catalog.resolve, _plain(name))
+    async def _id_of(self, name: str, request: Request) -> AdapterId:
+        """Of the current version, or of the one that the address names: what was pinned is that version's files."""
+        resolved = await asyncio.to_thread(self._service.seen(request).resolve, name)
         self._service.learn(resolved.id, resolved.name)
         return resolved.id
 
-    async def _entry(self, name: str, *, status: int = 200) -> Response:
-        entry = await asyncio.to_thread(self._known, _plain(name))
-        headers = {} if entry.version is None else {"etag": etag(entry.version.id)}
-        return json_response(entry_view(entry, self._parts.engine.snapshot()), status=status, headers=headers)
+    async def _moved(self, name: str, request: Request) -> Response:
+        return await self._entry(name.partition("@")[0], request, status=202)
 
-    def _known(self, name: str) -> Entry:
+    async def _entry(self, name: str, request: Request, *, status: int = 200) -> Response:
+        entry = await asyncio.to_thread(self._known, _plain(name), self._service.seen(request))
+        headers = {} if entry.version is None else {"etag": etag(entry.version.id)}
+        return json_response(self._view(entry, request), status=status, headers=headers)
+
+    def _view(self, entry: Entry, request: Request) -> dict[str, Any]:
+        """The entry, with its owner for those who may know other tenants."""
+        principal = principal_of(request)
+        is_told = entry.owner and (principal.is_admin or entry.owner == principal.tenant.name)
+        return entry_view(entry, self._parts.engine.snapshot()) | ({"owner": entry.owner} if is_told else {})
+
+    def _known(self, name: str, catalog: SeenCatalog) -> Entry:
         """The name's entry; a folder's checkpoint that nobody has used yet is looked at first."""
-        catalog = self._parts.catalog
         entry = catalog.get(name)
         if entry.version is None and not entry.problem:
             with suppress(AdapterUnavailable, AdapterInvalid):  # the entry says what is wrong with it

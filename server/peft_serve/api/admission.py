@@ -14,15 +14,20 @@ from typing import Final
 from peft_serve.api.codecs import Codecs
 from peft_serve.api.generating import GenerationPlans
 from peft_serve.api.generation import Generation
+from peft_serve.api.naming import BASE_NAME
 from peft_serve.api.plan import Call, Plan, Purpose
+from peft_serve.api.principal import Principal, Tenant
+from peft_serve.api.quotas import Quotas
 from peft_serve.api.reading import ReadingPlans
 from peft_serve.api.resolving import Resolver
+from peft_serve.api.splitting import Draws
 from peft_serve.api.waiting import until
-from peft_serve.core import BASE, AdapterId, RequestId
+from peft_serve.core import BASE, AdapterId, Request, RequestId
 from peft_serve.engine.client import EngineClient
 from peft_serve.engine.parts import ServerParts
 from peft_serve.engine.snapshot import EngineState
-from peft_serve.errors import InvalidParameter, Unavailable
+from peft_serve.errors import InvalidParameter, QueueFull, QuotaExceeded, Unavailable
+from peft_serve.metrics import RequestFigures
 from peft_serve.text import TextCodec
 
 RETRY_AFTER_S: Final = 1.0
@@ -38,9 +43,11 @@ class Admission:
         draw_bits: Callable[[int], int],
         *,
         learn: Callable[[AdapterId, str], None],
+        quotas: Quotas,
     ) -> None:
-        """`learn` is told by which name an adapter was asked for."""
+        """`learn` is told by which name an adapter was asked for; `quotas` are charged for the answers."""
         self._parts = parts
+        self._quotas = quotas
         self._learn = learn
         self._client = client
         self._draw_bits = draw_bits
@@ -51,16 +58,22 @@ class Admission:
         self._generating = GenerationPlans(parts, self._codecs, new_id=self._new_id, draw_bits=draw_bits, hold=hold)
         self._reading = ReadingPlans(parts, self._codecs, self._generating, new_id=self._new_id, hold=hold)
 
-    async def admit(self, call: Call, *, max_wait_s: float | None = None) -> list[Generation]:
+    async def admit(
+        self, call: Call, principal: Principal, *, max_wait_s: float | None = None, session: str = ""
+    ) -> list[Generation]:
         """The running answers of a call, `call.num_answers` to each input, in order. The caller closes each.
 
-        Each is to have its first token in `max_wait_s`, else in what the operator allows.
+        Each is to have its first token in `max_wait_s`, else in what the operator allows. Calls of one `session` get
+        the same target of an alias.
 
         Raises what `errors` says a request can be refused with; then nothing runs.
         """
         self._check_open()
         self._check_number(call)
-        served = await self._resolver.resolve([ask.adapter for ask in call.asks])
+        self._check_may(call, principal)
+        served = await self._resolver.resolve(
+            [ask.adapter for ask in call.asks], principal, Draws(session, self._draw_bits)
+        )
         planner = self._generating if call.purpose is Purpose.GENERATE else self._reading
         plans: list[Plan] = []
         try:
@@ -68,7 +81,9 @@ class Admission:
                 plans += await planner.make(call, ask, served[ask.adapter])
             check_members(plans, call.num_members)
             longest_s = max_wait_s or self._parts.settings.max_wait_s
-            return self._submit([replace(plan, request=until(plan.request, longest_s)) for plan in plans])
+            whose = principal.tenant
+            plans = [replace(plan, request=_owned(until(plan.request, longest_s), whose)) for plan in plans]
+            return self._submit(plans, principal)
         except BaseException:
             for plan in plans:
                 plan.release()
@@ -77,9 +92,9 @@ class Admission:
             for one in served.values():
                 self._resolver.release(one)
 
-    async def codec_of(self, name: str) -> TextCodec:
+    async def codec_of(self, name: str, principal: Principal, *, session: str = "") -> TextCodec:
         """The codec that an adapter is asked and answers in; raises as `admit` does."""
-        served = await self._resolver.resolve([name])
+        served = await self._resolver.resolve([name], principal, Draws(session, self._draw_bits))
         try:
             return await self._codecs.of(served[name])
         finally:
@@ -90,9 +105,16 @@ class Admission:
         return RequestId(f"{next(self._numbers)}-{self._draw_bits(64):016x}")
 
     def _check_open(self) -> None:
-        state = self._parts.engine.snapshot().state
+        """The engine says both of these itself, but only of what has been read and planned, which takes longer."""
+        snapshot = self._parts.engine.snapshot()
+        state, limit = snapshot.state, self._parts.settings.max_queue
         if state is not EngineState.RUNNING:
             raise Unavailable(f"the server is {state.value}; try again in a moment", retry_after_s=RETRY_AFTER_S)
+        if snapshot.num_waiting >= limit:
+            raise QueueFull(
+                f"{snapshot.num_waiting} requests wait, and this server queues {limit} (--max-queue); try again later",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     def _check_number(self, call: Call) -> None:
         limit = self._parts.settings.max_inputs
@@ -104,27 +126,57 @@ class Admission:
                 param=name,
             )
 
-    def _submit(self, plans: Sequence[Plan]) -> list[Generation]:
+    def _check_may(self, call: Call, principal: Principal) -> None:
+        if any(ask.adapter == BASE_NAME for ask in call.asks):
+            principal.require_base()
+        try:
+            self._quotas.require_tokens(principal.tenant)
+        except QuotaExceeded as error:
+            self._parts.metrics.tenants.observe_quota(principal.tenant.name, error.quota)
+            raise
+
+    def _submit(self, plans: Sequence[Plan], principal: Principal) -> list[Generation]:
         running: list[Generation] = []
         try:
             for plan in plans:
                 if plan.request.adapter != BASE:
                     self._learn(plan.request.adapter, plan.served.name)
-                running.append(self._generation(plan))
+                running.append(self._generation(plan, principal))
         except BaseException:
             for generation in running:
                 generation.close()
             raise
         return running
 
-    def _generation(self, plan: Plan) -> Generation:
+    def _generation(self, plan: Plan, principal: Principal) -> Generation:
+        def charge(figures: RequestFigures) -> None:
+            self._count_aliases(plan, figures)
+            if figures.ttft_s is not None:  # what never began was given nothing
+                self._quotas.charge_tokens(principal.tenant, figures.num_prompt_tokens + figures.num_output_tokens)
+
         return Generation(
             plan,
             self._client.submit(plan.request),
             client=self._client,
             metrics=self._parts.metrics,
             clock=self._parts.clock,
+            on_end=charge,
         )
+
+    def _count_aliases(self, plan: Plan, figures: RequestFigures) -> None:
+        for part in plan.served.parts:
+            if part.alias:
+                self._parts.metrics.aliases.observe_request(
+                    part.alias,
+                    part.resolved.name,
+                    part.resolved.number,
+                    figures.outcome,
+                    seconds=figures.e2e_s,
+                )
+
+
+def _owned(request: Request, tenant: Tenant) -> Request:
+    return replace(request, tenant=tenant.name, tenant_weight=tenant.weight)
 
 
 def check_members(plans: Sequence[Plan], num_members: int) -> None:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -18,26 +19,35 @@ from peft_serve import __version__
 from peft_serve.api.access_log import AccessLog
 from peft_serve.api.adapter_archive import ArchiveRoutes
 from peft_serve.api.adapters import AdapterRoutes
+from peft_serve.api.aliases import AliasRoutes
 from peft_serve.api.chats import ChatRoutes
 from peft_serve.api.classify import ClassifyRoutes
 from peft_serve.api.completions import CompletionRoutes
 from peft_serve.api.docs_page import PAGE
+from peft_serve.api.door import Door, route_path
 from peft_serve.api.embed import EmbedRoutes
 from peft_serve.api.events import EventRoutes
 from peft_serve.api.exchanges import Exchanges, Tracer
 from peft_serve.api.fetching import FetchRoutes
+from peft_serve.api.heads import Heads
+from peft_serve.api.key_watch import watched_keys
+from peft_serve.api.keyring import Keyring, open_keyring
 from peft_serve.api.loop_lag import watched_lag
 from peft_serve.api.lora_updating import LoraUpdatingRoutes
 from peft_serve.api.middleware import Envelope
 from peft_serve.api.native import NativeRoutes
 from peft_serve.api.openapi import describe
 from peft_serve.api.operations import OperationRoutes
+from peft_serve.api.origins import Origins
 from peft_serve.api.problems import Problem, family_of, problem_of, problem_of_http, response_of
 from peft_serve.api.root import RootRoutes
+from peft_serve.api.route_needs import RouteNeeds
 from peft_serve.api.service import Service
 from peft_serve.api.tgi import TGIRoutes
+from peft_serve.api.turnstile import Turnstile
 from peft_serve.api.ui import PlaygroundRoutes
 from peft_serve.engine.parts import ServerParts
+from peft_serve.engine.resuming import resume_beside
 from peft_serve.errors import InvalidParameter, ServeError
 
 _DESCRIPTION = (
@@ -53,16 +63,21 @@ def create_app(
     now: Callable[[], float] = time.time,
     draw_bits: Callable[[int], int] | None = None,
     tracer: Tracer | None = None,
+    keyring: Keyring | None = None,
 ) -> FastAPI:
     """The application over a server's parts. `now` gives unix seconds; `draw_bits(n)` gives n random bits, for
-    ids and for the seeds of requests that bring none (default: the system's source). It closes the `tracer`."""
+    ids and for the seeds of requests that bring none (default: the system's source). It closes the `tracer`. The
+    `keyring` is the one that the settings name, unless given."""
     service = Service(parts, now=now, draw_bits=draw_bits or random.SystemRandom().getrandbits)
+    keys = open_keyring(parts.settings) if keyring is None else keyring
+    keys.on_read = parts.metrics.tenants.set_file_ok
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.open()
         service.intake.start()
-        async with watched_lag(parts.metrics.observe_loop_lag):
+        resume_beside(parts.catalog, parts.engine)
+        async with watched_lag(parts.metrics.observe_loop_lag), watched_keys(keys):
             yield
         service.intake.close()
         if parts.templates is not None:
@@ -81,7 +96,7 @@ def create_app(
     )
     families = (
         NativeRoutes, RootRoutes, TGIRoutes, ClassifyRoutes, EmbedRoutes, CompletionRoutes, ChatRoutes, AdapterRoutes,
-        ArchiveRoutes, OperationRoutes, EventRoutes, PlaygroundRoutes, FetchRoutes, LoraUpdatingRoutes,
+        AliasRoutes, ArchiveRoutes, OperationRoutes, EventRoutes, PlaygroundRoutes, FetchRoutes, LoraUpdatingRoutes,
     )  # fmt: skip
     for family in families:
         app.include_router(family(service).router())
@@ -89,12 +104,33 @@ def create_app(
     app.add_exception_handler(ServeError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse)
+    settings = parts.settings
+    app.state.route_needs = RouteNeeds()
+    app.add_middleware(
+        Door,
+        keyring=keys,
+        origins=Origins(settings.allowed_origins, settings.allowed_hosts, is_open=keys.is_open),
+        quotas=service.quotas,
+        figures=parts.metrics.tenants,
+        needs=app.state.route_needs,
+        metrics_is_public=settings.metrics_public,
+    )
+    app.add_middleware(Heads)
     app.add_middleware(
         Envelope,
         max_body_bytes=parts.settings.max_body_bytes,
         max_upload_bytes=parts.settings.max_adapter_bytes,
         new_id=service.new_id,
     )
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[each.rstrip("/") for each in settings.allowed_origins],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(Turnstile, clock=parts.clock)
     app.add_middleware(
         Exchanges,
         log=AccessLog(with_client=parts.settings.log_client_address),
@@ -119,10 +155,17 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 def _problem(request: Request, error: Exception) -> Problem:
     if isinstance(error, HTTPException):
-        return problem_of_http(error)
+        return problem_of_http(error, methods=_methods(request) if error.status_code == 405 else frozenset())
     if not isinstance(error, ServeError):
         error = InvalidParameter("the address has a field of the wrong type; /docs shows the types")
     return problem_of(error, family_of(request.url.path))
+
+
+def _methods(request: Request) -> frozenset[str]:
+    """The methods of the address, where this request's is none of them: the router names those of one route."""
+    needs: RouteNeeds = request.app.state.route_needs
+    methods = needs.methods(route_path(request.scope))
+    return frozenset() if request.method in methods else methods
 
 
 def _describe_once(app: FastAPI) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.combined import parts_of
-from peft_serve.api.live_view import live_view
+from peft_serve.api.live_view import live_view, seen_view
+from peft_serve.api.principal import Principal
 from peft_serve.api.rates import Counts, RateWindow
 from peft_serve.api.service import Service
 from peft_serve.api.sse import event
@@ -32,25 +33,26 @@ class _Run:
     """The events of one time that somebody watches: the last one, and word of the next."""
 
     def __init__(self) -> None:
-        self.content: bytes | None = None
+        self.view: dict[str, Any] | None = None
+        self.content: bytes | None = None  # the view, as those are told who see everything
         self.is_over = False
         self._tick = asyncio.Event()  # set when the next event is there, and then replaced
 
-    def publish(self, content: bytes, *, is_last: bool) -> None:
-        self.content, self.is_over = content, is_last
+    def publish(self, view: dict[str, Any], *, is_last: bool) -> None:
+        self.view, self.content, self.is_over = view, event(view), is_last
         self._wake()
 
     def end(self) -> None:
         self.is_over = True
         self._wake()
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The event made last, and those to come; a slow listener misses some."""
+    async def events(self, principal: Principal) -> AsyncIterator[bytes]:
+        """The event made last, and those to come, as far as the principal sees them; a slow listener misses some."""
         seen: bytes | None = None
         while True:
-            if self.content is not seen and self.content is not None:
+            if self.content is not seen and self.content is not None and self.view is not None:
                 seen = self.content
-                yield seen
+                yield seen if principal.reach.is_everything else event(seen_view(self.view, principal.sees_all_of))
             elif self.is_over:
                 return
             else:
@@ -74,7 +76,7 @@ class Beat:
         self._run = _Run()
         self._window = RateWindow()
 
-    def join(self) -> AsyncIterator[bytes]:
+    def join(self, principal: Principal) -> AsyncIterator[bytes]:
         """Somebody begins to watch. Raises `QueueFull` when too many do already."""
         if self._num_listeners >= MAX_LISTENERS:
             raise QueueFull(f"{MAX_LISTENERS} clients watch already; close one, or look later", retry_after_s=RETRY_S)
@@ -82,7 +84,7 @@ class Beat:
         if self._task is None or self._task.done():
             self._run, self._window = _Run(), RateWindow()
             self._task = asyncio.get_running_loop().create_task(self._look(self._run))
-        return self._run.events()
+        return self._run.events(principal)
 
     def leave(self) -> None:
         """Somebody watches no longer; with the last one the looking ends."""
@@ -106,12 +108,12 @@ class Beat:
                     num_steps = snapshot.num_steps
                 await self._look_up({adapter for adapter, _ in rows} - self._methods.keys())
                 # A server that stops waits for its connections: these end with the last request.
-                run.publish(event(self._view(snapshot, rows)), is_last=_is_done(snapshot))
+                run.publish(self._view(snapshot, rows), is_last=_is_done(snapshot))
                 num_looks = LOOKS
         finally:
             run.end()
 
-    def _view(self, snapshot: EngineSnapshot, rows: tuple[tuple[AdapterId, Row], ...]) -> dict[str, object]:
+    def _view(self, snapshot: EngineSnapshot, rows: tuple[tuple[AdapterId, Row], ...]) -> dict[str, Any]:
         now_s = self._parts.clock()
         totals = self._parts.metrics.totals()
         counts = Counts(

@@ -121,7 +121,8 @@ class ChatChunks:
         if reader is None:
             reader = self._readers[index] = self._make_reader()
             choices.append(words.chat_delta(index, {"role": "assistant", "content": ""}))
-        deltas = reader.push(_mark(piece.token) + piece.text)
+        mark = _mark(piece.token) if isinstance(reader, CallsReader) else ""
+        deltas = reader.push(mark + piece.text)
         if piece.answer is not None:
             deltas += reader.flush()
         tokens = self._told(piece.token)

@@ -22,13 +22,17 @@ from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.openai_call import DEFAULTS, NAMES, OpenAICall, explicit_parameters
 from peft_serve.api.openapi import json_body, openai_error_responses
 from peft_serve.api.plan import Ask, Call, Style
+from peft_serve.api.principal import principal_of
 from peft_serve.api.replies import CLIENT_CLOSED, grouped, whole
 from peft_serve.api.service import Service
+from peft_serve.api.splitting import session_of
+from peft_serve.api.tool_syntax import ToolSyntax, syntax_of
 from peft_serve.api.tools import ToolUse, rendered_message, tool_use_of
 from peft_serve.api.waiting import max_wait_of
 from peft_serve.errors import InvalidParameter
 
 _CALL_ID_CHARS: Final = 29  # of `call_` and a random part, as OpenAI's are
+_MISTRAL_ID_CHARS: Final = 9  # letters and digits; its templates refuse every other id when the call comes back
 
 
 class ChatRoutes:
@@ -74,7 +78,9 @@ class ChatRoutes:
             prompt_logprobs=body.prompt_logprobs if _wants_prompt(body) else None,
             is_streamed=body.stream,
         )
-        generations = await self._service.open().admit(admitted, max_wait_s=max_wait_of(request))
+        generations = await self._service.open().admit(
+            admitted, principal_of(request), max_wait_s=max_wait_of(request), session=session_of(request)
+        )
         if body.stream:
             chunks = ChatChunks(has_logprobs=body.logprobs, make_reader=lambda: self._reader(use, generations))
             return await call.stream(generations, chunks)
@@ -92,15 +98,21 @@ class ChatRoutes:
         """What reads an answer, in the syntax of the chat template it was asked by."""
         if use is None:
             return WordsReader()
-        if use.named is not None:
-            return ArgumentsReader(use.named, self._new_call_id)
         template = generations[0].plan.codec.chat_template or ""
-        syntax = use.syntax(template, self._service.parts.settings.tool_call_parser)
+        setting = self._service.parts.settings.tool_call_parser
+        is_mistral = (setting or syntax_of(template)) == ToolSyntax.MISTRAL
+        new_id = self._new_mistral_id if is_mistral else self._new_call_id
+        if use.named is not None:
+            return ArgumentsReader(use.named, new_id)
+        syntax = use.syntax(template, setting)
         assert syntax is not None, "admission refuses tools without a syntax"
-        return CallsReader(syntax, use.is_single, self._new_call_id)
+        return CallsReader(syntax, use.is_single, new_id)
 
     def _new_call_id(self) -> str:
         return self._service.new_id("call_")[:_CALL_ID_CHARS]
+
+    def _new_mistral_id(self) -> str:
+        return self._service.new_id()[-_MISTRAL_ID_CHARS:]
 
 
 def _form(body: ChatBody, use: ToolUse | None) -> Form | None:

@@ -22,9 +22,11 @@ from peft_serve.api.labels import IGNORED, MAX_ANSWER_LEN, answers_of, checked_r
 from peft_serve.api.naming import Mention, agreed_task, named_adapters, named_members
 from peft_serve.api.openapi import error_responses, json_body
 from peft_serve.api.plan import Answer, Ask, Call, Plan, Purpose
+from peft_serve.api.principal import principal_of
 from peft_serve.api.reading_bodies import Classified, ClassifyBody, ClassifyParameters, Question
 from peft_serve.api.replies import CLIENT_CLOSED, whole, whole_headers
 from peft_serve.api.service import Service
+from peft_serve.api.splitting import session_of
 from peft_serve.api.waiting import max_wait_of
 
 MANY_TOKENS: Final = 2048
@@ -68,7 +70,9 @@ class ClassifyRoutes:
     async def answer(self, body: dict[str, Any], request: Request) -> Response:
         """The answer to a body that has been read."""
         wish = self._read(body, request)
-        generations = await self._service.open().admit(wish.call, max_wait_s=max_wait_of(request))
+        generations = await self._service.open().admit(
+            wish.call, principal_of(request), max_wait_s=max_wait_of(request), session=session_of(request)
+        )
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)

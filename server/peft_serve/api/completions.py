@@ -18,8 +18,10 @@ from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.openai_call import DEFAULTS, NAMES, OpenAICall, explicit_parameters
 from peft_serve.api.openapi import json_body, openai_error_responses
 from peft_serve.api.plan import Answer, Ask, Call, Piece, Style, Token
+from peft_serve.api.principal import principal_of
 from peft_serve.api.replies import CLIENT_CLOSED, grouped, whole
 from peft_serve.api.service import Service
+from peft_serve.api.splitting import session_of
 from peft_serve.api.waiting import max_wait_of
 from peft_serve.errors import InvalidParameter
 
@@ -67,7 +69,9 @@ class CompletionRoutes:
             prompt_logprobs=_of_prompt(body, has_encoder=self._service.parts.base.is_encoder_decoder),
             is_streamed=body.stream,
         )
-        generations = await self._service.open().admit(admitted, max_wait_s=max_wait_of(request))
+        generations = await self._service.open().admit(
+            admitted, principal_of(request), max_wait_s=max_wait_of(request), session=session_of(request)
+        )
         if body.stream:
             return await call.stream(generations, _Chunks(body, generations))
         answers = await whole(generations, request)

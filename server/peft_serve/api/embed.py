@@ -27,9 +27,11 @@ from peft_serve.api.naming import (
 )
 from peft_serve.api.openapi import error_responses, json_body, openai_error_responses
 from peft_serve.api.plan import Answer, Ask, Call, Purpose, Style
+from peft_serve.api.principal import principal_of
 from peft_serve.api.reading_bodies import EmbedBody, EmbeddingsBody, EmbedParameters
 from peft_serve.api.replies import CLIENT_CLOSED, whole, whole_headers
 from peft_serve.api.service import Service
+from peft_serve.api.splitting import session_of
 from peft_serve.api.waiting import max_wait_of
 from peft_serve.core import Reading
 from peft_serve.errors import InvalidParameter
@@ -84,7 +86,9 @@ class EmbedRoutes:
         )
         asks = [Ask(text=text, adapter=name) for text, name in zip(inputs, names, strict=True)]
         call = _call(asks, said, agreed_task(request, said.get("task_id")), Style())
-        generations = await self._service.open().admit(call, max_wait_s=max_wait_of(request))
+        generations = await self._service.open().admit(
+            call, principal_of(request), max_wait_s=max_wait_of(request), session=session_of(request)
+        )
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)
@@ -105,7 +109,9 @@ class EmbedRoutes:
         said = _fields(body)
         style = Style(names={"inputs": "input"})
         call = _call(_asks(body, adapter), said, agreed_task(request, body.task_id), style)
-        generations = await self._service.open().admit(call, max_wait_s=max_wait_of(request))
+        generations = await self._service.open().admit(
+            call, principal_of(request), max_wait_s=max_wait_of(request), session=session_of(request)
+        )
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
 from peft_serve.api.beat import Beat
 from peft_serve.api.openapi import openai_error_responses
+from peft_serve.api.principal import principal_of
 from peft_serve.api.service import Service
 from peft_serve.api.sse import EventStreamResponse
 
@@ -29,6 +31,6 @@ class EventRoutes:
         )
         return router
 
-    async def events(self) -> Response:
-        events = self._beat.join()
+    async def events(self, request: Request) -> Response:
+        events = self._beat.join(principal_of(request))
         return EventStreamResponse(events, on_close=self._beat.leave, keep_alive_s=self._keep_alive_s)

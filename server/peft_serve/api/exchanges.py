@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peft_serve.api.generation import Generation
+from peft_serve.api.principal import STATE, Principal
 from peft_serve.metrics import RequestFigures
 
 PROBES: Final = frozenset({"/livez", "/readyz", "/health", "/metrics"})
@@ -45,6 +46,7 @@ class Exchange:
     is_whole: bool  # whether the answer was sent to its end
     error: str | None  # the code of the refusal
     client: str | None  # the address it came from
+    tenant: str | None = None  # whose key it carried
     began_s: float  # unix time
     total_s: float
     works: tuple[Work, ...]
@@ -142,11 +144,17 @@ def _exchange(scope: Scope, sent: _Sent, *, began_s: float, start_s: float, end_
         is_whole=sent.is_whole,
         error=state.get("error"),
         client=None if client is None else client[0],
+        tenant=_tenant(state),
         began_s=began_s,
         total_s=end_s - start_s,
         works=_works(state.get("generations", ()), start_s),
         trace_headers={name: headers[name] for name in ("traceparent", "tracestate") if name in headers},
     )
+
+
+def _tenant(state: Mapping[str, Any]) -> str | None:
+    principal = state.get(STATE)
+    return (principal.tenant.name or None) if isinstance(principal, Principal) else None
 
 
 def _works(generations: Sequence[Generation], start_s: float) -> tuple[Work, ...]:

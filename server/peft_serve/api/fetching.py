@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from peft_serve.adapters.sources.jobs import JobView
+from peft_serve.adapters.sources.jobs import JobView, no_such_job
 from peft_serve.api.adapter_views import published_view
 from peft_serve.api.fields import FieldRules
 from peft_serve.api.json_body import parse_object, validated
 from peft_serve.api.json_response import json_response
 from peft_serve.api.openapi import error_responses
+from peft_serve.api.principal import principal_of
 from peft_serve.api.problems import Family, body_of, problem_of
 from peft_serve.api.service import Service
 from peft_serve.errors import BadRequest, PayloadTooLarge
@@ -68,8 +69,11 @@ class FetchRoutes:
         )
         return router
 
-    async def job(self, id: str) -> Response:  # the address's own word
-        return json_response(job_view(self._service.intake.job(id).view()))
+    async def job(self, id: str, request: Request) -> Response:  # the address's own word
+        job = self._service.intake.job(id)
+        if not principal_of(request).sees(job.name):
+            raise no_such_job()
+        return json_response(job_view(job.view()))
 
     async def create(self, request: Request, *, create_only: bool) -> Response:
         """Begin to fetch what the body names."""
@@ -79,7 +83,9 @@ class FetchRoutes:
             raise BadRequest("if-match: is for the files themselves; leave it out of a fetch", param="if-match")
         body = validated(FetchBody, parse_object(await read_small(request)), _RULES)
         self._service.open()
-        job = self._service.intake.fetch(body.name, body.source, create_only=create_only)
+        principal = principal_of(request)
+        principal.require_reach(body.name)
+        job = self._service.intake.fetch(body.name, body.source, create_only=create_only, publisher=principal.publisher)
         return json_response(job_view(job.view()), status=202, headers={"location": f"/adapters/jobs/{job.id}"})
 
 

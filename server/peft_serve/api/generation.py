@@ -45,8 +45,11 @@ class Generation:
         client: EngineClient,
         metrics: Metrics,
         clock: Callable[[], float],
+        on_end: Callable[[RequestFigures], None],
     ) -> None:
+        """`on_end` is told once what it came to."""
         self.plan = plan
+        self._on_end = on_end
         self._stream = stream
         self._client = client
         self._codec = plan.codec
@@ -155,10 +158,10 @@ class Generation:
     def _conclude(self, finish: FinishEvent, token: Token | None, text: str) -> Piece:
         found_stop = self._transcript.has_stopped
         reason = FinishReason.STOP if found_stop else FinishReason.EOS if self._scores else finish.reason
-        outcome = "ok" if found_stop or self._scores else _OUTCOMES.get(finish.reason, "ok")
+        outcome = "ok" if found_stop or self._scores else _outcome(finish)
         num_prompt = finish.num_prompt_tokens or self._num_prompt()
         self._observe(outcome, _reason_label(reason), num_prompt, finish)
-        if outcome == "failed":
+        if outcome in ("failed", "refused"):
             raise _blame(finish)
         if outcome == "cancelled":
             raise IncompleteGeneration("the server ended this request before it was complete; send it again")
@@ -222,6 +225,13 @@ class Generation:
             e2e_s=self._clock() - self._start_s,
         )
         self._metrics.observe_request(self.figures)
+        self._metrics.tenants.observe_request(
+            self.plan.request.tenant,
+            outcome,
+            num_prompt_tokens=num_prompt,
+            num_output_tokens=self.figures.num_output_tokens,
+        )
+        self._on_end(self.figures)
 
 
 def softmax(sums: Sequence[float]) -> list[float]:
@@ -232,6 +242,13 @@ def softmax(sums: Sequence[float]) -> list[float]:
     weights = [math.exp(each - top) for each in sums]
     whole = sum(weights)
     return [weight / whole for weight in weights]
+
+
+def _outcome(finish: FinishEvent) -> str:
+    """`failed` is the server's doing; what was refused once it waited, as by its own limit of time, is not."""
+    if finish.reason is FinishReason.FAILED and isinstance(finish.error, ServeError) and finish.error.status < 500:
+        return "refused"
+    return _OUTCOMES.get(finish.reason, "ok")
 
 
 def _blame(finish: FinishEvent) -> ServeError:

@@ -16,6 +16,7 @@ from peft_serve.adapters.combined import is_combined, parts_of
 from peft_serve.adapters.findings import Inspection, Proof
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.names import check_name
+from peft_serve.adapters.ownership import OPERATOR, Publisher
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.sources.jobs import FetchJobs, Job
 from peft_serve.adapters.sources.watch import FolderWatch, WatchProblem
@@ -79,10 +80,11 @@ class Intake:
         """What lies in watched folders and is not served."""
         return self._watch.problems
 
-    def fetch(self, name: str, source: str, *, create_only: bool = False) -> Job:
+    def fetch(self, name: str, source: str, *, create_only: bool = False, publisher: Publisher = OPERATOR) -> Job:
         """Begin to fetch a checkpoint; raises InvalidParameter, Forbidden, QueueFull and Unavailable."""
         check_name(name, base_name=self._parts.base.name)
-        return self._jobs.submit(name, self._parts.sources.locate(source), create_only=create_only)
+        locator = self._parts.sources.locate(source)
+        return self._jobs.submit(name, locator, create_only=create_only, publisher=publisher)
 
     def job(self, id_: str) -> Job:
         """Raises NotFound."""
@@ -96,6 +98,7 @@ class Intake:
         *,
         create_only: bool = False,
         on_trying: Callable[[], None] = lambda: None,
+        publisher: Publisher = OPERATOR,
     ) -> Published:
         """Make fetched files a version of a name. For every thread but the event loop's; raises as the catalog does."""
 
@@ -104,7 +107,9 @@ class Intake:
             return self._trial().prove(name, found)
 
         try:
-            published = self._parts.catalog.publish(name, files, create_only=create_only, prove=prove, source=source)
+            published = self._parts.catalog.publish(
+                name, files, create_only=create_only, prove=prove, source=source, publisher=publisher
+            )
         except ServeError as error:
             self._parts.metrics.observe_upload("refused" if error.status < 500 else "failed")
             raise
@@ -113,13 +118,15 @@ class Intake:
             _log.info("adapter %s: version %d is from %s", name, published.version.number, source)
         return published
 
-    def remove(self, name: str) -> int:
+    def remove(self, name: str, *, force: bool = False) -> int:
         """Delete a name with all its versions, here and on the device; gives how many requests still run on them.
 
         Reads the disk; raises as the catalog does."""
         catalog, engine = self._parts.catalog, self._parts.engine
         ids = {version.id for version in catalog.versions(name)}
-        in_flight = catalog.delete(name)
+        in_flight = catalog.delete(name, force=force)
+        with contextlib.suppress(ServeError):  # the name is gone; what is left of a pin goes with the next start
+            catalog.pins.remove(ids)
         for adapter in ids | _made_of(ids, engine.snapshot()):
             engine.set_pinned(adapter, pinned=False)
             engine.unload(adapter)

@@ -73,6 +73,20 @@ def live_view(
     }
 
 
+def seen_view(view: dict[str, Any], sees: Callable[[str], bool]) -> dict[str, Any]:
+    """An event without the rows, slots and waiting requests of adapters that are not seen; sums are the server's."""
+
+    def kept(name: str) -> bool:
+        return name == BASE_WORD or sees(name)
+
+    waiting = [each for each in view["queue"]["adapters"] if kept(each["name"])]
+    return view | {
+        "queue": view["queue"] | {"adapters": waiting},
+        "rows": [row for row in view["rows"] if kept(row["adapter"])],
+        "slots": [slot for slot in view["slots"] if kept(slot["adapter"])],
+    }
+
+
 def _num_tokens(row: Row) -> int:
     """Tokens of prompt and answer that are computed with this row; on an encoder those of its text."""
     return max(row.start + len(row.tokens) - row.prompt[0], len(row.source))

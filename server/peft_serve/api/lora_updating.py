@@ -20,6 +20,7 @@ from peft_serve.api.fetching import read_small
 from peft_serve.api.json_body import parse_object
 from peft_serve.api.json_response import json_response
 from peft_serve.api.openapi import openai_error_responses
+from peft_serve.api.principal import principal_of
 from peft_serve.api.problems import Family, problem_of
 from peft_serve.api.service import Service
 from peft_serve.errors import Forbidden, InvalidParameter, PreconditionFailed, ServeError, UnknownAdapter
@@ -65,10 +66,14 @@ class LoraUpdatingRoutes:
             if not name or not path:
                 return _refused("Both 'lora_name' and 'lora_path' must be provided.", "InvalidUserInput")
             is_inplace = body.get("load_inplace") is True
+            principal = principal_of(request)
+            principal.require_reach(name)
             if not is_inplace and await asyncio.to_thread(self._is_there, name):
                 return _already_loaded(name)
             self._service.open()
-            job = self._service.intake.fetch(name, _source_of(path), create_only=not is_inplace)
+            job = self._service.intake.fetch(
+                name, _source_of(path), create_only=not is_inplace, publisher=principal.publisher
+            )
             await asyncio.wrap_future(job.ended)
         except PreconditionFailed:
             return _already_loaded(name)
@@ -83,6 +88,7 @@ class LoraUpdatingRoutes:
             name = _text(body, "lora_name")
             if not name:
                 return _refused("'lora_name' needs to be provided to unload a LoRA adapter.", "InvalidUserInput")
+            await asyncio.to_thread(self._service.seen(request).require_own, name)
             await asyncio.to_thread(self._service.intake.remove, name)
         except UnknownAdapter:
             return _refused(f"The lora adapter {shown(name)} cannot be found.", "NotFoundError", HTTPStatus.NOT_FOUND)

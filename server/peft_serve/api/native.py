@@ -24,9 +24,11 @@ from peft_serve.api.lorax import alternatives_of, plain_words
 from peft_serve.api.naming import Mention, agreed_task, named_adapters, named_members
 from peft_serve.api.openapi import error_responses, json_body
 from peft_serve.api.plan import Answer, Ask, Call, Plan, Style, Token
+from peft_serve.api.principal import principal_of
 from peft_serve.api.problems import Family, body_of, problem_of
 from peft_serve.api.replies import CLIENT_CLOSED, grouped, merged, stream_headers, streamed, whole, whole_headers
 from peft_serve.api.service import Service
+from peft_serve.api.splitting import session_of
 from peft_serve.api.sse import event
 from peft_serve.api.waiting import max_wait_of
 from peft_serve.core import FinishReason
@@ -140,7 +142,9 @@ class NativeRoutes:
         )
 
     async def _whole(self, wish: _Wish, request: Request, *, always_list: bool = False) -> Response:
-        generations = await self._service.open().admit(wish.call, max_wait_s=max_wait_of(request))
+        generations = await self._service.open().admit(
+            wish.call, principal_of(request), max_wait_s=max_wait_of(request), session=session_of(request)
+        )
         answers = await whole(generations, request)
         if answers is None:
             return Response(status_code=CLIENT_CLOSED)
@@ -152,7 +156,9 @@ class NativeRoutes:
         return json_response(content if wish.is_list or always_list else content[0], headers=headers)
 
     async def _stream(self, wish: _Wish, request: Request) -> Response:
-        generations = await self._service.open().admit(wish.call, max_wait_s=max_wait_of(request))
+        generations = await self._service.open().admit(
+            wish.call, principal_of(request), max_wait_s=max_wait_of(request), session=session_of(request)
+        )
         return await streamed(
             _events(generations),
             generations,

@@ -11,6 +11,8 @@ from pydantic import BaseModel
 
 from peft_serve.api.bodies import ChatBody, CompletionBody, GenerateBody, Parameters, TokenizeBody
 from peft_serve.api.reading_bodies import ClassifyBody, ClassifyParameters, EmbedBody, EmbeddingsBody, EmbedParameters
+from peft_serve.api.route_needs import Need, RouteNeeds
+from peft_serve.api.splitting import SESSION_HEADER
 from peft_serve.api.waiting import WAIT_HEADER
 
 _MODELS: Final[tuple[type[BaseModel], ...]] = (
@@ -21,13 +23,16 @@ _REFERENCE: Final = "#/components/schemas/"
 
 _MEANINGS: Final[Mapping[int, str]] = {
     400: "The request contradicts itself, or cannot be read",
-    403: "This cannot be changed through this server",
+    401: "A key is asked for, and this is none that the server knows",
+    403: "The key, or the server, does not allow this",
     404: "No such adapter",
+    408: "The body came too slowly",
+    409: "The name, or what points to it, stands in the way",
     412: "The name moved meanwhile, or exists already",
     413: "The body is too large",
     415: "The body is encoded, or of a type that is not read",
     422: "A field, or an uploaded adapter, is refused; the message says which and why",
-    429: "Too many requests wait; Retry-After says when to come back",
+    429: "Too many requests wait, or a quota is used up; Retry-After says when to come back",
     500: "An error on the server's side",
     503: "Starting, draining, or this adapter cannot be used",
     507: "The disk is full",
@@ -90,7 +95,7 @@ def json_body(model: str, example: Mapping[str, Any], *, has_adapter: bool = Fal
     content = {"schema": {"$ref": _REFERENCE + model}, "example": dict(example)}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": content}}}
     if has_adapter:
-        extra["parameters"] = [ADAPTER_QUERY, TASK_QUERY, WAIT_HEADER]
+        extra["parameters"] = [ADAPTER_QUERY, TASK_QUERY, WAIT_HEADER, SESSION_HEADER]
     return extra
 
 
@@ -121,11 +126,59 @@ def describe(app: FastAPI) -> dict[str, Any]:
         ("EmbedBody", "EmbedParameters"),
     ):
         schemas[body]["properties"]["parameters"] = {"$ref": _REFERENCE + parameters}
+    _describe_bodies(document)
+    _describe_streams(document)
+    _describe_access(document)
     schemas["Problem"] = _PROBLEM
     schemas["OpenAIError"] = _OPENAI_ERROR
     return document
 
 
+def _describe_bodies(document: dict[str, Any]) -> None:
+    """How a body is refused before any route has read it."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if "requestBody" in operation:
+                _add_refusals(operation, path, 400, 408, 413, 415)
+
+
+def _describe_streams(document: dict[str, Any]) -> None:
+    """Which routes answer with events, always or where `stream` asks for them."""
+    for path, method in _STREAMED.items():
+        answer = document["paths"][path][method]["responses"]["200"]
+        answer.setdefault("content", {})["text/event-stream"] = {}
+
+
+def _add_refusals(operation: dict[str, Any], path: str, *statuses: int) -> None:
+    refused = openai_error_responses if path.startswith("/v1/") else error_responses
+    added = {str(status): told for status, told in refused(*statuses).items()}
+    operation["responses"] = dict(sorted((added | operation["responses"]).items()))
+
+
+def _describe_access(document: dict[str, Any]) -> None:
+    """Which routes ask for a key, on a server that has keys, and how they refuse."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    needs = RouteNeeds()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if needs.of(method.upper(), path) <= {Need.NONE}:
+                continue
+            # {}: on a server without keys, none is asked for.
+            operation["security"] = [{}, {"bearer": []}, {"x-api-key": []}]
+            _add_refusals(operation, path, 401, 403, 429)
+
+
+_STREAMED: Final = {
+    "/": "post",
+    "/generate": "post",
+    "/generate_stream": "post",
+    "/v1/completions": "post",
+    "/v1/chat/completions": "post",
+    "/v1/events": "get",
+}
 _STRING: Final = {"type": "string"}
 _PROBLEM: Final = {
     "type": "object",
@@ -148,6 +201,7 @@ _PROBLEM: Final = {
     },
 }
 _NULLABLE: Final = {"type": ["string", "null"]}
+_CODE: Final = {"type": ["string", "integer", "null"]}  # vLLM's routes say the status here
 _OPENAI_ERROR: Final = {
     "type": "object",
     "required": ["error"],
@@ -155,7 +209,7 @@ _OPENAI_ERROR: Final = {
         "error": {
             "type": "object",
             "required": ["message", "type"],
-            "properties": {"message": _STRING, "type": _STRING, "param": _NULLABLE, "code": _NULLABLE},
+            "properties": {"message": _STRING, "type": _STRING, "param": _NULLABLE, "code": _CODE},
         }
     },
 }

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Final
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
 from peft_serve.adapters.listing import Entry
@@ -17,8 +18,10 @@ from peft_serve.api import openai_words as words
 from peft_serve.api.abilities import labels_of, reads, tasks_of
 from peft_serve.api.adapter_views import head_view
 from peft_serve.api.json_response import json_response
+from peft_serve.api.metrics_view import seen_page
 from peft_serve.api.naming import MODEL_ALIASES
 from peft_serve.api.openapi import error_responses, openai_error_responses
+from peft_serve.api.principal import principal_of
 from peft_serve.api.service import Service
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.errors import AdapterInvalid, AdapterUnavailable, Unavailable
@@ -43,9 +46,6 @@ class OperationRoutes:
         add("/livez", self.livez, methods=["GET"], tags=ops, summary="The process answers")
         add("/health", self.health, methods=["GET"], tags=ops, summary="The engine lives", responses=unavailable)
         add("/readyz", self.readyz, methods=["GET"], tags=ops, summary="Requests are admitted", responses=unavailable)
-        # Probes and load balancers ask by HEAD; routes of their own, since OpenAPI wants one id for each operation.
-        for path, endpoint in (("/livez", self.livez), ("/health", self.health), ("/readyz", self.readyz)):
-            add(path, endpoint, methods=["HEAD"], include_in_schema=False)
         add("/metrics", self.metrics, methods=["GET"], tags=ops, summary="Prometheus' text format, version 0.0.4")
         add("/v1/models", self.models, methods=["GET"], tags=["openai"], summary="The base and every adapter")
         add(
@@ -75,9 +75,11 @@ class OperationRoutes:
             raise Unavailable(f"the server is {state.value}", retry_after_s=RETRY_AFTER_S)
         return json_response({"status": "ok", "state": state.value})
 
-    async def metrics(self) -> Response:
+    async def metrics(self, request: Request) -> Response:
         self._parts.metrics.set_state(self._figures(self._parts.engine.snapshot()))
         page = await asyncio.to_thread(self._parts.metrics.render)
+        if not self._parts.settings.metrics_public:
+            page = seen_page(page, principal_of(request))
         # starlette would add a charset of its own, and scrapers compare the type as a whole.
         return Response(page, headers={"content-type": CONTENT_TYPE})
 
@@ -100,16 +102,21 @@ class OperationRoutes:
             stalled_s=snapshot.stalled_s,
         )
 
-    async def models(self) -> Response:
-        entries = await asyncio.to_thread(self._parts.catalog.list)
+    async def models(self, request: Request) -> Response:
+        base = self._parts.base
+        entries = await asyncio.to_thread(self._service.seen(request).list)
         cards = [self._adapter_card(entry) for entry in entries if not entry.problem]
+        aliases = await asyncio.to_thread(self._service.seen(request).aliases)
+        cards += [self._card(alias.name, parent=base.name) for alias in aliases]
         return json_response({"object": "list", "data": [self._base_card(), *cards]})
 
-    async def model(self, model: str) -> Response:
+    async def model(self, model: str, request: Request) -> Response:
         base = self._parts.base
         if model == base.name or model in MODEL_ALIASES:
             return json_response(self._base_card())
-        entry = await asyncio.to_thread(self._parts.catalog.get, model)
+        if await asyncio.to_thread(self._service.seen(request).find_alias, model) is not None:
+            return json_response(self._card(model, parent=base.name))
+        entry = await asyncio.to_thread(self._service.seen(request).get, model)
         return json_response(self._adapter_card(entry) | await asyncio.to_thread(self._adapter_words, model))
 
     def _base_card(self) -> dict[str, object]:

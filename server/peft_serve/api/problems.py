@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from http import HTTPStatus
@@ -89,22 +89,28 @@ def problem_of(error: ServeError, family: Family) -> Problem:
     is_lasting = isinstance(error, AdapterUnavailable) and error.retry_after_s is None
     if status in (429, 503) and not is_lasting:
         headers = {"retry-after": str(max(1, math.ceil(error.retry_after_s or 1.0)))}
+    if status == 401:
+        headers = {"www-authenticate": "Bearer"}
     errors = error.errors if isinstance(error, AdapterInvalid | FieldsInvalid) else ()
     return Problem(
         status=status, code=error.code, message=error.message, param=error.param, errors=errors, headers=headers
     )
 
 
-def problem_of_http(error: HTTPException) -> Problem:
-    """What the router refuses by itself: a path nobody serves, a method it has not."""
+def problem_of_http(error: HTTPException, *, methods: Collection[str] = ()) -> Problem:
+    """What the router refuses by itself: a path nobody serves, a method it has not (`methods` are those it has)."""
     known = {404: "no such route; /docs lists them", 405: "this route has no such method; /docs lists them"}
     phrase = HTTPStatus(error.status_code).phrase
     return Problem(
         status=error.status_code,
         code=phrase.lower().replace(" ", "_"),
         message=known.get(error.status_code, phrase),
-        headers=error.headers,
+        headers={"allow": ", ".join(sorted({*methods, *_beside(methods)}))} if methods else error.headers,
     )
+
+
+def _beside(methods: Collection[str]) -> Collection[str]:
+    return ("HEAD",) if "GET" in methods else ()
 
 
 def error_type(problem: Problem) -> str:

@@ -162,6 +162,9 @@ def served_headers(generations: Sequence[Generation]) -> dict[str, str]:
     versions = dict.fromkeys(one.versions for one in served if one.versions is not None)
     if versions:
         headers["x-adapter-version"] = ",".join(versions)
+    aliases = dict.fromkeys(one.aliases for one in served if one.aliases is not None)
+    if aliases:
+        headers["x-adapter-alias"] = ",".join(aliases)
     return headers
 
 

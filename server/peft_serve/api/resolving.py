@@ -1,41 +1,71 @@
 """From the names in a call to the adapters that are meant, held so that no delete comes between.
 
-An expression (`a+b`, `a:0.7+b@2:0.3`) is resolved part by part. Owns no hold: whoever asks gives each back once.
+An expression (`a+b`, `a:0.7+b@2:0.3`) is resolved part by part. What must be read from the disk for it is read on
+threads of its own, and waited for only so long: a disk that does not answer keeps nobody else. Owns no hold: whoever
+asks gives each back once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.names import Term, parse_expression, shown
 from peft_serve.adapters.records import Resolved
 from peft_serve.api.naming import BASE_NAME
+from peft_serve.api.principal import Principal
+from peft_serve.api.seen_catalog import SeenCatalog
 from peft_serve.api.served import Served, ServedPart
-from peft_serve.errors import InvalidParameter
+from peft_serve.api.splitting import Draws
+from peft_serve.errors import InvalidParameter, Unavailable
+
+PATIENCE_S: Final = 60.0
+"""So long a store is waited for: the gate may look at a large checkpoint meanwhile."""
+
+_NUM_THREADS: Final = 8
 
 
 class Resolver:
     """See the module's docstring. `base_name` is the name that the base is served under."""
 
-    def __init__(self, catalog: Catalog, base_name: str) -> None:
+    def __init__(self, catalog: Catalog, base_name: str, *, patience_s: float = PATIENCE_S) -> None:
         self._catalog = catalog
         self._base_name = base_name
+        self._patience_s = patience_s
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="resolving")  # made when they are needed
 
-    async def resolve(self, names: Sequence[str]) -> dict[str, Served]:
-        """Who answers to each name, every part held once for each name. Raises what `Catalog.resolve` raises."""
+    async def resolve(self, names: Sequence[str], principal: Principal, draws: Draws) -> dict[str, Served]:
+        """Who answers to each name, every part held once for each name. Raises what `Catalog.resolve` raises, for
+        adapters that the principal does not see as for those that there are not; Unavailable when the store does not
+        answer."""
         served = {BASE_NAME: Served()}
         wanted = {name: self._terms(name) for name in dict.fromkeys(names) if name != BASE_NAME}
         if wanted:
-            # The first resolution of a name may read the disk.
-            work = asyncio.ensure_future(asyncio.to_thread(self._held, wanted))
-            try:
-                served |= await asyncio.shield(work)
-            except asyncio.CancelledError:
-                work.add_done_callback(self._release_late)
-                raise
+            seen = SeenCatalog(self._catalog, principal)
+            if all(seen.is_at_hand(term.ref) for terms in wanted.values() for term in terms):
+                return served | self._held(wanted, seen, draws)
+            served |= await self._read(wanted, seen, draws)
         return served
+
+    async def _read(self, wanted: Mapping[str, tuple[Term, ...]], seen: SeenCatalog, draws: Draws) -> dict[str, Served]:
+        """As `_held`, where the disk must be read for it."""
+        run = contextvars.copy_context().run
+        work = asyncio.get_running_loop().run_in_executor(self._threads, run, self._held, wanted, seen, draws)
+        try:
+            async with asyncio.timeout(self._patience_s):
+                return await asyncio.shield(work)
+        except TimeoutError:
+            work.add_done_callback(self._release_late)
+            raise Unavailable(
+                "the adapter store does not answer; adapters that are in use go on being served", retry_after_s=30.0
+            ) from None
+        except asyncio.CancelledError:
+            work.add_done_callback(self._release_late)
+            raise
 
     def hold(self, served: Served) -> Callable[[], None]:
         """Hold every part once more; what is returned gives it back, once however often it is called."""
@@ -63,15 +93,16 @@ class Resolver:
                     )
         return terms
 
-    def _held(self, wanted: Mapping[str, tuple[Term, ...]]) -> dict[str, Served]:
+    def _held(self, wanted: Mapping[str, tuple[Term, ...]], seen: SeenCatalog, draws: Draws) -> dict[str, Served]:
         found: list[Resolved] = []
         try:
             served = {}
             for name, terms in wanted.items():
                 parts = []
                 for term in terms:
-                    found.append(self._catalog.resolve(term.ref, hold=True))
-                    parts.append(ServedPart(resolved=found[-1], weight=term.weight))
+                    resolved, alias = seen.answering(term.ref, draws)
+                    found.append(resolved)
+                    parts.append(ServedPart(resolved=resolved, weight=term.weight, alias=alias))
                 served[name] = Served(name=_name(terms, parts), parts=tuple(parts))
         except BaseException:
             for resolved in found:

@@ -26,10 +26,12 @@ class ServedPart:
 
     resolved: Resolved
     weight: float = 1.0
+    alias: str = ""  # by which it was asked for; empty: by its own name
 
     def describe(self) -> dict[str, Any]:
         r = self.resolved
-        return {"name": r.name, "version": r.number, "digest": r.id, "peft_type": r.peft_type}
+        alias = {"alias": self.alias} if self.alias else {}
+        return {"name": r.name, "version": r.number, "digest": r.id, "peft_type": r.peft_type} | alias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,11 @@ class Served:
     def versions(self) -> str | None:
         """The version numbers of the parts; the base has none."""
         return "+".join(str(part.resolved.number) for part in self.parts) or None
+
+    @property
+    def aliases(self) -> str | None:
+        """The aliases that led to the parts, if any did."""
+        return "+".join(part.alias for part in self.parts if part.alias) or None
 
     @property
     def num_virtual_tokens(self) -> int:

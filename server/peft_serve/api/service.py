@@ -10,9 +10,14 @@ import hashlib
 from collections.abc import Callable
 from typing import Final
 
+from starlette.requests import HTTPConnection
+
 from peft_serve import __version__
 from peft_serve.api.admission import Admission
 from peft_serve.api.intake import Intake
+from peft_serve.api.principal import principal_of
+from peft_serve.api.quotas import Quotas
+from peft_serve.api.seen_catalog import SeenCatalog
 from peft_serve.api.trial import Trial
 from peft_serve.core import AdapterId
 from peft_serve.engine.client import EngineClient
@@ -30,6 +35,7 @@ class Service:
         self.now = now
         self.started_s = now()
         self._draw_bits = draw_bits
+        self.quotas = Quotas(parts.clock)
         self._admission: Admission | None = None
         self._trial: Trial | None = None
         self._names: dict[AdapterId, str] = {}
@@ -43,7 +49,7 @@ class Service:
         if self._admission is None:
             loop = asyncio.get_running_loop()
             client = EngineClient(self.parts.engine, loop)
-            self._admission = Admission(self.parts, client, self._draw_bits, learn=self.learn)
+            self._admission = Admission(self.parts, client, self._draw_bits, learn=self.learn, quotas=self.quotas)
             self._trial = Trial(self.parts, client, loop, new_id=self.new_id, learn=self.learn)
         return self._admission
 
@@ -52,6 +58,10 @@ class Service:
         self.open()
         assert self._trial is not None, "it is made with the way in"
         return self._trial
+
+    def seen(self, connection: HTTPConnection) -> SeenCatalog:
+        """The catalog as whoever sent a request sees it."""
+        return SeenCatalog(self.parts.catalog, principal_of(connection))
 
     def new_id(self, prefix: str = "") -> str:
         """An id that is not given twice."""

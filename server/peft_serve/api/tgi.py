@@ -18,7 +18,9 @@ from peft_serve.api.json_body import read_object, validated
 from peft_serve.api.json_response import json_response
 from peft_serve.api.naming import BASE_NAME, Mention, agreed_name, mentions_of
 from peft_serve.api.openapi import error_responses, json_body
+from peft_serve.api.principal import principal_of
 from peft_serve.api.service import Service
+from peft_serve.api.splitting import session_of
 from peft_serve.errors import InvalidParameter
 from peft_serve.text import TextCodec
 
@@ -54,7 +56,11 @@ class TGIRoutes:
         most = max(CONTEXTS_TO_TOKENIZE * parts.base.max_context, LEAST_TO_TOKENIZE)
         mentions = (*mentions_of(request), Mention("adapter_id", body.adapter_id or ""))
         name = agreed_name(mentions, parts.base.name)
-        codec = parts.codec if name == BASE_NAME else await self._service.open().codec_of(name)
+        codec = (
+            parts.codec
+            if name == BASE_NAME
+            else await self._service.open().codec_of(name, principal_of(request), session=session_of(request))
+        )
         return json_response(await asyncio.to_thread(tokens_of, codec, body, most))
 
     async def info(self) -> Response:
@@ -76,6 +82,8 @@ class TGIRoutes:
                 "max_client_batch_size": settings.max_inputs,
                 "max_top_n_tokens": settings.max_top_logprobs,
                 "max_choices": settings.max_choices,
+                "max_num_beams": settings.max_num_beams,
+                "max_adapter_bytes": settings.max_adapter_bytes,
                 "max_rank": settings.max_rank,
                 "validation_workers": 1,
                 "router": "peft-serve",

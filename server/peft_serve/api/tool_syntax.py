@@ -6,6 +6,7 @@ Pure text: knows no request. What looks like a call and is none stays text.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -16,15 +17,18 @@ class ToolSyntax(StrEnum):
 
     HERMES = "hermes"  # <tool_call>{"name": .., "arguments": {..}}</tool_call>, between words
     LLAMA3_JSON = "llama3_json"  # the whole answer is {"name": .., "parameters": {..}}, several with ; between them
-    MISTRAL = "mistral"  # [TOOL_CALLS] [{"name": .., "arguments": {..}}, ..]
+    MISTRAL = "mistral"  # [TOOL_CALLS] [{"name": .., "arguments": {..}}, ..], or a mark, a name and arguments for each
     LIST = "list"  # the whole answer is [{"name": .., "arguments": {..}}, ..]: what a grammar makes of "required"
 
 
 _OPENINGS: Final = {ToolSyntax.HERMES: "<tool_call>", ToolSyntax.MISTRAL: "[TOOL_CALLS]"}
 _CLOSINGS: Final = {ToolSyntax.HERMES: "</tool_call>"}
 _PYTHON_TAG: Final = "<|python_tag|>"
+_ARGS, _CALL_ID = "[ARGS]", "[CALL_ID]"
+_NAMED: Final = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][^\[\]{}]*)?(?:\[ARGS\])?\s*(?=\{)")
+"""How Mistral's newer models begin a call: `name[ARGS]{..}`, or `name[CALL_ID]id[ARGS]{..}`, or `name{..}`."""
 
-MARKS: Final = frozenset({*_OPENINGS.values(), *_CLOSINGS.values(), _PYTHON_TAG})
+MARKS: Final = frozenset({*_OPENINGS.values(), *_CLOSINGS.values(), _PYTHON_TAG, _ARGS, _CALL_ID})
 """What may be a special token of its own, and counts as text here."""
 
 
@@ -60,6 +64,7 @@ class CallReader:
         self._opening = _OPENINGS.get(syntax, "")
         self._closing = _CLOSINGS.get(syntax, "")
         self._has_separators = syntax is ToolSyntax.LLAMA3_JSON
+        self._has_names = syntax is ToolSyntax.MISTRAL  # in front of the arguments
         self._is_single = is_single
         self._at = _At.WORDS if self._opening else _At.START
         self._held = ""
@@ -119,12 +124,13 @@ class CallReader:
         if "}" not in text and "]" not in text:
             return False  # nothing can have been completed
         body = self._held.removeprefix(self._opening)
-        start = len(body) - len(body.lstrip())
+        named = _NAMED.match(body) if self._has_names else None
+        start = len(body) - len(body.lstrip()) if named is None else named.end()
         try:
             value, end = json.JSONDecoder().raw_decode(body, start)
         except (ValueError, RecursionError):
             return False
-        calls = _calls_of(value)
+        calls = _calls_of(value if named is None else {"name": named[1], "arguments": value})
         if calls is None:
             self._say(self._held[: len(self._held) - len(body) + end], found)
             self._at = _At.WORDS

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Final
 import typer
 
 from peft_serve.commands import adapter_tables as tables
+from peft_serve.commands import aliases
 from peft_serve.commands.adapter_transfer import fetched, pulled, pushed
 from peft_serve.commands.exits import CommandFailed, Exit
 from peft_serve.commands.link import DEFAULT_URL, ServerLink, UrlOption
 from peft_serve.commands.speech import JsonOption, Speech
 
 app = typer.Typer(help="List, upload, check and move the adapters of a server.", no_args_is_help=True)
+app.add_typer(aliases.app, name="alias")
 
 NameArgument = Annotated[str, typer.Argument(help="the adapter's name", show_default=False)]
 CheckpointArgument = Annotated[
@@ -85,6 +87,10 @@ def push(
             if dry_run or if_match is not None:
                 raise CommandFailed(Exit.USAGE, "--dry-run and --if-match are for files of yours, not for a source")
             found = fetched(link, speech, checkpoint, name or _last_step(checkpoint), headers=headers)
+        elif "://" in checkpoint:
+            raise CommandFailed(
+                Exit.USAGE, f"{checkpoint}: nothing is fetched from there; a source begins with {', '.join(_SOURCES)}"
+            )
         else:
             found = pushed(link, speech, Path(checkpoint), name, headers=headers, query=query)
         speech.tell(found, tables.published(found))
@@ -119,15 +125,19 @@ def rm(
     url: UrlOption = DEFAULT_URL,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
     if_match: Annotated[str | None, typer.Option("--if-match", help="only if it is at this version")] = None,
+    force: Annotated[bool, typer.Option("--force", help="take it out of the aliases that point to it")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Delete an adapter with all its versions. Running requests end on their weights."""
     speech = Speech(as_json=as_json)
-    if not (yes or as_json) and not typer.confirm(f"delete adapter {name!r} and all its versions?", err=True):
-        raise typer.Exit(Exit.FAILED)
     with speech.ending(), ServerLink(url) as link:
+        if as_json and not yes:
+            raise CommandFailed(Exit.USAGE, "rm asks before it deletes, and --json cannot ask; add --yes")
+        if not yes and not typer.confirm(f"delete adapter {name!r} and all its versions?", err=True):
+            raise typer.Exit(Exit.FAILED)
         headers = {} if if_match is None else {"if-match": etag(if_match)}
-        found = link.json("DELETE", tables.address(name), headers=headers)
+        query = {"force": "1"} if force else {}
+        found = link.json("DELETE", tables.address(name), headers=headers, params=query)
         told = found or {"name": name, "state": "deleted", "in_flight": 0}
         rest = f"; {told['in_flight']} requests still run on it" if told["in_flight"] else ""
         speech.tell(told, f"{name} is deleted{rest}")

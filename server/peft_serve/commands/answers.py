@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,14 @@ class Answer:
             "details": dict(self.details),
         }
 
+    def take_whole(self, content: Mapping[str, Any], now_s: float) -> None:
+        """The body of a whole answer."""
+        self.last_s = now_s
+        self.text = content["generated_text"]
+        self.details = content.get("details") or {}
+        self.num_tokens = int(self.details.get("generated_tokens", 0))
+        self.facts = content.get("adapter")
+
     def take(self, event: Mapping[str, Any], now_s: float) -> None:
         """One event of TGI's stream; the last brings the whole text."""
         if "error" in event:
@@ -89,22 +98,37 @@ class Answer:
             self.facts = event.get("adapter")
 
 
+def is_told_whole(parameters: Mapping[str, Any]) -> bool:
+    """Whether the answer is known at its end only: the best of several, of beams or of draws."""
+    counts = (parameters.get(name) for name in ("num_beams", "best_of", "n"))
+    return any(isinstance(count, int) and count > 1 for count in counts) or bool(
+        parameters.get("decoder_input_details")
+    )
+
+
 async def stream(
     client: httpx.AsyncClient, url: str, answer: Answer, text: str, parameters: Mapping[str, Any],
     changed: Callable[[], None], clock: Callable[[], float] = time.perf_counter,
 ) -> None:  # fmt: skip
-    """Ask for `answer` and fill it as it comes, calling `changed` each time; a refusal becomes its `failure`."""
+    """Ask for `answer` and fill it as it comes, calling `changed` each time; a refusal becomes its `failure`.
+
+    What cannot be streamed comes in one piece.
+    """
     body = {"inputs": text, "parameters": {**parameters, "details": True}}
     began = clock()
     try:
         with reaching(url):
             query = {"adapter": answer.adapter}
-            async with client.stream("POST", "/generate_stream", params=query, json=body) as reply:
+            path = "/generate" if is_told_whole(parameters) else "/generate_stream"
+            async with client.stream("POST", path, params=query, json=body) as reply:
                 if reply.status_code >= 400:
                     refuse(reply, await reply.aread())
-                async for event in events(reply.aiter_lines()):
-                    answer.take(event, clock() - began)
-                    changed()
+                if path == "/generate":
+                    answer.take_whole(json.loads(await reply.aread()), clock() - began)
+                else:
+                    async for event in events(reply.aiter_lines()):
+                        answer.take(event, clock() - began)
+                        changed()
     except CommandFailed as failure:
         answer.failure = failure
     answer.is_over = True

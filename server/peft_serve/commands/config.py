@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Optional
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +30,7 @@ app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 CONFIG_OPTION: Final = inspect.Parameter(
     "config",
     inspect.Parameter.KEYWORD_ONLY,
-    default=typer.Option(None, "--config", help=f"YAML file with settings [env: {CONFIG_VARIABLE}]"),
+    default=typer.Option(None, "--config", help=escape(f"YAML file with settings [env: {CONFIG_VARIABLE}]")),
     annotation=Optional[Path],  # noqa: UP045  # read at run time
 )
 _STYLES: Final = {Source.FLAG: "green", Source.ENVIRONMENT: "cyan", Source.FILE: "yellow", Source.DEFAULT: "dim"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,10 +18,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from peft_serve.commands.options import VLLM_NAMES, flag, setting_named
+from peft_serve.commands.options import PREFIX, VLLM_NAMES, flag, setting_named
 from peft_serve.config import Settings
 
-PREFIX: Final = "PEFT_SERVE_"
 CONFIG_VARIABLE: Final = "PEFT_SERVE_CONFIG"
 URL_VARIABLE: Final = "PEFT_SERVE_URL"
 _NO_SETTINGS: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE})
@@ -131,11 +130,11 @@ def _named(parsed: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigurationInvalid(unknown)
 
 
-def nearest(word: str) -> str:
-    """The advice for a name that is no setting's."""
+def nearest(word: str, spelt: Callable[[str], str] = str) -> str:
+    """The advice for a name that is no setting's. `spelt` writes a name as it is written in that place."""
     known = [*Settings.model_fields, *VLLM_NAMES.values()]
     close = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else "peft-serve config show lists them"
+    return f"did you mean {spelt(close[0])}?" if close else "peft-serve config show lists them"
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -154,18 +153,22 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
         elif name in Settings.model_fields:
             found[name] = variable
         else:
-            advice = nearest(name)
-            unknown.append(f"{variable}: is no setting; {advice.replace(name, name.upper())}")
+            unknown.append(f"{variable}: is no setting; {nearest(name, _variable)}")
     if unknown:
         raise ConfigurationInvalid(unknown)
     return found
+
+
+def _variable(word: str) -> str:
+    return PREFIX + setting_named(word).upper()
 
 
 def _told(problem: Any, places: Mapping[str, tuple[Source, str]]) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else "settings"
     source, place = places.get(name, (Source.DEFAULT, ""))
     where = f"{place}: {name}" if source is Source.FILE else place or flag(name)
-    return f"{where}: {problem['msg']} (given: {problem.get('input')!r})"
+    given = "" if name == "api_key" else f" (given: {problem.get('input')!r})"
+    return f"{where}: {problem['msg']}{given}"
 
 
 class _Strict(yaml.SafeLoader):

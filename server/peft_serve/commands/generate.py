@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -18,7 +19,7 @@ import typer
 from peft_serve.commands.answers import Answer, stream
 from peft_serve.commands.columns import Columns, Lines, View
 from peft_serve.commands.exits import CommandFailed, Exit
-from peft_serve.commands.link import DEFAULT_URL, UrlOption, checked_url, timeouts
+from peft_serve.commands.link import DEFAULT_URL, UrlOption, authorization, checked_url, timeouts
 from peft_serve.commands.speech import JsonOption, Speech
 
 BASE: Final = "base"
@@ -97,12 +98,19 @@ def _prompt(words: list[str], file: Path | None) -> str:
         return " ".join(words)
     try:
         if file is not None and str(file) != "-":
-            return file.read_text(encoding="utf-8")
+            return _without_end(file.read_text(encoding="utf-8"), f"--file {file}")
         if file is None and sys.stdin.isatty():
             raise CommandFailed(Exit.USAGE, "there is no prompt; write it behind the command, or pipe it in")
-        return sys.stdin.read()
+        return _without_end(sys.stdin.read(), "stdin")
     except (OSError, UnicodeDecodeError) as error:
         raise CommandFailed(Exit.USAGE, f"--file {file}: cannot be read as text: {error}") from None
+
+
+def _without_end(text: str, place: str) -> str:
+    """A prompt without the newline that editors and `echo` put at the end: a model goes on from it elsewhere."""
+    if not text.strip():
+        raise CommandFailed(Exit.USAGE, f"{place}: holds no prompt; for an empty one write '' behind the command")
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def view_for(speech: Speech, adapters: list[str]) -> View:
@@ -115,7 +123,9 @@ def view_for(speech: Speech, adapters: list[str]) -> View:
 async def _asked(url: str, adapters: list[str], text: str, parameters: dict[str, Any], speech: Speech) -> list[Answer]:
     answers = [Answer(adapter=name) for name in adapters]
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=timeouts(), limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=timeouts(), limits=limits, headers=authorization(os.environ)
+    ) as client:
         with view_for(speech, adapters) as view:
             view.show(answers)
             asked = [stream(client, url, each, text, parameters, lambda: view.show(answers)) for each in answers]

@@ -6,6 +6,7 @@ Knows HTTP and the three shapes of the server's refusals, and no route.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,6 +18,7 @@ import typer
 from peft_serve.commands.exits import CommandFailed, Exit
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
+KEY_VARIABLE: Final = "PEFT_SERVE_API_KEY"
 _CONNECT_S: Final = 5.0
 _QUIET_S: Final = 120.0  # a stream says something at least every --keep-alive-s; an upload is tried for 20 s at most
 
@@ -33,7 +35,9 @@ class ServerLink:
 
     def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
         self.url = checked_url(url)
-        self.client = httpx.Client(base_url=self.url, timeout=timeouts(), transport=transport)
+        self.client = httpx.Client(
+            base_url=self.url, timeout=timeouts(), transport=transport, headers=authorization(os.environ)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +58,12 @@ class ServerLink:
         """The answer's JSON; None when it has no body."""
         answer = self.ask(method, path, **request)
         return parsed(answer) if answer.content else None
+
+
+def authorization(environ: Mapping[str, str]) -> dict[str, str]:
+    """The header with the key that every command sends, where the environment has one."""
+    key = environ.get(KEY_VARIABLE, "").strip()
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def checked_url(url: str) -> str:
@@ -117,6 +127,8 @@ def refusal_of(status: int, body: Mapping[str, Any], *, retry_after: str = "") -
         if isinstance(each, dict)
     ]
     message = str(message or f"the server answers {status} and does not say why") + retry_after
+    if status == 401:
+        message += f"; commands send the one in {KEY_VARIABLE}"
     code = str(body.get("code") or inner.get("code") or "refused")
     return CommandFailed(Exit.REFUSED, message, code=code, status=status, errors=errors)
 

@@ -7,6 +7,7 @@ own account, which is what `python -m loadtest` measures.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import statistics
 import time
@@ -18,7 +19,7 @@ from typing import Any, Final
 import httpx
 
 from peft_serve.commands.answers import Answer, stream
-from peft_serve.commands.link import timeouts
+from peft_serve.commands.link import authorization, timeouts
 
 _WORDS: Final = [
     "order",
@@ -121,7 +122,9 @@ async def measure(
     """Run the load once each adapter was asked once without being measured; `done` is called after every answer."""
     measured = Measured()
     limits = httpx.Limits(max_connections=load.concurrency, max_keepalive_connections=load.concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=timeouts(), limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=timeouts(), limits=limits, headers=authorization(os.environ)
+    ) as client:
         for i, adapter in enumerate(load.adapters):
             warming = Answer(adapter=adapter)
             await stream(client, url, warming, load.prompt(-1 - i), load.parameters(), _nothing, clock)

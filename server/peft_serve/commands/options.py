@@ -8,10 +8,15 @@ from types import MappingProxyType
 from typing import Any, Final, Optional
 
 import typer
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from rich.markup import escape
 
 from peft_serve.config import Settings
+
+PREFIX: Final = "PEFT_SERVE_"
+"""Of the environment variable of every setting."""
 
 VLLM_NAMES: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -45,8 +50,12 @@ def _as_option(name: str, field: FieldInfo) -> inspect.Parameter:
     if name in VLLM_NAMES:
         flags.append(flag(VLLM_NAMES[name]))
     default = None if field.default is PydanticUndefined else field.default
-    text = f"{field.description or ''} [default: {default}; env: PEFT_SERVE_{name.upper()}]".strip()
+    told = [] if default in (None, []) else [f"default: {default}"]
+    told.append(f"env: {PREFIX}{name.upper()}")
+    text = escape(f"{field.description or ''} [{'; '.join(told)}]".strip())  # brackets are markup in a help page
     annotation: Any = field.annotation
+    if field.annotation == SecretStr | None:
+        annotation = str | None  # Settings hides it again
     if annotation is bool:
         flags = [f"{each}/--no-{each.removeprefix('--')}" for each in flags]
     if "list" not in str(annotation) and "None" not in str(annotation):

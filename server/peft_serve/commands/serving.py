@@ -15,8 +15,12 @@ from rich.markup import escape
 
 from peft_serve.api.app import create_app
 from peft_serve.api.exchanges import Tracer
+from peft_serve.api.keyring import Keyring, open_keyring
+from peft_serve.api.origins import is_loopback
 from peft_serve.commands.base_progress import BaseProgress
+from peft_serve.commands.connections import ConnectionLimits, Connections, room_for
 from peft_serve.commands.exits import Exit
+from peft_serve.commands.interpreter import settle_interpreter
 from peft_serve.commands.listener import Listener
 from peft_serve.config import Settings
 from peft_serve.engine.assembly import build, shipped_adapters
@@ -30,6 +34,7 @@ from peft_serve.logs import configure_logs
 _log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that they are not cut under a request
+_CHANGED = "the base's weights have changed"
 _WATCH_S = 300.0  # between two readings of the base's weights, which cost a read of all of them
 
 
@@ -39,14 +44,16 @@ def serve(settings: Settings, console: Console) -> None:
     try:
         _check_port(settings)
         tracer = _open_tracer(settings)
+        keyring = open_keyring(settings)
         parts, engine = _start(settings, console)
     except (ServeError, ValueError, OSError) as error:
         if settings.log_format == "json":
             _log.critical("peft-serve does not start: %s", error)
         else:
-            console.print(f"[red]peft-serve does not start:[/red] {escape(str(error))}")
+            console.print(f"[red]peft-serve does not start:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(Exit.FAILED) from None
-    run_server(parts, engine, console, tracer)
+    warn_of_openness(settings, keyring)
+    run_server(parts, engine, console, tracer, keyring)
 
 
 def _open_tracer(settings: Settings) -> Tracer | None:
@@ -86,12 +93,30 @@ def _start(settings: Settings, console: Console) -> tuple[ServerParts, Engine]:
         return build(settings, progress.say)
 
 
-def run_server(parts: ServerParts, engine: Engine, console: Console, tracer: Tracer | None = None) -> None:
+def warn_of_openness(settings: Settings, keyring: Keyring) -> None:
+    """Say it where a server that asks for no key can be reached from elsewhere."""
+    if keyring.is_open and not is_loopback(settings.host):
+        _log.warning(
+            "this server asks for no key, and %s can be reached from other machines: whoever reaches it can use and "
+            "change it. --api-keys-file or PEFT_SERVE_API_KEY makes it ask (docs/how-to/keys-and-tenants.md); "
+            "--host 127.0.0.1 keeps it to this machine",
+            settings.host,
+        )
+
+
+def run_server(
+    parts: ServerParts,
+    engine: Engine,
+    console: Console,
+    tracer: Tracer | None = None,
+    keyring: Keyring | None = None,
+) -> None:
     """Serve until told to stop; running requests get `drain_s` to end. Ends the command with 1 if the engine died."""
     settings = parts.settings
+    connections = Connections(ConnectionLimits(max_connections=room_for(settings.max_connections)))
     server = Listener(
         uvicorn.Config(
-            create_app(parts, tracer=tracer),
+            create_app(parts, tracer=tracer, keyring=keyring),
             host=settings.host,
             port=settings.port,
             log_level="warning",
@@ -100,13 +125,16 @@ def run_server(parts: ServerParts, engine: Engine, console: Console, tracer: Tra
             log_config=None,  # its records go where everybody's go
             timeout_graceful_shutdown=max(1, round(settings.drain_s)),
             server_header=False,
+            http=connections,  # type: ignore[arg-type]  # what makes a connection need not be its class
+            ws="none",
         ),
         on_listening=lambda port: _say_ready(parts, port, console),
         on_stopping=engine.close_admission,
         is_dead=lambda: engine.snapshot().state is EngineState.DEAD,
         delay_s=settings.drain_delay_s,
     )
-    watch = BaseWatch(parts.check_base, engine.close_admission, parts.metrics, interval_s=_WATCH_S)
+    watch = BaseWatch(parts.check_base, lambda: engine.give_up(_CHANGED), parts.metrics, interval_s=_WATCH_S)
+    settle_interpreter()
     engine.start()
     watch.start()
     try:
@@ -135,7 +163,9 @@ def _ready_text(parts: ServerParts, port: int) -> str:
     if shipped_adapters(parts.settings.model) is not None:
         where = f"{url}/generate?adapter=twitter-complaints"
         inputs = "@support my order is three weeks late and nobody answers"
+    has_keys = parts.settings.api_key is not None or parts.settings.api_keys_file is not None
+    key = " -H 'authorization: Bearer YOUR_KEY'" if has_keys else ""
     return (
         f"[green]ready[/green] at {url}  (docs at {url}/docs, metrics at {url}/metrics). Try:\n"
-        f"""curl '{where}' -H 'content-type: application/json' -d '{{"inputs": "{inputs}"}}'"""
+        f"""curl '{where}'{key} -H 'content-type: application/json' -d '{{"inputs": "{inputs}"}}'"""
     )

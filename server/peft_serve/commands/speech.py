@@ -59,5 +59,7 @@ class Speech:
             typer.echo(json.dumps({"error": error}, indent=2))
             return
         self.err.print(f"[red]{failure.code}:[/red] {escape(failure.message)}", soft_wrap=True)
+        if failure.message == "; ".join(f"{path}: {reason}" for path, reason in failure.errors):
+            return  # the message has said all of them
         for path, reason in failure.errors:
             self.err.print(f"  [bold]{escape(path)}[/bold]: {escape(reason)}", soft_wrap=True)

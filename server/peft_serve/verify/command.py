@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Annotated, Final
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.gate import Inspected
@@ -59,6 +62,7 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1024, help="tokens of each answer")] = 16,
     task_id: Annotated[int | None, typer.Option(min=0, help="which task of an adapter that holds several")] = None,
     context: Annotated[str, typer.Option(help="the text that an adapter for questions looks for answers in")] = CONTEXT,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document, for programs")] = False,
 ) -> None:
     """Run an adapter's prompts through peft and through the server, in float32, and print the comparison.
 
@@ -82,11 +86,18 @@ def verify(
         )  # fmt: skip
         comparisons = _compare(wish, Console(stderr=True))
     except (ServeError, ValueError, OSError) as error:
-        console.print(f"[red]not verified:[/red] {error}")
+        if as_json:
+            typer.echo(json.dumps({"error": {"code": "not_verified", "message": str(error)}}, indent=2))
+        else:
+            console.print(f"[red]not verified:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(NOT_VERIFIED) from None
-    console.print(_table(comparisons))
     is_equal, sentence = verdict(comparisons)
-    console.print(f"{'[green]equal[/green]' if is_equal else '[red]different[/red]'}: {sentence}")
+    if as_json:
+        prompts = [_facts(one) for one in comparisons]
+        typer.echo(json.dumps({"equal": is_equal, "verdict": sentence, "prompts": prompts}, indent=2))
+    else:
+        console.print(_table(comparisons))
+        console.print(f"{'[green]equal[/green]' if is_equal else '[red]different[/red]'}: {sentence}")
     raise typer.Exit(0 if is_equal else 1)
 
 
@@ -157,9 +168,17 @@ def _read(wish: _Wish, task: Task, parts: ServerParts, oracle: Callable[[], Orac
     return [ReadComparison(text=t, expected=e, served=s, base=b) for (t, _), e, s, b in each]
 
 
+def _facts(one: Compared) -> dict[str, object]:
+    """A comparison for a program; `differs_from_base` is null where the base alone gives nothing."""
+    return {
+        "prompt": one.text, "compared": one.told, "equal": one.is_equal, "largest_gap": one.gap,
+        "differs_from_base": one.moves,
+    }  # fmt: skip
+
+
 def _table(comparisons: Sequence[Compared]) -> Table:
     table = Table("prompt", "compared", "equal to peft", "largest gap", "differs from base")
     for one in comparisons:
         moves = {True: "yes", False: "no", None: "-"}[one.moves]
-        table.add_row(one.text[-60:], one.told, "yes" if one.is_equal else "no", f"{one.gap:.1e}", moves)
+        table.add_row(Text(one.text[-60:]), Text(one.told), "yes" if one.is_equal else "no", f"{one.gap:.1e}", moves)
     return table

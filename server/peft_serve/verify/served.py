@@ -17,8 +17,10 @@ import httpx
 
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.api.app import create_app
+from peft_serve.api.keyring import Keyring
 from peft_serve.api.naming import BASE_NAME
 from peft_serve.api.plan import Ask, Call, Purpose
+from peft_serve.api.principal import ANYONE
 from peft_serve.api.service import Service
 from peft_serve.core import Reading
 from peft_serve.engine.parts import ServerParts
@@ -76,7 +78,7 @@ async def read(
         purpose=Purpose.EMBED if task.head is None else Purpose.CLASSIFY,
         pooling=Reading.MEAN,
     )
-    generations = await admission.admit(call)
+    generations = await admission.admit(call, ANYONE)
     try:
         rows = [answer.rows for answer in await asyncio.gather(*(each.answer() for each in generations))]
     finally:
@@ -88,7 +90,7 @@ async def read(
 @asynccontextmanager
 async def _uploaded(parts: ServerParts, files: CheckpointFiles) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the server that has the adapter; raises `BadRequest` where it is refused."""
-    app = create_app(parts)
+    app = create_app(parts, keyring=Keyring())
     transport = httpx.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),

@@ -13,6 +13,7 @@ import pytest
 
 from peft_serve.adapters.catalog import Published
 from peft_serve.adapters.members import UploadLimits
+from peft_serve.adapters.ownership import OPERATOR, Publisher
 from peft_serve.adapters.records import CheckpointFiles, Version
 from peft_serve.adapters.sources.jobs import MAX_ENDED, NUM_THREADS, FetchJobs, Job, JobState
 from peft_serve.adapters.sources.opening import Sources
@@ -40,8 +41,16 @@ class Desk:
     job: Job | None = None
 
     def __call__(
-        self, name: str, files: CheckpointFiles, source: str, *, create_only: bool, on_trying: Callable[[], None]
+        self,
+        name: str,
+        files: CheckpointFiles,
+        source: str,
+        *,
+        create_only: bool,
+        on_trying: Callable[[], None],
+        publisher: Publisher,
     ) -> Published:
+        assert publisher == OPERATOR, "nobody else has asked for it"
         assert self.go.wait(10)
         if self.job is not None:
             self.states.append(self.job.state)

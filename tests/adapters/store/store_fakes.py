@@ -176,7 +176,8 @@ class LoggingFileSystem(DiskFileSystem):
         self._add("sync_file", path)
 
     def sync_dir(self, path: Path) -> None:
-        self._add("sync_dir", path)
+        if path.is_relative_to(self.root):
+            self._add("sync_dir", path)
 
     def rename(self, old: Path, new: Path) -> None:
         super().rename(old, new)

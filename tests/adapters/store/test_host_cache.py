@@ -1,5 +1,6 @@
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -267,6 +268,55 @@ def test_loads_are_observed_with_their_seconds(bench: Bench) -> None:
     ]
     bench.ask("a")()
     assert bench.lookups[2:] == [Lookup(tier="host", adapter=a, is_hit=True, num_bytes=KIB)]
+
+
+def test_a_load_begun_ahead_serves_who_asks_and_is_no_hit_of_theirs(bench: Bench) -> None:
+    bench.loader.gate.clear()
+    bench.cache.fetch_ahead(AdapterId("a"))
+    assert bench.loader.started.acquire(timeout=10)  # before anybody asks
+    wait = bench.ask("a")
+    bench.loader.gate.set()
+    assert isinstance(wait(), Adapter)
+    bench.cache.fetch_ahead(AdapterId("b"))
+    while bench.cache.stats().num_loading:
+        time.sleep(0.001)
+    bench.cache.check()
+    assert [bench.ask("b")().id, bench.ask("b")().id] == ["b", "b"]
+    assert bench.loader.loads == ["a", "b"]
+    asked = [(one.adapter, one.is_hit) for one in bench.lookups if one.tier == "host"]
+    assert asked == [("a", False), ("b", False), ("b", True)]
+    stats = bench.cache.stats()
+    assert (stats.hits, stats.misses) == (1, 2)
+    for name in "abb":
+        bench.cache.release(AdapterId(name))
+    bench.cache.check()
+
+
+def test_nothing_is_begun_ahead_beyond_the_bound_or_twice_or_of_what_fails() -> None:
+    bench = Bench(max_ahead=2)
+    bench.loader.failing["bad"] = OSError("gone")
+    assert isinstance(bench.fetch("bad"), OSError)
+    bench.loader.gate.clear()
+    for name in ("bad", "a", "a", "b", "c"):
+        bench.cache.fetch_ahead(AdapterId(name))
+    bench.loader.gate.set()
+    assert isinstance(bench.fetch("d"), Adapter)  # there is one thread: the others have been loaded by now
+    assert bench.loader.loads == ["bad", "a", "b", "d"]
+    bench.cache.close()
+    bench.cache.fetch_ahead(AdapterId("e"))
+    assert bench.cache.stats().num_loading == 0
+
+
+def test_one_fetched_ahead_is_kept_only_where_there_is_room(bench: Bench) -> None:
+    bench.loader.sizes["huge"] = 5
+    bench.loader.gate.clear()
+    bench.cache.fetch_ahead(AdapterId("huge"))
+    bench.cache.fetch_ahead(AdapterId("dropped"))
+    bench.cache.drop(AdapterId("dropped"))
+    bench.loader.gate.set()
+    assert isinstance(bench.fetch("a"), Adapter)
+    assert bench.cache.resident() == ("a",)
+    bench.cache.check()
 
 
 def test_a_load_that_fails_is_a_miss_of_the_disk_and_is_looked_for_once(bench: Bench) -> None:

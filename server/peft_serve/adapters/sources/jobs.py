@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from peft_serve.adapters.catalog import Published
 from peft_serve.adapters.members import UploadLimits
+from peft_serve.adapters.ownership import OPERATOR, Publisher
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.sources.folder import Progress, fetch
 from peft_serve.adapters.sources.locator import Locator
@@ -26,6 +27,7 @@ from peft_serve.errors import FetchFailed, Internal, NotFound, QueueFull, ServeE
 NUM_THREADS: Final = 2
 MAX_ENDED: Final = 256
 _RETRY_S: Final = 10.0
+_Key = tuple[str, str, bool, Publisher]
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +45,14 @@ class Publish(Protocol):
     """Makes fetched files a version of a name, by the way every upload goes; raises ServeError."""
 
     def __call__(
-        self, name: str, files: CheckpointFiles, source: str, *, create_only: bool, on_trying: Callable[[], None]
+        self,
+        name: str,
+        files: CheckpointFiles,
+        source: str,
+        *,
+        create_only: bool,
+        on_trying: Callable[[], None],
+        publisher: Publisher,
     ) -> Published: ...
 
 
@@ -64,11 +73,21 @@ class JobView:
 class Job:
     """One fetch. `ended` is done when it is, with what was published or the error."""
 
-    def __init__(self, id_: str, name: str, locator: Locator, check: Callable[[], None], *, create_only: bool) -> None:
+    def __init__(
+        self,
+        id_: str,
+        name: str,
+        locator: Locator,
+        check: Callable[[], None],
+        *,
+        create_only: bool,
+        publisher: Publisher,
+    ) -> None:
         self.id = id_
         self.name = name
         self.locator = locator
         self.create_only = create_only
+        self.publisher = publisher
         self.source = str(locator)
         self.state = JobState.QUEUED
         self.progress = Progress(check)
@@ -76,9 +95,9 @@ class Job:
         self.ended.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
 
     @property
-    def key(self) -> tuple[str, str, bool]:
+    def key(self) -> _Key:
         """Two jobs with one key do the same."""
-        return self.name, str(self.locator), self.create_only
+        return self.name, str(self.locator), self.create_only, self.publisher
 
     def view(self) -> JobView:
         error = self.ended.exception() if self.state is JobState.FAILED else None
@@ -92,6 +111,10 @@ class Job:
             error=error if isinstance(error, ServeError) else None,
             published=self.ended.result() if self.state is JobState.DONE else None,
         )
+
+
+def no_such_job() -> NotFound:
+    return NotFound("no such job; the last 256 that ended are remembered until the server restarts")
 
 
 class FetchJobs:
@@ -117,18 +140,18 @@ class FetchJobs:
         self._timeout_s = timeout_s
         self._max_open = max_open
         self._lock = threading.Lock()
-        self._open: dict[tuple[str, str, bool], Job] = {}
+        self._open: dict[_Key, Job] = {}
         self._ended: dict[str, Job] = {}  # the last ones, oldest first
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
 
-    def submit(self, name: str, locator: Locator, *, create_only: bool = False) -> Job:
+    def submit(self, name: str, locator: Locator, *, create_only: bool = False, publisher: Publisher = OPERATOR) -> Job:
         """Begin a fetch, or give the one that is under way for the same; raises QueueFull and Unavailable."""
         with self._lock:
             if self._is_closed:
                 raise Unavailable("the server is stopping; no fetch begins")
-            job = self._made(name, locator, create_only=create_only)
+            job = self._made(name, locator, create_only=create_only, publisher=publisher)
             known = self._open.get(job.key)
             if known is not None:
                 return known
@@ -150,7 +173,7 @@ class FetchJobs:
         with self._lock:
             found = next((job for job in self._open.values() if job.id == id_), self._ended.get(id_))
         if found is None:
-            raise NotFound("no such job; the last 256 that ended are remembered until the server restarts")
+            raise no_such_job()
         return found
 
     def close(self) -> None:
@@ -160,7 +183,7 @@ class FetchJobs:
             for _ in self._threads:
                 self._waiting.put(None)
 
-    def _made(self, name: str, locator: Locator, *, create_only: bool) -> Job:
+    def _made(self, name: str, locator: Locator, *, create_only: bool, publisher: Publisher) -> Job:
         deadline: list[float] = []  # begins when the job does
 
         def check() -> None:
@@ -171,7 +194,7 @@ class FetchJobs:
             elif self._clock() > deadline[0]:
                 raise FetchFailed(f"the source was not read within {self._timeout_s:g} seconds (--fetch-timeout-s)")
 
-        return Job(self._new_id(), name, locator, check, create_only=create_only)
+        return Job(self._new_id(), name, locator, check, create_only=create_only, publisher=publisher)
 
     def _main(self) -> None:
         while (job := self._waiting.get()) is not None:
@@ -196,7 +219,14 @@ class FetchJobs:
         def on_trying() -> None:
             job.state = JobState.TRYING
 
-        return self._publish(job.name, files, job.source, create_only=job.create_only, on_trying=on_trying)
+        return self._publish(
+            job.name,
+            files,
+            job.source,
+            create_only=job.create_only,
+            on_trying=on_trying,
+            publisher=job.publisher,
+        )
 
     def _end(self, job: Job, outcome: Published | ServeError) -> None:
         with self._lock:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from peft_serve.adapters.archive import files_from_parts, read_upload
+from peft_serve.adapters.base import NoValues
 from peft_serve.adapters.gate import glance, inspect
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.members import WANTED, UploadLimits
@@ -83,9 +84,7 @@ def _on_base(files: CheckpointFiles, source: str, settings: Settings) -> Iterato
         return
     try:
         found = inspect(files, base, limits)
-    except (NotImplementedError, RuntimeError) as error:
-        if "meta" not in str(error):
-            raise
+    except NoValues:
         with suppress(AdapterInvalid):
             glance(files, limits)
         way = "`peft-serve adapters validate` asks a server that has them"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from peft_serve.commands.adapter_tables import size
@@ -108,10 +108,14 @@ def _on_the_hub(source: str, hub: Callable[[str], Any]) -> Iterator[Finding]:
         yield wrong(
             "base", f"{source} is neither a folder here nor a model on the hub", "check the name; private: HF_TOKEN"
         )
-    except (HfHubHTTPError, OSError) as error:
-        yield odd("base", f"the hub cannot be asked about {source}: {str(error).splitlines()[0]}", "check the network")
+    except Exception as error:  # noqa: BLE001  # the hub's client lets those of its HTTP library through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield odd("base", f"{source} is no folder here, and the hub cannot be asked about it: {reason}", _NETWORK)
     else:
         yield from _repository(source, [each.rfilename for each in info.siblings or ()])
+
+
+_NETWORK: Final = "check the name and the network; a proxy or a mirror: HTTPS_PROXY, HF_ENDPOINT"
 
 
 def _model_info(source: str, *, revision: str | None) -> Any:
