@@ -48,6 +48,14 @@ async def drawn(client: httpx.AsyncClient, name: str = "prod", **headers: str) -
     return int(body["version"])
 
 
+async def test_a_target_may_be_written_as_requests_write_it(split: httpx.AsyncClient) -> None:
+    made = await split.put("/aliases/other", json={"targets": [{"adapter": "plain@2", "weight": 1}]})
+    assert made.status_code == 201, made.text
+    assert made.json()["targets"][0]["version"] == 2
+    both = {"targets": [{"adapter": "plain@2", "version": 1}]}
+    assert (await split.put("/aliases/other", json=both)).status_code == 404
+
+
 async def test_requests_are_split_by_weight_and_each_says_who_answered(split: httpx.AsyncClient) -> None:
     found = Counter([await drawn(split, **{"x-session-id": f"s{i}"}) for i in range(200)])
     assert set(found) == {1, 2}

@@ -106,7 +106,7 @@ async def test_a_fetch_that_fails_leaves_nothing_and_says_why(client: httpx.Asyn
     assert refused["error"]["errors"][0] == {"path": "q_proj.lora_A", "reason": "no"}
     missing = await fetch(client, "missing", f"file:{root}/nothing")
     assert (missing["error"]["status"], missing["error"]["code"]) == (404, "not_found")
-    assert (await client.get("/adapters")).json() == {"adapters": [], "problems": []}
+    assert (await client.get("/adapters")).json() == {"adapters": [], "aliases": [], "problems": []}
 
 
 async def test_create_only_and_names(client: httpx.AsyncClient, root: Path) -> None:

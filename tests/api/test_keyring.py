@@ -77,7 +77,7 @@ BROKEN: dict[str, Any] = {
     "other scope": {"keys": [key(scopes=["root"])]},
     "a token for its hash": {"keys": [key(key=SECRET)]},
     "a token as a field": {"keys": [key(**{SECRET: 1})]},
-    "a token as a tenant": {"tenants": {SECRET: {}}, "keys": []},
+    "no name of a tenant": {"tenants": {"a b": {}}, "keys": []},
     "short hash": {"keys": [key(key="sha256:00")]},
     "upper case": {"keys": [key(key=f"sha256:{'A' * 64}")]},
     "twice": {"keys": [key(), key(tenant="b")]},
@@ -92,7 +92,6 @@ BROKEN: dict[str, Any] = {
     "rate": {"tenants": {"a": {"requests_per_s": -1}}, "keys": [key()]},
     "bytes": {"tenants": {"a": {"max_bytes": -1}}, "keys": [key()]},
     "burst alone": {"tenants": {"a": {"burst": 1}}, "keys": [key()]},
-    "keyless tenant": {"tenants": {"c": {}}, "keys": [key()]},
     "said twice": "keys: []\nkeys: []",
     "alias": "keys: &a []\ntenants: {x: *a}",
     "deep": "[" * 1_500,
@@ -110,6 +109,24 @@ def test_a_broken_file_is_refused_and_quoted_nowhere(what: str) -> None:
         read_keys(content.encode() if isinstance(content, str) else content)
     assert "sss" not in str(caught.value)
     assert 0 < len(str(caught.value)) < 500
+
+
+def test_a_token_in_the_place_of_a_tenant_is_noted_and_not_quoted() -> None:
+    notes: list[str] = []
+    assert read_keys(yaml.safe_dump({"tenants": {SECRET: {}}}).encode(), note=notes.append) == {}
+    assert len(notes) == 1
+    assert SECRET not in notes[0]
+
+
+def test_withdrawing_a_tenants_last_key_withdraws_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_keys(tmp_path / "keys.yaml", [entry("a"), entry("b", "other")], tenants={"other": {"weight": 2}})
+    ring = Keyring(path=path)
+    assert ring.find(token("b")) is not None
+    write_keys(path, [entry("a")], tenants={"other": {"weight": 2}})
+    assert ring.renew(is_forced=True)
+    assert ring.find(token("b")) is None
+    assert ring.find(token("a")) is not None
+    assert "tenants.other: no key is this tenant's" in caplog.text
 
 
 def test_it_is_named_at_the_start(tmp_path: Path) -> None:

@@ -29,6 +29,20 @@ def test_a_server_that_is_not_there() -> None:
     assert "no server answers" in said.out
 
 
+def test_a_key_that_is_not_for_this_is_no_wrong_address() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path in ("/health", "/readyz"):
+            return httpx.Response(200, json={})
+        return httpx.Response(403, json={"error": "this key is for infer", "code": "forbidden"})
+
+    with ServerLink("http://server", transport=httpx.MockTransport(answer)) as link:
+        texts = bad(look_at_server(link, lambda: 0.0))
+    assert len(texts) == 1
+    assert "this key is for infer" in texts[0]
+    assert "PEFT_SERVE_API_KEY" in texts[0]
+    assert "check the address" not in texts[0]
+
+
 def test_a_server_whose_engine_is_dead_or_stops(url: str, world: World) -> None:
     world.engine.state = EngineState.DRAINING
     assert "/readyz: the server is draining" in run("doctor", "--url", url).all
@@ -54,7 +68,7 @@ def test_an_adapter_that_a_server_cannot_use(url: str, world: World, tmp_path: P
     adapter = world.adapters["plain"]
     blob = tmp_path / "server" / "store" / "blobs" / "sha256" / adapter.removeprefix("sha256:")
     (blob / "adapter_model.safetensors").write_bytes(b"spoilt")
-    with pytest.raises(AdapterUnavailable, match="set aside"):
+    with pytest.raises(AdapterUnavailable, match="damaged or missing"):
         world.catalog.files(adapter)
     said = run("doctor", "--url", url)
     assert (said.code, "adapter plain" in said.all) == (1, True)

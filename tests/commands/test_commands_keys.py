@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from peft_serve.api.key_file import hash_of, read_keys
 from peft_serve.api.keyring import Keyring
 from peft_serve.cli import app
+from peft_serve.commands.exits import CommandFailed, Exit
 from peft_serve.commands.link import authorization, refusal_of
 from peft_serve.commands.serving import warn_of_openness
 from peft_serve.config import Settings
@@ -68,6 +69,11 @@ def test_a_broken_file_is_told_of(tmp_path: Path) -> None:
 def test_commands_send_the_key_of_the_environment() -> None:
     assert authorization({"PEFT_SERVE_API_KEY": " psk_x\n"}) == {"authorization": "Bearer psk_x"}
     assert authorization({"PEFT_SERVE_API_KEY": ""}) == authorization({}) == {}
+    for whole_file in ("psk_secret\n- tenant: a", "psk_secret psk_two", "psk_s\u00e9cret"):
+        with pytest.raises(CommandFailed, match="PEFT_SERVE_API_KEY: holds") as caught:
+            authorization({"PEFT_SERVE_API_KEY": whole_file})
+        assert caught.value.exit_code is Exit.USAGE
+        assert "psk" not in str(caught.value)
     assert "PEFT_SERVE_API_KEY" in refusal_of(401, {}).message
 
 

@@ -21,8 +21,10 @@ from rich.console import Console
 from peft_serve.commands import serving
 from peft_serve.commands.listener import Listener
 from peft_serve.config import Settings
+from peft_serve.core import FinishEvent, FinishReason
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.snapshot import EngineState
+from peft_serve.errors import Unavailable
 from tests.api.api_fakes import FakeEngine, World, make_world
 
 DELAY_S = 2.0
@@ -37,6 +39,15 @@ class StoppableEngine(FakeEngine):
 
     def give_up(self, reason: str) -> None:
         self.state = EngineState.DEAD
+
+    def cut_short(self) -> None:
+        self.close_admission()
+        with self._news:
+            error = Unavailable("the server stopped before the request was complete", retry_after_s=1.0)
+            failed = [FinishEvent(request=each, reason=FinishReason.FAILED, error=error) for each in self._live]
+            self._live.clear()
+            self._ends += failed
+            self._news.notify()
 
 
 class Process:
@@ -130,6 +141,20 @@ def test_a_new_request_meanwhile_is_told_to_come_back_and_a_running_one_ends(pro
     assert answer.status_code == 200
     assert answer.headers["x-generated-tokens"] == "40"
     assert process.ended.result(10) == 0
+
+
+def test_what_outlives_the_time_to_drain_is_told_so(process: Process, caplog: pytest.LogCaptureFixture) -> None:
+    process.world.engine.step_s = 0.05
+    process.listeners[0]._drain_s = 0.5
+    body = {"inputs": "x", "parameters": {"max_new_tokens": 400, "ignore_eos": True}}
+    with httpx.stream("POST", f"{process.url}/generate_stream", json=body, timeout=20) as answer:
+        lines = (line for line in answer.iter_lines() if line.startswith("data:"))
+        assert "token" in json.loads(next(lines)[5:])
+        process.tell(signal.SIGINT)
+        last = json.loads(list(lines)[-1][5:])
+    assert "stopped before the request was complete" in json.dumps(last)
+    assert process.ended.result(10) == 0
+    assert "--drain-s 5 is over: " in caplog.text
 
 
 def test_ctrl_c_does_not_wait_for_load_balancers(process: Process) -> None:

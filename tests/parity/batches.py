@@ -60,7 +60,7 @@ def compare(kind: str, draw: random.Random, *, num_batches: int, num_adapters: i
     with tempfile.TemporaryDirectory() as folder:
         save_tiny_base(kind, Path(folder) / "base")
         codec = word_codec(is_encoder_decoder=kind in SEQ2SEQ)
-        settings = {"max_rows": draw.choice((4, 16)), "max_step_tokens": draw.choice((8, 32, 128)), "block_size": 4}
+        settings = {"max_rows": draw.choice((4, 16)), "max_step_tokens": draw.choice((16, 32, 128)), "block_size": 4}
         settings |= {"max_resident_adapters": draw.choice((4, 32)), "enable_prefix_caching": False}
         with ServedModel(Path(folder) / "base", Path(folder) / "store", codec=codec, **settings) as served:
             names, tasks = ["base"], set()

@@ -108,7 +108,7 @@ def test_values_that_overflow_are_refused_and_leave_nothing(kind: str, tmp_path:
     with ServedModel(tmp_path / "base", tmp_path / "store", codec=codec) as server:
         refused = upload(server.client, "overflowing", files)
         assert (refused.status_code, refused.json().get("code")) == (422, "adapter_invalid"), refused.text
-        assert "NaN or Infinity on the trial prompt" in refused.json()["errors"][0]["reason"]
+        assert "no numbers (NaN or infinite)" in refused.json()["errors"][0]["reason"]
         assert server.client.get("/adapters/overflowing").status_code == 404
         assert not list(blobs.iterdir())
         good, _ = make_checkpoint("lora", kind, seed=50, base=lively_base(kind))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -24,6 +25,7 @@ from peft_serve.api.service import Service
 from peft_serve.errors import InvalidParameter, UnknownAdapter
 
 _MAX_NUMBER: Final = 10**9
+_WITH_VERSION: Final = re.compile(r"([^@]+)@([0-9]{1,9})")  # as requests name one version
 _EXAMPLE: Final = {
     "targets": [{"adapter": "x", "version": 3, "weight": 90}, {"adapter": "x", "version": 4, "weight": 10}]
 }
@@ -172,6 +174,9 @@ def _target(given: Any, place: str) -> Target:
     adapter, version, weight = given.get("adapter"), given.get("version"), given.get("weight", 1)
     if not isinstance(adapter, str):
         raise InvalidParameter(f"{place}.adapter: the name of an adapter", param="targets")
+    written = _WITH_VERSION.fullmatch(adapter)
+    if written is not None and version is None:
+        adapter, version = written[1], int(written[2])
     if version is not None and (type(version) is not int or not 0 <= version < _MAX_NUMBER):
         raise InvalidParameter(f"{place}.version: the number of one of its versions, or null", param="targets")
     if type(weight) not in (int, float) or not 0 <= weight <= MAX_TARGET_WEIGHT:

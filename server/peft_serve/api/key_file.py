@@ -13,7 +13,7 @@ mistake it may be a token.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Annotated, Any, Final
 
@@ -72,8 +72,11 @@ def hash_of(token: str) -> bytes:
     return sha256(token.encode()).digest()
 
 
-def read_keys(content: bytes) -> dict[bytes, Principal]:
-    """The principals of a file, by the hash of their token. Raises KeyFileInvalid, with every problem in its words."""
+def read_keys(content: bytes, *, note: Callable[[str], None] = lambda _: None) -> dict[bytes, Principal]:
+    """The principals of a file, by the hash of their token. Raises KeyFileInvalid, with every problem in its words.
+
+    `note` hears of what is odd and hurts nobody: a tenant without a key is what is left when its last one is withdrawn.
+    """
     if len(content) > MAX_FILE_BYTES:
         raise KeyFileInvalid(f"has more than {MAX_FILE_BYTES} bytes")
     try:
@@ -92,6 +95,8 @@ def read_keys(content: bytes) -> dict[bytes, Principal]:
     problems = [*_tenant_problems(file), *_key_problems(file)]
     if problems:
         raise KeyFileInvalid(_told(problems))
+    for name in sorted(file.tenants.keys() - {entry.tenant for entry in file.keys}):
+        note(f"tenants.{_safe(name)}: no key is this tenant's")
     tenants = {name: _tenant(name, entry) for name, entry in file.tenants.items()}
     return {
         bytes.fromhex(entry.key.removeprefix("sha256:")): Principal(
@@ -111,10 +116,9 @@ def _tenant(name: str, entry: TenantEntry) -> Tenant:
 
 def _tenant_problems(file: KeyFile) -> list[tuple[str, str]]:
     problems = []
-    used = {entry.tenant for entry in file.keys}
     for name, entry in file.tenants.items():
-        if name not in used:
-            problems.append((f"tenants.{_safe(name)}", "no key is this tenant's; give it one, or take it out"))
+        if not NAME.fullmatch(name):
+            problems.append((f"tenants.{_safe(name)}", "a name is 1 to 64 letters, digits, '.', '_' or '-'"))
         if entry.burst is not None and entry.requests_per_s is None:
             problems.append((f"tenants.{_safe(name)}.burst", "says nothing without requests_per_s"))
     return problems

@@ -134,7 +134,10 @@ class Keyring:
         return False
 
     def _read(self, path: Path) -> _Table:
-        found = {**read_keys(self._files.read(path)), **self._own}
+        def note(what: str) -> None:
+            _log.warning("--api-keys-file %s: %s", path, what)
+
+        found = {**read_keys(self._files.read(path), note=note), **self._own}
         return {known: (known, principal) for known, principal in found.items()}
 
     def _look(self, path: Path) -> Mark:

@@ -77,7 +77,9 @@ def check(
         from peft_serve.api.key_file import KeyFileInvalid, read_keys
 
         try:
-            found = read_keys(sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes())
+            notes: list[str] = []
+            content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+            found = read_keys(content, note=notes.append)
         except KeyFileInvalid as error:
             raise CommandFailed(Exit.FAILED, f"{file}: {error}", code="invalid") from None
         except OSError as error:
@@ -93,7 +95,9 @@ def check(
             }
             for known, each in found.items()
         ]
-        speech.tell({"keys": rows}, _table(rows))
+        speech.tell({"keys": rows, "notes": notes}, _table(rows))
+        for each in notes:
+            speech.note(f"{file}: {each}")
 
 
 def _listed(given: list[str]) -> list[str]:

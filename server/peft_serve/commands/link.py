@@ -61,8 +61,18 @@ class ServerLink:
 
 
 def authorization(environ: Mapping[str, str]) -> dict[str, str]:
-    """The header with the key that every command sends, where the environment has one."""
+    """The header with the key that every command sends, where the environment has one.
+
+    CommandFailed, which never quotes it, when it cannot be sent as it stands.
+    """
     key = environ.get(KEY_VARIABLE, "").strip()
+    if not all("!" <= each <= "~" for each in key):
+        raise CommandFailed(
+            Exit.USAGE,
+            f"{KEY_VARIABLE}: holds spaces, line ends or other signs that no key has; give it the key alone, which is "
+            "the first line that `peft-serve keys new` writes",
+            code="key",
+        )
     return {"authorization": f"Bearer {key}"} if key else {}
 
 

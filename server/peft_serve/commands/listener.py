@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 class Listener(uvicorn.Server):
     """`on_listening` is told the port (it may have been 0), `on_stopping` that nothing more is to be admitted.
 
-    `is_dead` is asked ten times a second; `delay_s` is how long connections are taken after SIGTERM.
+    `is_dead` is asked ten times a second; `delay_s` is how long connections are taken after SIGTERM, `drain_s` how long
+    what runs then has; `on_overdue` is called when that is over and somebody still waits.
     """
 
     def __init__(
@@ -36,14 +37,18 @@ class Listener(uvicorn.Server):
         *,
         on_listening: Callable[[int], None],
         on_stopping: Callable[[], None],
+        on_overdue: Callable[[], None],
         is_dead: Callable[[], bool],
         delay_s: float,
+        drain_s: float,
     ) -> None:
         super().__init__(config)
         self._on_listening = on_listening
         self._on_stopping = on_stopping
         self._is_dead = is_dead
         self._delay_s = delay_s
+        self._drain_s = drain_s
+        self._on_overdue = on_overdue
         self._was_told_to_stop = False  # by SIGTERM; whoever presses Ctrl-C has no load balancer to wait for
 
     async def startup(self, sockets: Any = None) -> None:
@@ -62,7 +67,11 @@ class Listener(uvicorn.Server):
         self._on_stopping()
         if self._was_told_to_stop:
             await self._linger()
-        await super().shutdown(sockets=sockets)
+        overdue = asyncio.get_running_loop().call_later(self._drain_s, self._on_overdue)
+        try:
+            await super().shutdown(sockets=sockets)
+        finally:
+            overdue.cancel()
 
     async def _linger(self) -> None:
         clock = asyncio.get_running_loop().time

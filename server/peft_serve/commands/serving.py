@@ -33,6 +33,7 @@ from peft_serve.logs import configure_logs
 
 _log = logging.getLogger(__name__)
 
+_LAST_WORDS_S = 5  # for answers to leave the process once the requests were ended
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that they are not cut under a request
 _CHANGED = "the base's weights have changed"
 _WATCH_S = 300.0  # between two readings of the base's weights, which cost a read of all of them
@@ -123,15 +124,17 @@ def run_server(
             timeout_keep_alive=_KEEP_ALIVE_S,
             access_log=False,
             log_config=None,  # its records go where everybody's go
-            timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+            timeout_graceful_shutdown=round(settings.drain_s) + _LAST_WORDS_S,
             server_header=False,
             http=connections,  # type: ignore[arg-type]  # what makes a connection need not be its class
             ws="none",
         ),
         on_listening=lambda port: _say_ready(parts, port, console),
         on_stopping=engine.close_admission,
+        on_overdue=lambda: _cut_short(engine, settings.drain_s),
         is_dead=lambda: engine.snapshot().state is EngineState.DEAD,
         delay_s=settings.drain_delay_s,
+        drain_s=settings.drain_s,
     )
     watch = BaseWatch(parts.check_base, lambda: engine.give_up(_CHANGED), parts.metrics, interval_s=_WATCH_S)
     settle_interpreter()
@@ -145,6 +148,13 @@ def run_server(
         engine.stop()
     if is_dead:
         raise typer.Exit(Exit.FAILED)
+
+
+def _cut_short(engine: Engine, drain_s: float) -> None:
+    """What still runs is told so: an error in its stream instead of an end without a word."""
+    now = engine.snapshot()
+    _log.warning("--drain-s %g is over: %d requests are cut off", drain_s, now.num_running + now.num_waiting)
+    engine.cut_short()
 
 
 def _say_ready(parts: ServerParts, port: int, console: Console) -> None:

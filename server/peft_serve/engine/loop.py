@@ -144,6 +144,11 @@ class Engine:
         self.close_admission()
         self._inbox.put(GiveUp(reason))
 
+    def cut_short(self) -> None:
+        """Admit nothing more, and end what runs with 503. Does not wait."""
+        self.close_admission()
+        self._inbox.put(Stop())
+
     def stop(self) -> None:
         """End the thread; requests that still run end as cancelled. Blocks."""
         self._inbox.put(Stop())

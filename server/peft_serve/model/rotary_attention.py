@@ -95,7 +95,7 @@ class RotaryAttention:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         self._ops.rotate_and_store(q, k, v, even, work.plan.writes_T, work.pool.layer(self._layer))
         out = self._attention.run(self._module, work, self._layer, q, k, v, self._terms)
-        return out.view(1, num_tokens, -1)
+        return out.reshape(1, num_tokens, -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import httpx
 import peft_serve
 from peft_serve.commands.checkup.finding import Finding, fine, odd, wrong
 from peft_serve.commands.exits import CommandFailed, Exit
-from peft_serve.commands.link import ServerLink
+from peft_serve.commands.link import KEY_VARIABLE, ServerLink
 from peft_serve.commands.snapshots import samples, total
 
 _MAX_SKEW_S: Final = 30.0
@@ -31,7 +31,12 @@ def look_at_server(link: ServerLink, now: Callable[[], float]) -> Iterator[Findi
         yield from _version(link.json("GET", "/info"))
         yield from _metrics(samples(link.ask("GET", "/metrics").text))
         yield from _adapters(link.json("GET", "/adapters")["adapters"])
-    except (CommandFailed, ValueError, KeyError, TypeError) as error:
+    except CommandFailed as failure:
+        if failure.status not in (401, 403):
+            yield wrong("server", f"{link.url} does not answer as a peft-serve does: {failure}", "check the address")
+            return
+        yield wrong("key", f"{failure}", f"{KEY_VARIABLE} is to hold a key for admin: a check-up reads the metrics")
+    except (ValueError, KeyError, TypeError) as error:
         yield wrong("server", f"{link.url} does not answer as a peft-serve does: {error}", "check the address")
 
 
