@@ -202,8 +202,10 @@ def test_a_signal_is_not_raised_again_when_the_server_has_stopped(sig: signal.Si
         uvicorn.Config(lambda: None),
         on_listening=lambda _: None,
         on_stopping=lambda: None,
+        on_overdue=lambda: None,
         is_dead=lambda: False,
         delay_s=0,
+        drain_s=0,
     )
     earlier = signal.getsignal(sig)
     with listener.capture_signals():
