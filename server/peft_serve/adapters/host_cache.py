@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Final
 
 from peft_serve.adapters.eviction import EvictionPolicy, LeastRecentlyUsed
+from peft_serve.adapters.frames import without_frames
 from peft_serve.adapters.lookups import Lookup, OnLookup, unobserved
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.shortage import is_short_of_memory
@@ -231,7 +232,7 @@ class HostCache:
             return adapter, num_bytes
         except Exception as error:  # noqa: BLE001 (whatever a load raises fails its own requests only)
             _LOG.warning("adapter %s cannot be loaded: %s: %s", adapter_id, type(error).__name__, error)
-            return _no_memory() if is_short_of_memory(error) else _without_frames(error), 0
+            return _no_memory() if is_short_of_memory(error) else without_frames(error), 0
         finally:
             load_s, is_hit = self._clock() - start_s, num_bytes is not None
             self._on_lookup(Lookup(tier="disk", adapter=adapter_id, is_hit=is_hit, num_bytes=num_bytes, load_s=load_s))
@@ -315,17 +316,6 @@ def _deliver(on_done: OnDone, adapter_id: AdapterId, outcome: Adapter | Exceptio
         on_done(adapter_id, outcome)
     except Exception:  # noqa: BLE001 (the other receivers must still hear, and the thread go on)
         _LOG.exception("the receiver of adapter %s failed", adapter_id)
-
-
-def _without_frames(error: Exception) -> Exception:
-    """The error without its tracebacks: their frames would keep the checkpoint's bytes alive with it."""
-    link: BaseException | None = error
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
 
 
 def _no_memory() -> AdapterUnavailable:

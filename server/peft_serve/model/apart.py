@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Final
 
+from peft_serve.adapters.frames import without_frames
 from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.core import BASE_SLOT, Draw, Reading, Row, RowResult, SamplingParams
 from peft_serve.errors import Internal, Unavailable
@@ -69,7 +70,7 @@ class Apart:
             return self._run(rows), None
         except Exception as error:  # noqa: BLE001  # whatever it is, it is somebody's
             _log.exception("a pass over %d rows failed, and is looked into", len(rows))
-            return [], _without_frames(error)
+            return [], without_frames(error)
 
     def _make_way(self, error: Exception) -> None:
         if is_short_of_memory(error):
@@ -110,14 +111,3 @@ def _failure(error: Exception) -> Exception:
         told = "memory ran out while the request was computed; try again later, or make it shorter"
         return Unavailable(told, retry_after_s=_RETRY_S)
     return Internal(f"the forward pass failed for this request ({type(error).__name__}); it was not completed")
-
-
-def _without_frames(error: Exception) -> Exception:
-    """The error and its causes without tracebacks, whose frames would keep the pass's tensors alive."""
-    link: BaseException | None = error
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
