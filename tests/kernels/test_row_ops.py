@@ -71,3 +71,37 @@ def test_queries_and_keys_are_turned_and_keys_and_values_stored(
     ops.rotate_and_store(alone_q, alone_k, v[last], (cosines[last], sines[last]), places[last], (keys, values))
     assert torch.equal(alone_q, own_q[last])
     assert torch.equal(alone_k, own_k[last])
+
+
+@pytest.mark.parametrize("num", [1, 8, 13, 4096, 40003])
+def test_a_gate_is_its_formula_and_every_number_is_its_own(ops: RowOps, num: int) -> None:
+    x, up = 12 * _random(num), _random(num + 1)[:num]
+    exact = x.double() * torch.sigmoid(x.double()) * up.double()
+    opened = ops.gate_(x.clone(), up)
+    assert ((opened - exact).abs() <= 1e-6 * exact.abs() + 1e-30).all()
+    for at in (0, num // 2, num - 1):
+        assert torch.equal(ops.gate_(x[at : at + 1].clone(), up[at : at + 1].clone()), opened[at : at + 1])
+
+
+def test_a_gate_of_extreme_numbers(ops: RowOps) -> None:
+    x = torch.tensor([-200.0, -90.0, -0.0, 0.0, 90.0, 3e38, float("nan")])
+    opened = ops.gate_(x.clone(), torch.ones(7))
+    assert opened[:-1].tolist() == pytest.approx([0, 0, 0, 0, 90, 3e38], rel=1e-6, abs=1e-30)
+    assert opened[-1].isnan()
+
+
+def test_bfloat16_is_rounded_where_the_models_round(ops: RowOps) -> None:
+    x, gain, up = (_random(9, 64).bfloat16() for _ in range(3))
+    norm = ops.rms_norm(gain[0], 1e-6)(x)
+    wide = x.float()
+    own = gain[0] * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
+    assert (norm != own).float().mean() < 0.01
+    assert (norm - own).abs().max() <= 2**-7 * own.abs().max()
+    assert (ops.gate_(x.clone(), up) != torch.nn.functional.silu(x) * up).float().mean() < 0.01
+    q, k = _random(9, 4, 16).bfloat16(), _random(9, 2, 16).bfloat16()
+    cosines, sines = (_random(9, size)[:, :16].bfloat16() for size in (16, 17))
+    turned_q, turned_k = apply_rotary_pos_emb(q[None], k[None], cosines[None], sines[None], unsqueeze_dim=2)
+    keys, values = torch.zeros(2, 9, 2, 16, dtype=torch.bfloat16).unbind(0)
+    ops.rotate_and_store(q, k, k.clone(), (cosines, sines), torch.arange(9), (keys, values))
+    assert torch.equal(q, turned_q[0])
+    assert torch.equal(keys, turned_k[0])

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from peft_serve.config import Settings
 from peft_serve.kernels.attention import PagedAttention
 from peft_serve.kernels.few_rows import FewRows
+from peft_serve.kernels.layer import LayerKernel
 from peft_serve.kernels.low_rank import LowRankKernel
 from peft_serve.kernels.native import NativeCode, NativeError, cache_folder, find_compiler
 from peft_serve.kernels.row_ops import RowOps
@@ -21,7 +23,8 @@ from peft_serve.model.base import ResidentBase
 from peft_serve.model.gated_mlp import gated_forward
 from peft_serve.model.packing import can_pack, gains_from_kernels, has_room, is_worth_its_room
 from peft_serve.model.paged import PagedDecode
-from peft_serve.model.rotary_attention import rotary_forward
+from peft_serve.model.rotary_attention import RotaryAttention, rotary_attention
+from peft_serve.model.whole_layer import whole_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +35,14 @@ class CpuKernels:
     attention: PagedAttention
     low_rank: LowRankKernel
     row_ops: RowOps
+    layer: LayerKernel
 
 
 def make_kernels(code: NativeCode) -> CpuKernels:
     """Compile what is not compiled yet and load it. NativeError where that cannot be."""
-    return CpuKernels(
-        few_rows=FewRows(code), attention=PagedAttention(code), low_rank=LowRankKernel(code), row_ops=RowOps(code)
-    )
+    few_rows, attention, low_rank, row_ops = FewRows(code), PagedAttention(code), LowRankKernel(code), RowOps(code)
+    layer = LayerKernel(code, few_rows=few_rows, low_rank=low_rank, attention=attention, row_ops=row_ops)
+    return CpuKernels(few_rows=few_rows, attention=attention, low_rank=low_rank, row_ops=row_ops, layer=layer)
 
 
 def speed_up(settings: Settings, base: ResidentBase, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -47,24 +51,34 @@ def speed_up(settings: Settings, base: ResidentBase, environ: Mapping[str, str],
     ValueError where the settings insist on kernels and there are none.
     """
     kernels = _wanted_kernels(settings, base.device, environ, say)
-    if kernels is not None:
-        base.runs.attention.paged = PagedDecode(kernels.attention)
-        base.adapted.run_low_rank_by(kernels.low_rank)
-        _shorten(base, kernels.row_ops)
+    if kernels is None:
+        _pack(settings, base, None, say)
+        return
+    paged = PagedDecode(kernels.attention)
+    base.runs.attention.paged = paged
+    base.adapted.run_low_rank_by(kernels.low_rank)
+    known = _shorten(base, kernels.row_ops)
     _pack(settings, base, kernels, say)
+    whole_layers(base, kernels.layer, paged, *known)
 
 
-def _shorten(base: ResidentBase, ops: RowOps) -> None:
-    """Fewer calls between the products of a layer (docs/decisions/0012)."""
+def _shorten(base: ResidentBase, ops: RowOps) -> tuple[dict[nn.Module, RotaryAttention], list[nn.Module]]:
+    """Fewer calls between the products of a layer (docs/decisions/0012): gives the attention and the gated layers
+    that have them now."""
     base.adapted.run_norms_by(ops)
+    rotary = {}
     for module, site in base.adapted.beside_attention.items():
-        attention = rotary_forward(module, base.runs.attention, ops)
+        attention = rotary_attention(module, base.runs.attention, ops)
         if attention is not None:
-            site.run_by(attention)
+            site.run_by(attention.forward)
+            rotary[module] = attention
+    gated = []
     for module in base.model.modules():
-        gated = gated_forward(module)
-        if gated is not None:
-            module.__dict__["forward"] = gated
+        forward = gated_forward(module, ops)
+        if forward is not None:
+            module.__dict__["forward"] = forward
+            gated.append(module)
+    return rotary, gated
 
 
 def _wanted_kernels(

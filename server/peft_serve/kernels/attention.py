@@ -70,9 +70,10 @@ class PagedAttention:
         long, pointer = ctypes.c_long, ctypes.c_void_p
         self._covers: Any = library.attention_covers
         self._covers.argtypes = [long, long]
-        self._run: Any = library.attention
-        self._run.argtypes = [pointer, pointer, pointer, long, long, pointer, long, ctypes.c_float]
-        self._run.restype = None
+        self.function: Any = library.attention
+        """What `attend` calls, and others in C++; attention.cpp has its arguments."""
+        self.function.argtypes = [pointer, pointer, pointer, long, long, pointer, long, ctypes.c_float]
+        self.function.restype = None
 
     def covers(self, keys_PKD: Tensor, num_heads: int) -> bool:
         """Whether keys like these, on this device, are attended to here."""
@@ -101,7 +102,7 @@ class PagedAttention:
         if q_RHD.stride(2) != 1:
             q_RHD = q_RHD.contiguous()
         out_RHD = torch.empty(q_RHD.shape, dtype=q_RHD.dtype)
-        self._run(
+        self.function(
             ctypes.addressof(pages.facts),
             ctypes.addressof(rows.facts),
             q_RHD.data_ptr(),

@@ -32,6 +32,7 @@ constexpr int MR = 6;          // rows that are summed at once: MR * NV sums sta
 constexpr int KC = 128;        // of a panel that is read once for all blocks of rows: it stays in the L1 cache
 constexpr long AHEAD = 2048;  // bytes of a stream that are asked for in advance
 constexpr int MC = 96;         // rows whose x stays in the L2 cache
+constexpr int MOST_PRODUCTS = 3;  // side by side
 
 typedef float Vec __attribute__((vector_size(VL * 4)));
 typedef float LooseVec __attribute__((vector_size(VL * 4), aligned(4)));
@@ -202,15 +203,31 @@ struct Product {
     }
   }
 
-  void run() const {
-    const long panels = (N + NR - 1) / NR;
-    const long threads = team::num_threads();
-    long grain = panels / (threads * 4);
-    grain = grain < 4 ? 4 : grain > 32 ? 32 : grain / 4 * 4;
-    if (M * K * N < 80000) grain = panels;  // less than what starting a team costs
-    team::share(panels, grain, [this](long first, long last) { columns(first, last); });
-  }
+  long num_panels() const { return (N + NR - 1) / NR; }
 };
+
+// Products of the same rows, side by side: one team shares the panels of all of them.
+template <class W>
+void run(const Product<W>* each, long count) {
+  long panels = 0, features = 0;
+  for (long i = 0; i < count; ++i) {
+    panels += each[i].num_panels();
+    features += each[i].N;
+  }
+  const long threads = team::num_threads();
+  long grain = panels / (threads * 4);
+  grain = grain < 4 ? 4 : grain > 32 ? 32 : grain / 4 * 4;
+  if (each->M * each->K * features < 80000) grain = panels;  // less than what starting a team costs
+  team::share(panels, grain, [=](long first, long last) {
+    long before = 0;
+    for (long i = 0; i < count && before < last; ++i) {
+      const long here = each[i].num_panels();
+      const long from = first > before ? first - before : 0, to = last - before < here ? last - before : here;
+      if (from < to) each[i].columns(from, to);
+      before += here;
+    }
+  });
+}
 
 template <class W>
 void pack(const W* w, long row_step, long column_step, W* packed, long N, long K) {
@@ -248,19 +265,27 @@ void few_rows_pack(const Layer* layer, const void* weight, long row_step, long c
     pack(static_cast<const float*>(weight), row_step, column_step, static_cast<float*>(panels), layer->N, layer->K);
 }
 
-// y[M, N] from x[M, K], both without gaps.
-void few_rows(const Layer* layer, const void* x, void* y, long M) {
-  const long N = layer->N, K = layer->K;
-  if (!layer->is_bf16) {
-    Product<float>{static_cast<const float*>(x), static_cast<const float*>(layer->panels), layer->bias, y, false, M, N, K}
-        .run();
-    return;
+// Each y[M, N] from the same x[M, K], all without gaps; at most MOST_PRODUCTS layers of one K and one dtype.
+void few_rows_each(const Layer* const* layers, long count, const void* x, void* const* ys, long M) {
+  const long K = layers[0]->K;
+  if (!layers[0]->is_bf16) {
+    Product<float> products[MOST_PRODUCTS];
+    for (long i = 0; i < count; ++i)
+      products[i] = {static_cast<const float*>(x), static_cast<const float*>(layers[i]->panels), layers[i]->bias, ys[i],
+                     false, M, layers[i]->N, K};
+    return run(products, count);
   }
   const auto* narrow_x = static_cast<const bf16*>(x);
   const std::unique_ptr<float[]> wide(new float[M * K]);
   team::share(M * K, 1 << 15, [&](long first, long last) {
     for (long i = first; i < last; ++i) wide[i] = widen(narrow_x[i]);
   });
-  Product<bf16>{wide.get(), static_cast<const bf16*>(layer->panels), layer->bias, y, true, M, N, K}.run();
+  Product<bf16> products[MOST_PRODUCTS];
+  for (long i = 0; i < count; ++i)
+    products[i] = {wide.get(), static_cast<const bf16*>(layers[i]->panels), layers[i]->bias, ys[i], true, M,
+                   layers[i]->N, K};
+  run(products, count);
 }
+
+void few_rows(const Layer* layer, const void* x, void* y, long M) { few_rows_each(&layer, 1, x, &y, M); }
 }

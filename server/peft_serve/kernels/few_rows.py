@@ -10,7 +10,7 @@ Shapes: `M` rows, `I` in and `O` out features.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -33,6 +33,27 @@ class _Layer(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """x [..., I] -> x W^T + b [..., O], a new tensor, from a packed copy of W. x has W's dtype."""
+
+    run: Any
+    address: int  # of what the kernel knows as a layer
+    num_out: int
+    num_in: int
+    dtype: torch.dtype
+    kept: tuple[object, ...]  # what the address leads to lives as long as this
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        assert x.dtype is self.dtype and shape[-1] == self.num_in, f"a product of {self.dtype} [.., {self.num_in}]"  # noqa: PT018
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((*shape[:-1], self.num_out), dtype=self.dtype)
+        self.run(self.address, x.data_ptr(), y.data_ptr(), x.numel() // self.num_in)
+        return y
+
+
 class FewRows:
     """Makes products. Raises NativeError where the library cannot be had or does not compute what it should."""
 
@@ -44,14 +65,16 @@ class FewRows:
         self._run: Any = library.few_rows
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
         self._run.restype = None
+        self.each: Any = library.few_rows_each
+        """Up to three products of the same rows at once: (addresses, count, x, addresses of results, rows)."""
         library.few_rows_panel.restype = ctypes.c_long
         self._panel = int(library.few_rows_panel())
         self._try_out()
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """x [..., I] -> x W^T + b [..., O], a new tensor, from a copy of W: as many bytes as W has, to the panel.
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+        """The product with a copy of W: as many bytes as W has, to the panel.
 
-        W is float32 or bfloat16, on the CPU, of any strides; x has its dtype.
+        W is float32 or bfloat16, on the CPU, of any strides.
         """
         weight = weight_OI.detach()
         (num_out, num_in), dtype = weight.shape, weight.dtype
@@ -65,19 +88,7 @@ class FewRows:
         )
         at = ctypes.addressof(layer)
         self._pack(at, weight.data_ptr(), weight.stride(0), weight.stride(1))
-        run, empty = self._run, torch.empty
-        kept = (layer, panels, bias)  # what the addresses point to lives as long as the function
-
-        def forward(x: Tensor) -> Tensor:
-            shape = x.shape
-            assert x.dtype is dtype and shape[-1] == num_in and kept, f"a product of {dtype} [.., {num_in}]"  # noqa: PT018
-            if not x.is_contiguous():
-                x = x.contiguous()
-            y = empty((*shape[:-1], num_out), dtype=dtype)
-            run(at, x.data_ptr(), y.data_ptr(), x.numel() // num_in)
-            return y
-
-        return forward
+        return Product(self._run, at, num_out, num_in, dtype, (layer, panels, bias))
 
     def _try_out(self) -> None:
         """A compiler's mistake is found here rather than in an answer."""

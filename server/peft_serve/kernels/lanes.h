@@ -16,6 +16,7 @@ typedef float Lanes __attribute__((vector_size(32)));
 typedef float LooseLanes __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float HalfLanes __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(32)));
+typedef int32_t Integers __attribute__((vector_size(32)));
 typedef uint32_t LooseWords __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t Shorts __attribute__((vector_size(16)));
 typedef uint16_t LooseShorts __attribute__((vector_size(16), aligned(2), may_alias));
@@ -80,6 +81,25 @@ inline Lanes added(Lanes sum, Lanes one, Lanes other) {
 }
 inline Lanes added(Lanes sum, Lanes one, float other) {
   return added(sum, one, Lanes{other, other, other, other, other, other, other, other});
+}
+
+// e^x for x <= 0, to about one unit in the last place; zero below the smallest normal number. NaN stays NaN.
+inline Lanes exp_of(Lanes x) {
+  const Lanes least = Lanes{} - 87.3f, magic = Lanes{} + 12582912.0f;
+  const Integers is_small = x < least;
+  x = is_small ? least : x;
+  const Lanes n = added(magic, x, 1.44269504088896341f) - magic;
+  Lanes r = added(x, n, -0.693359375f);
+  r = added(r, n, 2.12194440e-4f);
+  Lanes p = added(Lanes{} + 1.3981999507e-3f, r, 1.9875691500e-4f);
+  p = added(Lanes{} + 8.3334519073e-3f, p, r);
+  p = added(Lanes{} + 4.1665795894e-2f, p, r);
+  p = added(Lanes{} + 1.6666665459e-1f, p, r);
+  p = added(Lanes{} + 5.0000001201e-1f, p, r);
+  p = added(r, p * r, r) + 1.0f;
+  const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+  p = p * reinterpret_cast<Lanes>(power);
+  return is_small ? Lanes{} : p;
 }
 
 inline float sum(Lanes lanes) {

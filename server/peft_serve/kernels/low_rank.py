@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -41,6 +42,17 @@ class Segments:
         self.num_slots = 1 + max((slot for slot, _, _ in rows), default=0)
         self._numbers = array("q", (len(rows), *(number for row in rows for number in row)))
         self.address = self._numbers.buffer_info()[0]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFactors:
+    """Where a layer's factors lie, for as long as no adapter comes or goes."""
+
+    numbers: array[int]
+
+    @property
+    def address(self) -> int:
+        return self.numbers.buffer_info()[0]
 
 
 class LayerFactors:
@@ -89,6 +101,11 @@ class LayerFactors:
             y.copy_(own)
 
         return add
+
+    def by_slot(self, segments: Segments) -> SlotFactors:
+        """The factors that the kernel reads for the adapters of a step, for a caller in C++."""
+        self._reach(segments.num_slots)
+        return SlotFactors(self._numbers)
 
     def _reach(self, num_slots: int) -> None:
         """Make room for so many slots. The numbers move then, away from ops that were made before."""

@@ -1,8 +1,9 @@
-// What happens to each token by itself between the products of a layer: its RMS norm, and the rotation of its queries
-// and keys with the storing of its keys and values. One call each, because beside a small product the calls are what
-// costs. A token's numbers have the same bits alone and in any batch: every token runs through the same loops.
+// What happens to each token by itself between the products of a layer: its RMS norm, the rotation of its queries and
+// keys with the storing of its keys and values, the gate, the residual. One call each, because beside a small product the
+// calls are what costs. A token's numbers have the same bits alone and in any batch: every token runs through the same
+// loops.
 //
-// All numbers are float32.
+// Numbers are float32, or bfloat16 that is widened, and rounded wherever the models of transformers round.
 
 #include <cmath>
 #include <cstring>
@@ -18,7 +19,24 @@ long tokens_at_once(long size) { return size >= SHARE ? 1 : SHARE / size; }
 
 inline Lanes squares(Lanes sums, Lanes x) { return added(sums, x, x); }
 
-float sum_of_squares(const float* x, long size) {
+// As it comes out of memory once it was stored there.
+inline Lanes rounded(const float*, Lanes lanes) { return lanes; }
+inline Lanes rounded(const Half*, Lanes lanes) {
+  Half stored[LANES];
+  store(stored, lanes);
+  return load(stored);
+}
+
+template <class T>
+inline void put(T* to, Lanes lanes, long count) {
+  if (count >= LANES)
+    store(to, lanes);
+  else
+    store_of(to, lanes, count);
+}
+
+template <class T>
+float sum_of_squares(const T* x, long size) {
   Lanes sums[4] = {};
   long i = 0;
   for (; i + 4 * LANES <= size; i += 4 * LANES)
@@ -27,45 +45,102 @@ float sum_of_squares(const float* x, long size) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+template <class T>
+void rms_norm(const T* x, const T* gain, T* y, long tokens, long size, float epsilon) {
+  team::share(tokens, tokens_at_once(size), [=](long first, long last) {
+    for (long t = first; t < last; ++t) {
+      const T* from = x + t * size;
+      T* to = y + t * size;
+      const float scale = 1.0f / std::sqrt(sum_of_squares(from, size) / float(size) + epsilon);
+      for (long i = 0; i < size; i += LANES) {
+        const Lanes normed = rounded(from, load_of(from + i, size - i) * scale);
+        put(to + i, load_of(gain + i, size - i) * normed, size - i);
+      }
+    }
+  });
+}
+
 // One head's rotation in place: halves (a, b) become (a cos - b sin, b cos + a sin), each half with its own angles.
-void rotate(float* x, const float* cosines, const float* sines, long head) {
+template <class T>
+void rotate(T* x, const T* cosines, const T* sines, long head) {
   const long half = head / 2;
-  for (long i = 0; i < half; ++i) {
-    const float a = x[i], b = x[half + i];
-    x[i] = a * cosines[i] - b * sines[i];
-    x[half + i] = b * cosines[half + i] + a * sines[half + i];
+  for (long i = 0; i < half; i += LANES) {
+    const long rest = half - i;
+    const Lanes a = load_of(x + i, rest), b = load_of(x + half + i, rest);
+    const Lanes a_cos = rounded(x, a * load_of(cosines + i, rest)), b_sin = rounded(x, b * load_of(sines + i, rest));
+    const Lanes b_cos = rounded(x, b * load_of(cosines + half + i, rest));
+    const Lanes a_sin = rounded(x, a * load_of(sines + half + i, rest));
+    put(x + i, a_cos - b_sin, rest);
+    put(x + half + i, b_cos + a_sin, rest);
   }
 }
+
+template <class T>
+void rotate_and_store(T* q, T* k, const T* v, const T* cosines, const T* sines, const long* places, T* keys, T* values,
+                      long tokens, long heads, long kv_heads, long head) {
+  const long kv = kv_heads * head;
+  team::share(tokens, tokens_at_once(heads * head), [=](long first, long last) {
+    for (long t = first; t < last; ++t) {
+      const T *cos = cosines + t * head, *sin = sines + t * head;
+      for (long h = 0; h < heads; ++h) rotate(q + (t * heads + h) * head, cos, sin, head);
+      for (long h = 0; h < kv_heads; ++h) rotate(k + (t * kv_heads + h) * head, cos, sin, head);
+      std::memcpy(keys + places[t] * kv, k + t * kv, kv * sizeof(T));
+      std::memcpy(values + places[t] * kv, v + t * kv, kv * sizeof(T));
+    }
+  });
+}
+
+// x / (1 + e^-x), from the side on which e^ cannot overflow.
+inline Lanes silu(Lanes x) {
+  const Lanes e = exp_of(x < Lanes{} ? x : -x), one = Lanes{} + 1.0f;
+  return x * ((x < Lanes{} ? e : one) / (one + e));
+}
+
+template <class T>
+void gate(T* x, const T* up, long num) {
+  team::share(num, SHARE / 4, [=](long first, long last) {
+    for (long i = first; i < last; i += LANES) {
+      const Lanes opened = rounded(x, silu(load_of(x + i, last - i)));
+      put(x + i, opened * load_of(up + i, last - i), last - i);
+    }
+  });
+}
+
+template <class T>
+void add(T* y, const T* x, long num) {
+  team::share(num, SHARE, [=](long first, long last) {
+    for (long i = first; i < last; i += LANES)
+      put(y + i, load_of(y + i, last - i) + load_of(x + i, last - i), last - i);
+  });
+}
+
+inline const float* f32(const void* p) { return static_cast<const float*>(p); }
+inline float* f32(void* p) { return static_cast<float*>(p); }
+inline const Half* bf16(const void* p) { return static_cast<const Half*>(p); }
+inline Half* bf16(void* p) { return static_cast<Half*>(p); }
 
 }  // namespace
 
 extern "C" {
 
-// y = gain * x / sqrt(mean(x^2) + epsilon) of `tokens` vectors of `size` numbers.
-void row_rms_norm(const float* x, const float* gain, float* y, long tokens, long size, float epsilon) {
-  team::share(tokens, tokens_at_once(size), [=](long first, long last) {
-    for (long t = first; t < last; ++t) {
-      const float* from = x + t * size;
-      float* to = y + t * size;
-      const float scale = 1.0f / std::sqrt(sum_of_squares(from, size) / float(size) + epsilon);
-      for (long i = 0; i < size; ++i) to[i] = gain[i] * (from[i] * scale);
-    }
-  });
-}
+// Each for float32 and for bfloat16.
+#define ROW_OPS(dtype)                                                                                                 \
+  /* y = gain * x / sqrt(mean(x^2) + epsilon) of `tokens` vectors of `size` numbers; y may be x. */                    \
+  void row_rms_norm_##dtype(const void* x, const void* gain, void* y, long tokens, long size, float epsilon) {         \
+    rms_norm(dtype(x), dtype(gain), dtype(y), tokens, size, epsilon);                                                  \
+  }                                                                                                                    \
+  /* q [tokens, heads, head] and k [tokens, kv_heads, head] are turned by the angles of their token, cosines and */    \
+  /* sines [tokens, head]; then k and v [tokens, kv_heads, head] are copied to their places of keys and values. */     \
+  void row_rotate_##dtype(void* q, void* k, const void* v, const void* cosines, const void* sines, const long* places, \
+                          void* keys, void* values, long tokens, long heads, long kv_heads, long head) {               \
+    rotate_and_store(dtype(q), dtype(k), dtype(v), dtype(cosines), dtype(sines), places, dtype(keys), dtype(values),   \
+                     tokens, heads, kv_heads, head);                                                                   \
+  }                                                                                                                    \
+  /* x = silu(x) * up */                                                                                               \
+  void row_gate_##dtype(void* x, const void* up, long num) { gate(dtype(x), dtype(up), num); }                         \
+  /* y = y + x */                                                                                                      \
+  void row_add_##dtype(void* y, const void* x, long num) { add(dtype(y), dtype(x), num); }
 
-// q [tokens, heads, head] and k [tokens, kv_heads, head] are turned by the angles of their token, cosines and sines
-// [tokens, head]; then k and v [tokens, kv_heads, head] are copied to their places of keys and values.
-void row_rotate(float* q, float* k, const float* v, const float* cosines, const float* sines, const long* places,
-                float* keys, float* values, long tokens, long heads, long kv_heads, long head) {
-  const long kv = kv_heads * head;
-  team::share(tokens, tokens_at_once(heads * head), [=](long first, long last) {
-    for (long t = first; t < last; ++t) {
-      const float *cos = cosines + t * head, *sin = sines + t * head;
-      for (long h = 0; h < heads; ++h) rotate(q + (t * heads + h) * head, cos, sin, head);
-      for (long h = 0; h < kv_heads; ++h) rotate(k + (t * kv_heads + h) * head, cos, sin, head);
-      std::memcpy(keys + places[t] * kv, k + t * kv, kv * sizeof(float));
-      std::memcpy(values + places[t] * kv, v + t * kv, kv * sizeof(float));
-    }
-  });
-}
+ROW_OPS(f32)
+ROW_OPS(bf16)
 }

@@ -1,8 +1,8 @@
 """What a layer does to each token by itself, one call each, by a kernel of our own on a CPU.
 
-An RMS norm, and the rotation of queries and keys with the storing of keys and values. A token's numbers have the same
-bits alone and in any batch. Knows neither modules nor plans: whether a module computes this formula is found out by
-those who ask for it.
+An RMS norm, the rotation of queries and keys with the storing of keys and values, a gate, the residual's addition. A
+token's numbers have the same bits alone and in any batch. Knows neither modules nor plans: whether a module computes
+this formula is found out by those who ask for it.
 
 Shapes: `T` tokens, `I` features, `H` query and `K` key/value heads, `D` head size, `P` places of the pool.
 """
@@ -10,37 +10,56 @@ Shapes: `T` tokens, `I` features, `H` query and `K` key/value heads, `D` head si
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from peft_serve.kernels.native import NativeCode
 
+DTYPES: Final = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class RowFunctions:
+    """The compiled functions for one dtype; they take addresses and sizes, as row_ops.cpp says."""
+
+    rms_norm: Any
+    rotate: Any
+    gate: Any
+    add: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """gain * x / sqrt(mean(x^2) + epsilon)."""
+
+    gain: Tensor
+    epsilon: float
+
 
 class RowOps:
-    """Float32 alone, on the CPU. Raises NativeError where the library cannot be had."""
+    """Float32 and bfloat16, on the CPU. Raises NativeError where the library cannot be had."""
 
     def __init__(self, code: NativeCode) -> None:
         library = code.library("row_ops")
-        long, pointer = ctypes.c_long, ctypes.c_void_p
-        self._rms_norm: Any = library.row_rms_norm
-        self._rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
-        self._rms_norm.restype = None
-        self._rotate: Any = library.row_rotate
-        self._rotate.argtypes = [pointer] * 8 + [long] * 4
-        self._rotate.restype = None
+        names = {torch.float32: "f32", torch.bfloat16: "bf16"}
+        self.functions: Mapping[torch.dtype, RowFunctions] = MappingProxyType(
+            {dtype: _functions(library, name) for dtype, name in names.items()}
+        )
 
     def rms_norm(self, gain_I: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
         """x [.., I] -> gain * x / sqrt(mean(x^2) + epsilon), a new tensor (arXiv:1910.07467)."""
         gain = gain_I.detach().contiguous()
-        assert gain.device.type == "cpu" and gain.dtype is torch.float32, "the kernel computes float32 on a CPU"  # noqa: PT018
-        size, at = len(gain), gain.data_ptr()
-        run, empty_like, dtype = self._rms_norm, torch.empty_like, torch.float32
+        assert gain.device.type == "cpu" and gain.dtype in DTYPES, f"the kernel computes {DTYPES} on a CPU"  # noqa: PT018
+        size, at, dtype = len(gain), gain.data_ptr(), gain.dtype
+        run, empty_like = self.functions[dtype].rms_norm, torch.empty_like
 
         def norm(x: Tensor) -> Tensor:
-            assert x.dtype is dtype and x.shape[-1] == size and gain is not None, f"a norm of float32 [.., {size}]"  # noqa: PT018
+            assert x.dtype is dtype and x.shape[-1] == size and gain is not None, f"a norm of {dtype} [.., {size}]"  # noqa: PT018
             if not x.is_contiguous():
                 x = x.contiguous()
             y = empty_like(x)
@@ -59,11 +78,12 @@ class RowOps:
         pages_PKD: tuple[Tensor, Tensor],
     ) -> None:
         """Turn q and k in place by the cosines and sines of their tokens (arXiv:2104.09864, halves of a head paired)
-        and write k and v to their places of keys and values. Everything lies without gaps; places are int64."""
+        and write k and v to their places of keys and values. Everything lies without gaps and is of one dtype; places
+        are int64."""
         tokens, heads, head = q_THD.shape
         cosines, sines = angles_TD
         keys, values = pages_PKD
-        self._rotate(
+        self.functions[q_THD.dtype].rotate(
             q_THD.data_ptr(),
             k_TKD.data_ptr(),
             v_TKD.data_ptr(),
@@ -77,3 +97,25 @@ class RowOps:
             k_TKD.shape[1],
             head,
         )
+
+    def gate_(self, x: Tensor, up: Tensor) -> Tensor:
+        """x <- silu(x) * up, in place, and returned (arXiv:2002.05202). Both lie without gaps and are of one dtype."""
+        self.functions[x.dtype].gate(x.data_ptr(), up.data_ptr(), x.numel())
+        return x
+
+
+def _functions(library: ctypes.CDLL, dtype: str) -> RowFunctions:
+    long, pointer = ctypes.c_long, ctypes.c_void_p
+    return RowFunctions(
+        rms_norm=_function(library, f"row_rms_norm_{dtype}", [pointer] * 3 + [long, long, ctypes.c_float]),
+        rotate=_function(library, f"row_rotate_{dtype}", [pointer] * 8 + [long] * 4),
+        gate=_function(library, f"row_gate_{dtype}", [pointer, pointer, long]),
+        add=_function(library, f"row_add_{dtype}", [pointer, pointer, long]),
+    )
+
+
+def _function(library: ctypes.CDLL, name: str, argument_types: list[Any]) -> Any:
+    function: Any = getattr(library, name)
+    function.argtypes = argument_types
+    function.restype = None
+    return function

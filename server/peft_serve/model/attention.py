@@ -40,7 +40,7 @@ class Place:
     bias: Bias | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Work:
     """What one kind of attention does in the pass that runs."""
 

@@ -31,6 +31,8 @@ class ResidentBase:
         model.eval()
         self.name = name
         self.model = model
+        self.dtype: torch.dtype = model.dtype  # asked by every step; the model walks its parameters to tell
+        self.device: torch.device = model.device
         self.runs: Family = family_of(model)
         self.runs.prepare()
         self.adapted = AdaptedSites(model, stream_of=self.runs.stream_of)
@@ -54,16 +56,6 @@ class ResidentBase:
     @property
     def shape(self) -> BaseShape:
         return self.runs.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
 
     @property
     def sites(self) -> Mapping[str, SiteSpec]:

@@ -101,7 +101,17 @@ def load_base(
     model = _read_model(source, location, config, in_dtype, options, revision)
     model = model if options else model.to(on_device)  # what is quantised was put there
     on_progress(f"checking {source} against itself")
-    return wrap(model, name=Path(source).name if Path(source).is_dir() else source, on_progress=on_progress)
+    return wrap(model, name=name_of(source), on_progress=on_progress)
+
+
+def name_of(source: str) -> str:
+    """What a base is called where nobody says otherwise: its hub id, or its folder's name."""
+    return Path(source).name if Path(source).is_dir() else source
+
+
+def require_configuration(source: str, *, revision: str | None = None) -> None:
+    """Find out about a source that is no base before anything is made for it; raises `NotServable`."""
+    _read_config(source, locate(source), revision)
 
 
 def outline(source: str, *, revision: str | None = None) -> PreTrainedModel:

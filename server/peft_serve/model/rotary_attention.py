@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from peft_serve.kernels.row_ops import RowOps
+from peft_serve.kernels.row_ops import DTYPES, RowOps
 from peft_serve.model.attend import Terms
 from peft_serve.model.attention import Kind, Place, RaggedAttention, Work
 from peft_serve.model.pools import KVPool, KVShape
@@ -34,7 +34,7 @@ _FACTS: Final = ("config", "getattr", "layer_idx", "training", "attention_dropou
 _NAMES: Final = frozenset((*_PARTS, *_SHAPES, *_CALL, *_FACTS, "apply_rotary_pos_emb"))
 """What the forward of such a module names: one that names more does more."""
 _NEEDED: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "apply_rotary_pos_emb"})
-_TOLERANCE: Final = 1e-5  # of the largest number
+_TOLERANCES: Final = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest number
 _FAR: Final = 1_000_003  # a position that changes what depends on it
 
 
@@ -47,11 +47,12 @@ class RotaryAttention:
         self._own: Forward = partial(type(module).forward, module)
         self._q, self._k, self._v, self._o = parts.q_proj, parts.k_proj, parts.v_proj, parts.o_proj
         self._norms: tuple[Any, Any] | None = (parts.q_norm, parts.k_norm) if hasattr(parts, "q_norm") else None
-        self._head = int(parts.head_dim)
-        self._layer = attention.place(module).layer
+        self.head = int(parts.head_dim)
+        self._dtype: torch.dtype = parts.q_proj.weight.dtype
+        self.layer = attention.place(module).layer
         self._attention = attention
         self._ops = ops
-        self._terms = terms
+        self.terms = terms
 
     def forward(
         self,
@@ -63,7 +64,7 @@ class RotaryAttention:
     ) -> tuple[Tensor, None]:
         """As the module's own; where a pass asks for something unusual, it is the module's own."""
         work = self._attention.work(Kind.SELF)
-        if not self._serves(work, position_embeddings, past_key_values):
+        if not self.serves(work, position_embeddings, past_key_values):
             given: tuple[Tensor, None] = self._own(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -72,18 +73,19 @@ class RotaryAttention:
                 **kwargs,
             )
             return given
-        assert work is not None and position_embeddings is not None, "`_serves` has seen them"  # noqa: PT018
+        assert work is not None and position_embeddings is not None, "`serves` has seen them"  # noqa: PT018
         return self._o.forward(self._attended(hidden_states, position_embeddings, work)), None
 
-    def _serves(self, work: Work | None, angles: tuple[Tensor, Tensor] | None, cache: object) -> bool:
+    def serves(self, work: Work | None, angles: tuple[Tensor, Tensor] | None, cache: object) -> bool:
+        """Whether a pass asks for nothing but what is known here."""
         if work is None or work.pool is None or work.plan.writes_T is None or angles is None or cache is not None:
             return False
         cosines = angles[0]
-        return cosines.shape[-1] == self._head and cosines.shape[0] == 1 and cosines.dtype is torch.float32
+        return cosines.shape[-1] == self.head and cosines.shape[0] == 1 and cosines.dtype is self._dtype
 
     def _attended(self, x_1TI: Tensor, angles: tuple[Tensor, Tensor], work: Work) -> Tensor:
-        assert work.pool is not None and work.plan.writes_T is not None, "`_serves` has seen them"  # noqa: PT018
-        num_tokens, head = x_1TI.shape[1], self._head
+        assert work.pool is not None and work.plan.writes_T is not None, "`serves` has seen them"  # noqa: PT018
+        num_tokens, head = x_1TI.shape[1], self.head
         # The projections' results are new tensors: they may be turned where they are.
         q = self._q.forward(x_1TI).view(num_tokens, -1, head)
         k = self._k.forward(x_1TI).view(num_tokens, -1, head)
@@ -93,8 +95,8 @@ class RotaryAttention:
         cosines, sines = angles
         even = cosines.contiguous(), sines.contiguous()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        self._ops.rotate_and_store(q, k, v, even, work.plan.writes_T, work.pool.layer(self._layer))
-        out = self._attention.run(self._module, work, self._layer, q, k, v, self._terms)
+        self._ops.rotate_and_store(q, k, v, even, work.plan.writes_T, work.pool.layer(self.layer))
+        out = self._attention.run(self._module, work, self.layer, q, k, v, self.terms)
         return out.reshape(1, num_tokens, -1)
 
 
@@ -126,8 +128,8 @@ class _Listener:
         self.asked.append((q_THD.clone(), terms))
 
 
-def rotary_forward(module: nn.Module, attention: RaggedAttention, ops: RowOps) -> Forward | None:
-    """A shorter forward of this attention module, or None where it is not known to be one with rotary positions."""
+def rotary_attention(module: nn.Module, attention: RaggedAttention, ops: RowOps) -> RotaryAttention | None:
+    """A shorter forward for this attention module, or None where it is not known to be one with rotary positions."""
     place = attention.place(module)
     if not _looks_rotary(module) or place.kind is not Kind.SELF or place.bias is not None:
         return None
@@ -135,8 +137,8 @@ def rotary_forward(module: nn.Module, attention: RaggedAttention, ops: RowOps) -
         own = _try(partial(type(module).forward, module), module, attention, place)
         if own is None:
             return None
-        shorter = RotaryAttention(module, attention, ops, own.terms).forward
-        ours = _try(shorter, module, attention, place)
+        shorter = RotaryAttention(module, attention, ops, own.terms)
+        ours = _try(shorter.forward, module, attention, place)
     return shorter if ours is not None and ours.agrees(own) else None
 
 
@@ -156,7 +158,7 @@ def _looks_rotary(module: nn.Module) -> bool:
 
 
 def _is_served(weight: Tensor) -> bool:
-    return weight.dtype is torch.float32 and weight.device.type == "cpu"
+    return weight.dtype in DTYPES and weight.device.type == "cpu"
 
 
 def _is_by_head(module: Any) -> bool:
@@ -168,19 +170,22 @@ def _is_by_head(module: Any) -> bool:
 def _try(forward: Forward, module: Any, attention: RaggedAttention, place: Place) -> _Trial | None:
     """Two rows of one new token each, over random keys and values of a pool of their own."""
     generator = torch.Generator().manual_seed(0)
-    head, size = module.head_dim, module.q_proj.in_features
+    head, size, dtype = module.head_dim, module.q_proj.in_features, module.q_proj.weight.dtype
     shape = KVShape(num_layers=place.layer + 1, num_heads=module.k_proj.out_features // head, head_dim=head)
-    pool = KVPool(shape, num_blocks=3, block_size=8, dtype=torch.float32, device=torch.device("cpu"))
+    pool = KVPool(shape, num_blocks=3, block_size=8, dtype=dtype, device=torch.device("cpu"))
     keys, values = pool.layer(place.layer)
     for tensor in (keys, values):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     spans = [Span(num_tokens=1, start=3, blocks=(1,)), Span(num_tokens=1, start=5, blocks=(2,))]
-    x_1TI = torch.randn(1, 2, size, generator=generator)
-    angles = torch.randn(1, 2, head, generator=generator), torch.randn(1, 2, head, generator=generator)
+    x_1TI = torch.randn(1, 2, size, generator=generator).to(dtype)
+    cosines, sines = (torch.randn(1, 2, head, generator=generator).to(dtype) for _ in range(2))
     plan = plan_self(spans, block_size=8, device=pool.device)
     with _listening(attention) as listener, attention.running({Kind.SELF: Work(plan=plan, pool=pool)}):
         out = forward(
-            x_1TI, position_embeddings=angles, attention_mask=None, position_ids=torch.tensor([[_FAR, 2 * _FAR]])
+            x_1TI,
+            position_embeddings=(cosines, sines),
+            attention_mask=None,
+            position_ids=torch.tensor([[_FAR, 2 * _FAR]]),
         )[0]
     if len(listener.asked) != 1:
         return None
@@ -197,4 +202,4 @@ def _listening(attention: RaggedAttention) -> Iterator[_Listener]:
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and float((a - b).abs().max()) <= _TOLERANCE * float(b.abs().max())
+    return a.shape == b.shape and float((a - b).abs().max()) <= _TOLERANCES[a.dtype] * float(b.abs().max())

@@ -31,7 +31,7 @@ from peft_serve.model.extents import Extent
 from peft_serve.model.packing import FEWEST_WEIGHTS, Pack, packed_linear
 from peft_serve.model.quantised import logical_shapes
 from peft_serve.model.router_site import RouterSite, router_spec
-from peft_serve.model.routing import Lane, Stream, divided
+from peft_serve.model.routing import Lane, Route, Stream, divided
 from peft_serve.model.sites_forward import DenseSite, NormSite, Site
 from peft_serve.model.stacks import Moves, StackLayout, width_of
 from peft_serve.model.sublayers import bind_sublayer, close_sublayer, sublayers_of
@@ -72,6 +72,7 @@ class AdaptedSites:
         self._lanes = {stream: Lane() for stream in Stream}
         self._layout = StackLayout()
         self._installed: dict[int, _Installed] = {}
+        self._acting: tuple[Route | None, frozenset[Site]] = (None, frozenset())
         self._vetted: WeakSet[Adapter] = WeakSet()
         self._shared_paths: dict[Stream, set[str]] = {}  # beside each path's own stream
         self._factors = SharedFactors()
@@ -112,6 +113,18 @@ class AdaptedSites:
         here = {self._sites[path] for path, s in self._streams.items() if s is stream}
         there = {self._sites[path] for path, s in self._streams.items() if s is not stream}
         return tuple(here & there)
+
+    @property
+    def at(self) -> Mapping[str, Site]:
+        """Every site by its paths."""
+        return MappingProxyType(self._sites)
+
+    def acting(self, route: Route) -> frozenset[Site]:
+        """The sites that adapters of a route have an edit of."""
+        if self._acting[0] is not route:
+            slots = [self._installed[slot].sites for slot in route.active]
+            self._acting = route, frozenset(site for sites in slots for site in sites)
+        return self._acting[1]
 
     @property
     def beside_attention(self) -> Mapping[nn.Module, AttentionSite]:
@@ -256,6 +269,7 @@ class AdaptedSites:
                     delta.write(slot, self._layout.places[slot], self._layout.capacity)
 
     def _forget_routes(self) -> None:
+        self._acting = (None, frozenset())
         for lane in self._lanes.values():
             lane.forget()
 

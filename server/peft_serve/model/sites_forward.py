@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.kernels.row_ops import RowOps
-from peft_serve.model.norms import kernel_norm, norm_forward
+from peft_serve.kernels.low_rank import SlotFactors
+from peft_serve.kernels.row_ops import Norm, RowOps
+from peft_serve.model.norms import kernel_norm, norm_forward, run_by
 from peft_serve.model.packing import Pack
 from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Lane, Route, Run
@@ -65,6 +66,7 @@ class DenseSite:
         self._spec = spec
         self._module = module
         self._base: Callable[..., Any] = module.forward
+        self.product: object = None  # what `pack` gave
         self._planned: Route | None = None
         self._plan: _DensePlan | None = None
 
@@ -80,7 +82,7 @@ class DenseSite:
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
         is_transposed = self._spec.kind is SiteKind.CONV1D
-        self._base = pack(weight.t() if is_transposed else weight, bias)
+        self._base = self.product = pack(weight.t() if is_transposed else weight, bias)
 
     def forget(self) -> None:
         self._plan, self._planned = None, None
@@ -89,18 +91,31 @@ class DenseSite:
         route = self.lane.route
         if route is None:
             return self._base(*args, **kwargs)
-        if route is not self._planned:
-            self._plan, self._planned = self._plan_of(route), route
-        if self._plan is None:
+        plan = self._under(route)
+        if plan is None:
             return self._base(*args, **kwargs)
         (x,) = args or kwargs.values()
-        alone = self._plan.alone
+        alone = plan.alone
         if alone is None:
-            return self._adapted(x, self._plan)
-        expect_tokens(self._spec.path, x.numel() // self._spec.in_features, self._plan.num_tokens)
+            return self._adapted(x, plan)
+        expect_tokens(self._spec.path, x.numel() // self._spec.in_features, plan.num_tokens)
         y = self._base(x)  # a new tensor
         alone(y, x)
         return y
+
+    def acts(self, route: Route) -> bool:
+        """Whether some adapter of this route does something here."""
+        return self._under(route) is not None
+
+    def low_rank_alone(self, route: Route) -> SlotFactors | None:
+        """The factors, if low-rank terms by a kernel are all that the adapters of this route do here."""
+        plan = self._under(route)
+        return None if plan is None or plan.alone is None else self.dense.delta.by_slot(route)
+
+    def _under(self, route: Route) -> _DensePlan | None:
+        if route is not self._planned:
+            self._plan, self._planned = self._plan_of(route), route
+        return self._plan
 
     def _plan_of(self, route: Route) -> _DensePlan | None:
         before = tuple(op for op in (term.op(route) for term in self.dense.before) if op is not None)
@@ -144,14 +159,15 @@ class NormSite:
         self.terms: tuple[Term, ...] = (self._own,)
         self._spec = spec
         self._base = norm_forward(module)
+        self.by_kernel: Norm | None = None  # the base's norm, where a kernel computes it
         self._planned: Route | None = None
         self._op: OwnOp | None = None
 
     def run_by(self, ops: RowOps) -> None:
         """Run the base's norm by a kernel, where it is one the kernel computes."""
-        fused = kernel_norm(self._module, self._base, ops)
-        if fused is not None:
-            self._base = fused
+        self.by_kernel = kernel_norm(self._module, self._base, ops)
+        if self.by_kernel is not None:
+            self._base = run_by(self.by_kernel, ops)
 
     def forget(self) -> None:
         self._op, self._planned = None, None

@@ -8,7 +8,7 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit, LowRank
 from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import add_low_rank_grids_
-from peft_serve.kernels.low_rank import DTYPES, LayerFactors, LowRankKernel
+from peft_serve.kernels.low_rank import DTYPES, LayerFactors, LowRankKernel, SlotFactors
 from peft_serve.model.routing import Route, Way
 from peft_serve.model.stacks import Place, SiteStack
 from peft_serve.model.terms.term import OutOp
@@ -40,6 +40,10 @@ class LowRankDelta:
         assert not self._factors, "the choice is made before adapters are installed"
         if not self._is_lookup and self._like.dtype in DTYPES and self._like.device.type == "cpu":
             self._direct = kernel.layer(self._spec.in_features, self._spec.out_features, self._like.dtype)
+
+    def by_slot(self, route: Route) -> SlotFactors | None:
+        """The factors as the kernel reads them for the adapters of a route, if a kernel runs them."""
+        return None if self._direct is None else self._direct.by_slot(route.segments)
 
     def put(self, slot: int, edit: Edit) -> None:
         if isinstance(edit, Affine) and edit.delta is not None:

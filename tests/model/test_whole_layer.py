@@ -1,0 +1,167 @@
+"""A decoder layer in one call gives the bits of the layer spelled out, for every batch, and only where it is one."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from peft_serve.adapters.primitives import Adapter
+from peft_serve.config import Settings
+from peft_serve.core import BASE, AdapterId
+from peft_serve.engine.cpu_kernels import speed_up
+from peft_serve.kernels.native import find_compiler
+from peft_serve.model import whole_layer
+from peft_serve.model.base import ResidentBase
+from peft_serve.model.ragged import Span
+from peft_serve.model.routing import Stream
+from peft_serve.model.whole_layer import WholeLayer
+from tests.model.driver import Driver, Job, random_jobs
+from tests.model.test_sites import adapter as worn
+from tests.model.tiny_models import VOCAB, tiny
+
+pytestmark = pytest.mark.skipif(find_compiler(os.environ) is None, reason="this machine has no C++ compiler")
+
+KNOWN = ("llama", "llama-mha", "qwen2", "qwen3", "mistral")
+COVERED = ("llama", "qwen2", "mistral")  # those whose heads have a size that the attention kernel takes
+
+
+def _base(name: str, dtype: torch.dtype = torch.float32, model: Any = None) -> ResidentBase:
+    base = ResidentBase((tiny(name) if model is None else model).to(dtype), name=name)
+    speed_up(Settings(prepack="on", cpu_kernels="on"), base, os.environ, lambda _: None)
+    return base
+
+
+def _whole(base: ResidentBase) -> list[WholeLayer]:
+    forwards = [module.__dict__.get("forward") for module in base.model.modules()]
+    owners = [getattr(forward, "__self__", None) for forward in forwards]
+    return [owner for owner in owners if isinstance(owner, WholeLayer)]
+
+
+class _Seen:
+    """How often the layers of a base run whole, in halves, and spelled out."""
+
+    def __init__(self, base: ResidentBase) -> None:
+        self.counts = {"whole": 0, "before": 0, "own": 0}
+        for layer in _whole(base):
+            layer._own = self._counted("own", layer._own)  # type: ignore[method-assign]
+        kernel = _whole(base)[0]._layer._kernel
+        kernel.whole, kernel.before = self._counted("whole", kernel.whole), self._counted("before", kernel.before)
+
+    def _counted(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.counts[name] += 1
+            return inner(*args, **kwargs)
+
+        return call
+
+
+def _spelled_out(base: ResidentBase) -> None:
+    for module in base.model.modules():
+        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), WholeLayer):
+            del module.__dict__["forward"]
+
+
+def _adapters(base: ResidentBase, *kinds: str) -> dict[AdapterId, Adapter]:
+    made = [worn(base.adapted.specs, kind, i, rank=2 + 3 * i, head=False) for i, kind in enumerate(kinds, 1)]
+    return {adapter.id: adapter for adapter in made}
+
+
+def _served(base: ResidentBase, adapters: dict[AdapterId, Adapter], jobs: list[Job]) -> list[Job]:
+    ids = [BASE, *adapters]
+    driver = Driver(base, adapters, seed=4)
+    driver.install(*adapters)
+    for i, job in enumerate(jobs):
+        job.adapter = ids[i % len(ids)]
+    driver.finish(jobs)
+    driver.run(removes=tuple(range(1, len(ids))))
+    return jobs
+
+
+def _jobs(count: int = 7) -> list[Job]:
+    return random_jobs(random.Random(5), count=count, vocab=VOCAB, start=(), has_source=False)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_llamas_kind_are_known(name: str, dtype: torch.dtype) -> None:
+    assert len(_whole(_base(name, dtype))) == 2
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gpt2", "t5", "bart"])
+def test_other_layers_stay_what_they_are(name: str) -> None:
+    assert not _whole(_base(name))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_low_rank_adapters_run_inside_and_the_bits_are_those_spelled_out(name: str) -> None:
+    bases = (_base(name), _base(name))
+    _spelled_out(bases[1])
+    seen = _Seen(bases[0])
+    jobs = [_served(base, _adapters(base, "lora", "lora", "lora"), _jobs()) for base in bases]
+    assert (seen.counts["whole"] > 0) == (name in COVERED)
+    assert seen.counts["before"] > 0
+    assert seen.counts["own"] == 0
+    assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]  # equal, not nearly equal
+
+
+@pytest.mark.parametrize("kind", ["scales", "own", "norm", "all"])
+def test_an_adapter_that_does_more_runs_spelled_out_and_the_others_keep_their_bits(kind: str) -> None:
+    bases = (_base("llama"), _base("llama"))
+    _spelled_out(bases[1])
+    seen = _Seen(bases[0])
+    jobs = [_served(base, _adapters(base, "lora", kind), _jobs()) for base in bases]
+    assert seen.counts["own"] > 0
+    assert seen.counts["whole"] + seen.counts["before"] > 0  # steps without that adapter
+    assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]
+
+
+def test_adapters_that_change_hands_are_seen() -> None:
+    base, plain = _base("llama"), _base("llama")
+    _spelled_out(plain)
+    for rounds in (("lora",), ("lora", "lora"), ("scales",), ("lora", "all", "lora")):
+        given = [_served(b, _adapters(b, *rounds), _jobs(4)) for b in (base, plain)]
+        assert [job.logprobs for job in given[0]] == [job.logprobs for job in given[1]]
+
+
+def test_bits_are_the_same_in_bfloat16() -> None:
+    bases = [_base("qwen3", torch.bfloat16) for _ in range(2)]
+    _spelled_out(bases[1])
+    jobs = [_served(base, _adapters(base, "lora", "lora"), _jobs()) for base in bases]
+    assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]
+
+
+class Doubled(LlamaDecoderLayer):
+    """The same names, another formula."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        residual = 2 * hidden_states
+        hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = residual + hidden_states
+        out: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return out
+
+
+def test_a_trial_tells_another_formula_of_the_same_names() -> None:
+    model = tiny("llama")
+    for module in model.modules():
+        if type(module) is LlamaDecoderLayer:
+            module.__class__ = Doubled
+    assert not _whole(_base("llama", model=model))
+
+
+def test_a_pass_of_other_tokens_than_those_routed_is_refused() -> None:
+    base = _base("llama")
+    layer, module = _whole(base)[0], base.model.get_submodule("model.layers.0")
+    adapter = next(iter(_adapters(base, "lora").values()))
+    base.adapted.install(1, adapter)
+    base.adapted.route(Stream.TARGET, [(1, 5)])
+    spans = [Span(num_tokens=1, start=3, blocks=(1,))]
+    with pytest.raises(ValueError, match=r"got 1 tokens and its stream was routed for 5"):
+        whole_layer._tried(layer.forward, spans, module, layer._inside.attention, base.runs.attention)
