@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,55 @@ def test_a_library_computes_on_torchs_threads(sources: Path, tmp_path: Path, num
     assert list(out) == [i * i for i in range(101)]
     assert threads.value == num_threads
     assert _openmp_runtimes() == runtimes, "the library brought a runtime of its own"
+
+
+class _LateTeam:
+    """A runtime whose other thread is late: this one waits for it before its work, or behind it."""
+
+    def __init__(self, *, before_s: float = 0.0, behind_s: float = 0.0) -> None:
+        self.num_started = 0
+        self.before_s, self.behind_s = before_s, behind_s
+        work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+        def start(function: int, facts: int, _num_threads: int, _flags: int) -> None:
+            self.num_started += 1
+            time.sleep(self.before_s)
+            work(function)(facts)
+            time.sleep(self.behind_s)
+
+        self.start = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(start)
+        self.num_threads = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 2)
+
+    def serve(self, library: ctypes.CDLL) -> None:
+        library.use_team(*(ctypes.cast(f, ctypes.c_void_p) for f in (self.start, self.num_threads)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("late", [{"before_s": 0.004}, {"behind_s": 0.004}])
+def test_who_waits_too_long_for_a_team_works_alone_for_a_while(
+    sources: Path, tmp_path: Path, late: dict[str, float]
+) -> None:
+    library = NativeCode(COMPILER, tmp_path / "cache", sources=sources).library("squares")
+    team = _LateTeam(**late)
+    team.serve(library)
+    out, threads = (ctypes.c_long * 101)(), ctypes.c_long()
+
+    def run() -> None:
+        out[100] = 0
+        library.squares(ctypes.c_long(101), out, ctypes.byref(threads))
+        assert out[100] == 10000, "the work is done, whoever does it"
+
+    for _ in range(3):
+        run()
+    assert team.num_started == 3, "single waits are the price of a team"
+    for _ in range(200):
+        run()
+    assert team.num_started < 20, "alone, but for a trial after each break"
+    team.before_s = team.behind_s = 0.0
+    deadline = time.monotonic() + 60
+    while team.num_started < 100 and time.monotonic() < deadline:
+        run()
+    assert team.num_started >= 100, "a team that is in time again is used again"
 
 
 def _openmp_runtimes() -> set[str]:
