@@ -105,3 +105,14 @@ def test_bfloat16_is_rounded_where_the_models_round(ops: RowOps) -> None:
     ops.rotate_and_store(q, k, k.clone(), (cosines, sines), torch.arange(9), (keys, values))
     assert torch.equal(q, turned_q[0])
     assert torch.equal(keys, turned_k[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 13, 640])
+def test_rows_of_a_table_by_slot(ops: RowOps, dtype: torch.dtype, size: int) -> None:
+    x, table, slots = _random(7, size).to(dtype), _random(4, size).to(dtype), torch.tensor([0, 3, 3, 1, 0, 2, 1])
+    functions, y = ops.functions[dtype], torch.empty_like(x)
+    functions.scale(y.data_ptr(), x.data_ptr(), table.data_ptr(), slots.data_ptr(), 7, size)
+    assert torch.equal(y, x * table[slots])
+    functions.shift(y.data_ptr(), table.data_ptr(), slots.data_ptr(), 7, size)
+    assert torch.equal(y, x * table[slots] + table[slots])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_serve.adapters.primitives import Adapter
+from peft_serve.adapters.primitives import Adapter, Affine
 from peft_serve.config import Settings
 from peft_serve.core import BASE, AdapterId
 from peft_serve.engine.cpu_kernels import speed_up
@@ -69,8 +70,14 @@ def _spelled_out(base: ResidentBase) -> None:
 
 
 def _adapters(base: ResidentBase, *kinds: str) -> dict[AdapterId, Adapter]:
-    made = [worn(base.adapted.specs, kind, i, rank=2 + 3 * i, head=False) for i, kind in enumerate(kinds, 1)]
-    return {adapter.id: adapter for adapter in made}
+    """By kind; `affine` is `all` at dense sites alone."""
+    made = {}
+    for number, kind in enumerate(kinds, 1):
+        source = "all" if kind == "affine" else kind
+        adapter = worn(base.adapted.specs, source, number, rank=2 + 3 * number, head=False)
+        sites = {p: edit for p, edit in adapter.sites.items() if kind != "affine" or isinstance(edit, Affine)}
+        made[adapter.id] = replace(adapter, sites=sites)
+    return made
 
 
 def _served(base: ResidentBase, adapters: dict[AdapterId, Adapter], jobs: list[Job]) -> list[Job]:
@@ -111,7 +118,17 @@ def test_low_rank_adapters_run_inside_and_the_bits_are_those_spelled_out(name: s
     assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]  # equal, not nearly equal
 
 
-@pytest.mark.parametrize("kind", ["scales", "own", "norm", "all"])
+def test_scales_and_shifts_run_inside_too() -> None:
+    bases = (_base("qwen2"), _base("qwen2"))
+    _spelled_out(bases[1])
+    seen = _Seen(bases[0])
+    jobs = [_served(base, _adapters(base, "scales", "lora", "affine"), _jobs()) for base in bases]
+    assert seen.counts["whole"] > 0
+    assert seen.counts["own"] == 0
+    assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]
+
+
+@pytest.mark.parametrize("kind", ["own", "norm", "all"])
 def test_an_adapter_that_does_more_runs_spelled_out_and_the_others_keep_their_bits(kind: str) -> None:
     bases = (_base("llama"), _base("llama"))
     _spelled_out(bases[1])
@@ -125,7 +142,7 @@ def test_an_adapter_that_does_more_runs_spelled_out_and_the_others_keep_their_bi
 def test_adapters_that_change_hands_are_seen() -> None:
     base, plain = _base("llama"), _base("llama")
     _spelled_out(plain)
-    for rounds in (("lora",), ("lora", "lora"), ("scales",), ("lora", "all", "lora")):
+    for rounds in (("lora",), ("lora", "scales"), ("scales",), ("lora", "all", "lora"), ("norm",)):
         given = [_served(b, _adapters(b, *rounds), _jobs(4)) for b in (base, plain)]
         assert [job.logprobs for job in given[0]] == [job.logprobs for job in given[1]]
 

@@ -18,6 +18,8 @@ struct Kernels {
                  void* keys, void* values, long tokens, long heads, long kv_heads, long head);
   void (*gate)(void* x, const void* up, long num);
   void (*add)(void* y, const void* x, long num);
+  void (*scale)(void* y, const void* x, const void* table, const int64_t* slots, long tokens, long size);
+  void (*shift)(void* y, const void* table, const int64_t* slots, long tokens, long size);
   void (*products)(const void* const* layers, long count, const void* x, void* const* ys, long rows);
   void (*low_rank)(const void* layer, const void* segments, void* y, const void* x);
   void (*attend)(const void* pages, const void* rows, const void* q, long q_row, long q_head, void* out, long heads,
@@ -44,14 +46,21 @@ struct Pass {
   const void *cosines, *sines;
   const void* rows;      // of the attention kernel; null: attention is somebody else's
   const void* segments;  // of the adapters; null: there are none
+  const int64_t* slots;  // of each token; null with the segments
   char* scratch;
 };
 
-// The layer in the step: its keys and values, and its adapters' factors.
+// What adapters do at a projection, each null where none of them does: y = out_scale * (W (in_scale * x) + b) + B A x +
+// shift. Vectors stand in tables by slot.
+struct Terms {
+  const void *in_scale, *out_scale, *low_rank, *shift;
+};
+
+// The layer in the step: its keys and values, and its adapters.
 struct Here {
   const void* pages;
   void *keys, *values;
-  const void* terms[PROJECTIONS];  // null: no adapter has one here
+  Terms terms[PROJECTIONS];
 };
 
 }  // extern "C"
@@ -75,11 +84,36 @@ struct Run {
   void* normed() const { return at(2 * q_size() + 2 * kv_size()); }
   void* gate() const { return at(2 * q_size() + 2 * kv_size() + layer.size); }
   void* up() const { return at(2 * q_size() + 2 * kv_size() + layer.size + layer.inner); }
+  void* scaled() const { return at(2 * q_size() + 2 * kv_size() + layer.size + 2 * layer.inner); }
 
-  void project(Projection first, long count, const void* x, void* const* ys) const {
-    layer.kernels->products(layer.products + first, count, x, ys, pass.tokens);
-    for (long i = 0; i < count; ++i)
-      if (here.terms[first + i]) layer.kernels->low_rank(here.terms[first + i], pass.segments, ys[i], x);
+  long size_in(long projection) const {
+    return projection == O ? q_size() : projection == DOWN ? layer.inner : layer.size;
+  }
+  long size_out(long projection) const {
+    switch (projection) {
+      case Q: return q_size();
+      case K: case V: return kv_size();
+      case GATE: case UP: return layer.inner;
+      default: return layer.size;
+    }
+  }
+
+  void project(long first, long count, const void* x, void* const* ys) const {
+    const Kernels& run = *layer.kernels;
+    bool is_scaled = false;
+    for (long i = 0; i < count; ++i) is_scaled |= here.terms[first + i].in_scale != nullptr;
+    if (!is_scaled) run.products(layer.products + first, count, x, ys, pass.tokens);
+    for (long i = 0; i < count; ++i) {
+      const long p = first + i;
+      const Terms& terms = here.terms[p];
+      if (is_scaled) {
+        if (terms.in_scale) run.scale(scaled(), x, terms.in_scale, pass.slots, pass.tokens, size_in(p));
+        run.products(layer.products + p, 1, terms.in_scale ? scaled() : x, ys + i, pass.tokens);
+      }
+      if (terms.out_scale) run.scale(ys[i], ys[i], terms.out_scale, pass.slots, pass.tokens, size_out(p));
+      if (terms.low_rank) run.low_rank(terms.low_rank, pass.segments, ys[i], x);
+      if (terms.shift) run.shift(ys[i], terms.shift, pass.slots, pass.tokens, size_out(p));
+    }
   }
 
   void before(const void* x) const {
@@ -116,7 +150,9 @@ extern "C" {
 
 // How many numbers of scratch memory a token takes; queries, keys and values stand first in it.
 long layer_scratch(const Layer* layer) {
-  return 2 * (layer->heads + layer->kv_heads) * layer->head + layer->size + 2 * layer->inner;
+  const long q_size = layer->heads * layer->head, most = layer->inner > q_size ? layer->inner : q_size;
+  return 2 * (layer->heads + layer->kv_heads) * layer->head + layer->size + 2 * layer->inner +
+         (layer->size > most ? layer->size : most);
 }
 
 // Queries, keys and values of x [tokens, size] into the scratch memory, keys and values into their places too.

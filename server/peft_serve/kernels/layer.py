@@ -25,7 +25,8 @@ from peft_serve.kernels.row_ops import Norm, RowOps
 NUM_PROJECTIONS: Final = 7  # q, k, v, o, gate, up, down
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-_KERNELS: Final = ("norm", "rotate", "gate", "add", "products", "low_rank", "attend")
+_KERNELS: Final = ("norm", "rotate", "gate", "add", "scale", "shift", "products", "low_rank", "attend")
+_TERMS: Final = ("in_scale", "out_scale", "low_rank", "shift")
 
 
 class _Kernels(ctypes.Structure):
@@ -52,14 +53,20 @@ class _Pass(ctypes.Structure):
 
     _fields_ = (
         ("tokens", _LONG),
-        *((n, _POINTER) for n in ("places", "cosines", "sines", "rows", "segments", "scratch")),
+        *((n, _POINTER) for n in ("places", "cosines", "sines", "rows", "segments", "slots", "scratch")),
     )
+
+
+class _Terms(ctypes.Structure):
+    """`Terms` of layer.cpp."""
+
+    _fields_ = tuple((name, _POINTER) for name in _TERMS)
 
 
 class _Here(ctypes.Structure):
     """`Here` of layer.cpp."""
 
-    _fields_ = (*((name, _POINTER) for name in ("pages", "keys", "values")), ("terms", _POINTER * NUM_PROJECTIONS))
+    _fields_ = (*((name, _POINTER) for name in ("pages", "keys", "values")), ("terms", _Terms * NUM_PROJECTIONS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +91,27 @@ class StepFacts:
     angles: tuple[Tensor, Tensor]  # cosines and sines, [1, T, D] each
     rows: Rows | None
     segments: Segments | None
+    slot_T: Tensor | None  # of each token, int64; with the segments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteTerms:
+    """What a step's adapters do at a projection: y = out_scale * (W (in_scale * x) + b) + B A x + shift.
+
+    Vectors stand in tables by slot, [S, D], neutral where a slot has none; None: no adapter of the step has one.
+    """
+
+    in_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    low_rank: SlotFactors | None = None
+    shift: Tensor | None = None
+
+    def addresses(self) -> tuple[int | None, ...]:
+        """In the order in which the kernel has them."""
+        vectors = (self.in_scale, self.out_scale, self.shift)
+        assert all(v is None or v.is_contiguous() for v in vectors), "tables lie without gaps"
+        in_scale, out_scale, shift = (None if v is None else v.data_ptr() for v in vectors)
+        return in_scale, out_scale, None if self.low_rank is None else self.low_rank.address, shift
 
 
 class LayerKernel:
@@ -105,9 +133,8 @@ class LayerKernel:
         self.whole: Any = _function(library.layer_whole, 5)
         self._kernels = {
             dtype: _Kernels(
-                *(_address(function) for function in (ops.rms_norm, ops.rotate, ops.gate, ops.add, few_rows.each)),
-                _address(low_rank.function(dtype)),
-                _address(attention.function),
+                *(_address(each) for each in (ops.rms_norm, ops.rotate, ops.gate, ops.add, ops.scale, ops.shift)),
+                *(_address(each) for each in (few_rows.each, low_rank.function(dtype), attention.function)),
             )
             for dtype, ops in row_ops.functions.items()
         }
@@ -193,6 +220,7 @@ class Step:
             sines.data_ptr(),
             None if rows is None else ctypes.addressof(rows.facts),
             None if segments is None else segments.address,
+            None if facts.slot_T is None else facts.slot_T.data_ptr(),
             scratch.data_ptr(),
         )
         self._kept = (facts, cosines, sines)
@@ -203,21 +231,18 @@ class Step:
 
 
 class Here:
-    """`Here` of layer.cpp: a layer's keys and values, and its adapters' factors by projection.
+    """`Here` of layer.cpp: a layer's keys and values, and what its adapters do by projection.
 
     Holds for as long as none of them moves. Without pages, the layer's attention is computed elsewhere.
     """
 
-    def __init__(
-        self, pages: Pages | None, keys_values: tuple[Tensor, Tensor], terms: Sequence[SlotFactors | None]
-    ) -> None:
+    def __init__(self, pages: Pages | None, keys_values: tuple[Tensor, Tensor], terms: Sequence[SiteTerms]) -> None:
         keys, values = keys_values
-        addresses = [None if term is None else term.address for term in terms]
         self._here = _Here(
             None if pages is None else ctypes.addressof(pages.facts),
             keys.data_ptr(),
             values.data_ptr(),
-            (_POINTER * NUM_PROJECTIONS)(*addresses),
+            (_Terms * NUM_PROJECTIONS)(*(_Terms(*each.addresses()) for each in terms)),
         )
         self._kept = (pages, keys_values, tuple(terms))
         self.has_pages = pages is not None

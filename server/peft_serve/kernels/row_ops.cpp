@@ -114,6 +114,29 @@ void add(T* y, const T* x, long num) {
   });
 }
 
+// y[t] = x[t] * table[slots[t]], y = x allowed.
+template <class T>
+void scale(T* y, const T* x, const T* table, const int64_t* slots, long tokens, long size) {
+  team::share(tokens, tokens_at_once(size), [=](long first, long last) {
+    for (long t = first; t < last; ++t)
+      for (long i = 0; i < size; i += LANES)
+        put(y + t * size + i, load_of(x + t * size + i, size - i) * load_of(table + slots[t] * size + i, size - i),
+            size - i);
+  });
+}
+
+// y[t] = y[t] + table[slots[t]]
+template <class T>
+void shift(T* y, const T* table, const int64_t* slots, long tokens, long size) {
+  team::share(tokens, tokens_at_once(size), [=](long first, long last) {
+    for (long t = first; t < last; ++t) {
+      const T* from = table + slots[t] * size;
+      for (long i = 0; i < size; i += LANES)
+        put(y + t * size + i, load_of(y + t * size + i, size - i) + load_of(from + i, size - i), size - i);
+    }
+  });
+}
+
 inline const float* f32(const void* p) { return static_cast<const float*>(p); }
 inline float* f32(void* p) { return static_cast<float*>(p); }
 inline const Half* bf16(const void* p) { return static_cast<const Half*>(p); }
@@ -138,6 +161,14 @@ extern "C" {
   }                                                                                                                    \
   /* x = silu(x) * up */                                                                                               \
   void row_gate_##dtype(void* x, const void* up, long num) { gate(dtype(x), dtype(up), num); }                         \
+  /* y = x * the row of its token's slot in a table of vectors of `size` numbers; y may be x. */                       \
+  void row_scale_##dtype(void* y, const void* x, const void* table, const int64_t* slots, long tokens, long size) {    \
+    scale(dtype(y), dtype(x), dtype(table), slots, tokens, size);                                                      \
+  }                                                                                                                    \
+  /* y = y + the row of its token's slot */                                                                            \
+  void row_shift_##dtype(void* y, const void* table, const int64_t* slots, long tokens, long size) {                   \
+    shift(dtype(y), dtype(table), slots, tokens, size);                                                                \
+  }                                                                                                                    \
   /* y = y + x */                                                                                                      \
   void row_add_##dtype(void* y, const void* x, long num) { add(dtype(y), dtype(x), num); }
 

@@ -31,6 +31,8 @@ class RowFunctions:
     rotate: Any
     gate: Any
     add: Any
+    scale: Any
+    shift: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ def _functions(library: ctypes.CDLL, dtype: str) -> RowFunctions:
         rotate=_function(library, f"row_rotate_{dtype}", [pointer] * 8 + [long] * 4),
         gate=_function(library, f"row_gate_{dtype}", [pointer, pointer, long]),
         add=_function(library, f"row_add_{dtype}", [pointer, pointer, long]),
+        scale=_function(library, f"row_scale_{dtype}", [pointer] * 4 + [long, long]),
+        shift=_function(library, f"row_shift_{dtype}", [pointer] * 3 + [long, long]),
     )
 
 

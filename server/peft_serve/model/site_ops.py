@@ -23,7 +23,7 @@ from peft_serve.model.terms.rescaled import RescaledMaps
 from peft_serve.model.terms.rows import HeadRows, LookupRows
 from peft_serve.model.terms.shared import SharedFactors
 from peft_serve.model.terms.term import InTerm, OutTerm, Term
-from peft_serve.model.terms.vectors import IdScale, InScale, OutScale, Shift
+from peft_serve.model.terms.vectors import IdScale, InScale, OutScale, Shift, VectorTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,10 @@ class DenseTerms:
     own: OwnParameters
     rows: OutTerm  # reads what the in-terms made of x; the terms of `after` read x as it came
     delta: LowRankDelta
-    after: tuple[OutTerm, ...]  # `delta` is one of them
+    after: tuple[OutTerm, ...]  # `delta`, `out_scale` and `shift` are among them
+    in_scale: VectorTerm  # one of `before`, or of `after` at an embedding
+    out_scale: VectorTerm
+    shift: VectorTerm
 
     def all(self) -> tuple[Term, ...]:
         return (*self.before, self.own, self.rows, *self.after)
@@ -51,16 +54,19 @@ def dense_terms(spec: SiteSpec, module: nn.Module, shared: SharedFactors, like: 
     ones_in, ones_out = like.new_ones(spec.in_features), like.new_ones(spec.out_features)
     own = OwnParameters(spec, module)
     delta = LowRankDelta(spec, like)
+    out_scale, shift = OutScale("out_scale", ones_out), Shift("shift", like.new_zeros(spec.out_features))
     after: tuple[OutTerm, ...] = (
-        OutScale("out_scale", ones_out),
+        out_scale,
         OutMix(like),
         OutPairs(ones_out),
         delta,
         RescaledMaps(spec, like, shared),
         BasesMaps(spec, like, shared),
         Maps(spec, like),
-        Shift("shift", like.new_zeros(spec.out_features)),
+        shift,
     )
     if spec.kind is SiteKind.EMBEDDING:
-        return DenseTerms((), own, LookupRows(spec, like), delta, (IdScale("in_scale", ones_in), *after))
-    return DenseTerms((InScale("in_scale", ones_in), InMix(like)), own, HeadRows(module, like), delta, after)
+        of_ids, rows = IdScale("in_scale", ones_in), LookupRows(spec, like)
+        return DenseTerms((), own, rows, delta, (of_ids, *after), of_ids, out_scale, shift)
+    in_scale = InScale("in_scale", ones_in)
+    return DenseTerms((in_scale, InMix(like)), own, HeadRows(module, like), delta, after, in_scale, out_scale, shift)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.kernels.low_rank import SlotFactors
+from peft_serve.kernels.layer import SiteTerms
 from peft_serve.kernels.row_ops import Norm, RowOps
 from peft_serve.model.norms import kernel_norm, norm_forward, run_by
 from peft_serve.model.packing import Pack
@@ -103,14 +103,24 @@ class DenseSite:
         alone(y, x)
         return y
 
-    def acts(self, route: Route) -> bool:
-        """Whether some adapter of this route does something here."""
-        return self._under(route) is not None
-
-    def low_rank_alone(self, route: Route) -> SlotFactors | None:
-        """The factors, if low-rank terms by a kernel are all that the adapters of this route do here."""
-        plan = self._under(route)
-        return None if plan is None or plan.alone is None else self.dense.delta.by_slot(route)
+    def in_kernel(self, route: Route) -> SiteTerms | None:
+        """What adapters of this route do here, or None where a layer's kernel does not do all of it."""
+        dense, plan = self.dense, self._under(route)
+        if plan is None:
+            return SiteTerms()
+        known = (dense.in_scale, dense.out_scale, dense.delta, dense.shift)
+        ops = (*((t, t.op(route)) for t in dense.before), *((t, t.op(route)) for t in dense.after))
+        if plan.own_runs or plan.rows or any(op is not None and term not in known for term, op in ops):
+            return None
+        acts = dense.delta.op(route) is not None
+        if acts and not dense.delta.is_direct:
+            return None
+        return SiteTerms(
+            in_scale=dense.in_scale.table(route),
+            out_scale=dense.out_scale.table(route),
+            low_rank=dense.delta.by_slot(route) if acts else None,
+            shift=dense.shift.table(route),
+        )
 
     def _under(self, route: Route) -> _DensePlan | None:
         if route is not self._planned:

@@ -5,7 +5,7 @@ beside a small product that is what costs (docs/decisions/0013-whole-layers.md).
 kernel once, a step's tokens once a step, and what adapters add once a route.
 
 The same kernels run in the same order, so the bits are those of the layer spelled out. That one stays in use wherever
-something else happens inside the layer: an adapter that does more than low-rank terms, a pass that is no usual one.
+something else happens inside the layer: adapters that do more than low-rank terms, scales and shifts, an unusual pass.
 Whether a layer is of this kind is told by what its forward names, by its parts, and by a trial.
 
 Shapes: `T` tokens, `I` features, `D` head size.
@@ -25,8 +25,16 @@ from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind
 from peft_serve.kernels.few_rows import Product
-from peft_serve.kernels.layer import NUM_PROJECTIONS, Here, KernelLayer, LayerKernel, LayerParts, Step, StepFacts
-from peft_serve.kernels.low_rank import SlotFactors
+from peft_serve.kernels.layer import (
+    NUM_PROJECTIONS,
+    Here,
+    KernelLayer,
+    LayerKernel,
+    LayerParts,
+    SiteTerms,
+    Step,
+    StepFacts,
+)
 from peft_serve.kernels.row_ops import Norm
 from peft_serve.model.attention import Kind, RaggedAttention, Work
 from peft_serve.model.base import ResidentBase
@@ -46,7 +54,7 @@ _PROJECTIONS: Final = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 )
-_NO_TERMS: Final[tuple[SlotFactors | None, ...]] = (None,) * NUM_PROJECTIONS
+_NO_TERMS: Final = (SiteTerms(),) * NUM_PROJECTIONS
 
 
 class StepBook:
@@ -74,6 +82,7 @@ class StepBook:
             angles=angles,
             rows=self.paged.rows(plan.cached[0], part.terms) if plan.is_one_group else None,
             segments=None if route is None else route.segments,
+            slot_T=None if route is None else route.slot_of_token,
         )
 
 
@@ -143,7 +152,7 @@ class WholeLayer:
         )
 
     def _in_pass(self, work: Work) -> Here | None:
-        """The layer's memory and adapters under the current route; None where they do more than low-rank terms."""
+        """The layer's memory and adapters under the current route; None where they do more than the kernel."""
         route, pool = self._inside.lane.route, work.pool
         assert pool is not None, "the attention has seen it"
         of = self._here_of
@@ -159,17 +168,13 @@ class WholeLayer:
         pages = self._book.paged.pages(pool, layer, self._layer.num_heads, self._layer.dtype)
         return Here(pages, pool.layer(layer), terms)
 
-    def _terms(self, route: Route) -> tuple[SlotFactors | None, ...] | None:
+    def _terms(self, route: Route) -> tuple[SiteTerms, ...] | None:
         acting = self._adapted.acting(route)
         if not acting.isdisjoint(self._inside.others):
             return None
-        terms: list[SlotFactors | None] = []
-        for site in self._inside.projections:
-            acts = site in acting and site.acts(route)
-            terms.append(site.low_rank_alone(route) if acts else None)
-            if acts and terms[-1] is None:
-                return None
-        return tuple(terms)
+        each = tuple(site.in_kernel(route) if site in acting else SiteTerms() for site in self._inside.projections)
+        found = tuple(terms for terms in each if terms is not None)
+        return found if len(found) == len(each) else None
 
 
 def whole_layers(

@@ -26,6 +26,10 @@ class VectorTerm:
     def drop(self, slot: int) -> None:
         self._table.drop(slot)
 
+    def table(self, route: Route) -> Tensor | None:
+        """[S, D] by slot, or None if no active adapter has such a vector."""
+        return None if self._table.index(route) is None else self._table.rows
+
 
 class InScale(VectorTerm):
     """x -> s_in * x."""
