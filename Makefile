@@ -19,8 +19,9 @@ help: ## list the commands
 serve: $(VENV)/.ready ## start the server on the demo base with the shipped adapters (MODEL=, PORT=, ARGS=)
 	$(BIN)/peft-serve serve $(MODEL) --port $(PORT) $(ARGS)
 
+# Many tests start commands and servers: they read the bytecode that the first one wrote.
 test: $(VENV)/.ready ## run every test
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= \
 	    $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: format lint types floors ## format, lint, types and import floors, as CI runs them

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,8 +176,15 @@ def base_config(base_kind: str) -> Any:
 
 
 def make_base(base_kind: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model in float32; the same seed gives the same weights."""
-    return base_of_config(base_kind, base_config(base_kind), seed)
+    """A tiny random model in float32; the same seed gives the same weights, and leaves torch's generator the same."""
+    model, state = _made_base(base_kind, seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@cache
+def _made_base(base_kind: str, seed: int) -> tuple[PreTrainedModel, torch.Tensor]:
+    return base_of_config(base_kind, base_config(base_kind), seed), torch.get_rng_state()
 
 
 def base_of_config(base_kind: str, config: Any, seed: int) -> PreTrainedModel:
@@ -225,7 +234,8 @@ def randomise(model: Any, seed: int) -> None:
 
 
 def save(model: Any) -> CheckpointFiles:
-    """What `save_pretrained` writes, as bytes."""
+    """What `save_pretrained` writes, as bytes; without the model card, which takes longer than all the rest."""
+    model.create_or_update_model_card = lambda _folder: None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)

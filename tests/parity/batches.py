@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-import httpx
 import torch
 
 from tests.adapters.checkpoints import SEQ2SEQ, VOCAB, first_task, make_checkpoint, methods_for
+from tests.parity.asking import generate, ids_of
 from tests.parity.bases import lively_base, save_tiny_base, word_codec, words
 from tests.parity.served import ServedModel
 from tests.parity.test_parity_http import as_zip
@@ -40,17 +40,14 @@ async def ask_together(
     """The generated ids of each; some come a few steps after the others."""
     delays = [draw.choice((0.0, 0.0, 0.0, 0.01, 0.03)) for _ in asks]
 
-    async def ask(client: httpx.AsyncClient, name: str, prompt: list[int], delay_s: float) -> list[int]:
+    async def ask(name: str, prompt: list[int], delay_s: float) -> list[int]:
         await asyncio.sleep(delay_s)
         task = {"task_id": 0} if name in tasks else {}
         body = {"inputs": words(prompt), "parameters": {"max_new_tokens": NUM_NEW, "details": True, **task}}
-        answer = await client.post("/generate", params={"adapter": name}, json=body)
-        assert answer.status_code == 200, (name, answer.text)
-        return [token["id"] for token in answer.json()["details"]["tokens"]]
+        return ids_of(await generate(url, name, body))
 
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=100)) as client:
-        given = [ask(client, name, prompts[i], delay) for (name, i), delay in zip(asks, delays, strict=True)]
-        return list(await asyncio.gather(*given))
+    given = [ask(name, prompts[i], delay) for (name, i), delay in zip(asks, delays, strict=True)]
+    return list(await asyncio.gather(*given))
 
 
 def compare(kind: str, draw: random.Random, *, num_batches: int, num_adapters: int) -> list[str]:

@@ -67,7 +67,7 @@ def one_round(kind: str, draw: random.Random, num_adapters: int) -> list[str]:
     prompts = [[draw.randrange(4, VOCAB) for _ in range(draw.randint(1, 20))] for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         save_base(base, Path(folder) / "base")
-        expected = {("base", i): oracle_tokens(base, prompt) for i, prompt in enumerate(prompts)}
+        expected = {("base", i): oracle_tokens(base, [prompt])[0] for i, prompt in enumerate(prompts)}
         methods = draw.sample(methods_for(kind), min(num_adapters, len(methods_for(kind))))
         settings = {"max_rows": draw.choice((3, 16, 64)), "max_step_tokens": draw.choice((16, 64, 256))}
         codec, tasks = word_codec(is_encoder_decoder=kind in SEQ2SEQ), set()
@@ -87,7 +87,7 @@ def one_round(kind: str, draw: random.Random, num_adapters: int) -> list[str]:
                 if first_task(model):
                     tasks.add(name)
                 names.append(name)
-                expected |= {(name, i): oracle_tokens(model, prompt) for i, prompt in enumerate(prompts)}
+                expected |= {(name, i): oracle_tokens(model, [prompt])[0] for i, prompt in enumerate(prompts)}
             calls = [(name, i) for name in names for i in range(len(prompts))]
             draw.shuffle(calls)
             given = asyncio.run(ask_all(served.url, [(n, prompts[i]) for n, i in calls], frozenset(tasks)))

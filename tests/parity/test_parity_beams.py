@@ -10,11 +10,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
 from tests.adapters.checkpoints import SEQ2SEQ, make_checkpoint
+from tests.parity.asking import generate_all, ids_of
 from tests.parity.bases import lively_base, save_tiny_base, word_codec, words
 from tests.parity.served import ServedModel
 from tests.parity.test_parity_http import as_zip
@@ -77,16 +77,10 @@ Call = tuple[str, list[int], dict[str, Any]]
 
 
 async def ask_all(url: str, calls: list[Call]) -> list[dict[str, Any]]:
-    async def ask(client: httpx.AsyncClient, call: Call) -> dict[str, Any]:
-        name, prompt, parameters = call
-        body = {"inputs": words(prompt), "parameters": {"max_new_tokens": NUM_NEW, "details": True, **parameters}}
-        answer = await client.post("/generate", params={"adapter": name}, json=body)
-        assert answer.status_code == 200, (call, answer.text)
-        given: dict[str, Any] = answer.json()
-        return given
+    def body(prompt: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
+        return {"inputs": words(prompt), "parameters": {"max_new_tokens": NUM_NEW, "details": True, **parameters}}
 
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=200)) as client:
-        return list(await asyncio.gather(*(ask(client, call) for call in calls)))
+    return await generate_all(url, [(name, body(prompt, parameters)) for name, prompt, parameters in calls])
 
 
 @pytest.mark.parametrize("base_kind", KINDS)
@@ -112,13 +106,9 @@ def test_beams_equal_peft_among_greedy_and_sampled_rows(base_kind: str, tmp_path
     for (key, beams), answer in zip(expected.items(), given, strict=False):
         assert [ids for ids, _ in told(answer)] == [ids for ids, _ in beams], key
         assert [score for _, score in told(answer)] == pytest.approx([score for _, score in beams], rel=1e-4), key
-    assert [_ids(answer) for answer in given[len(searches) :: 4]] == [_ids(answer) for answer in alone]
+    assert [ids_of(answer) for answer in given[len(searches) :: 4]] == [ids_of(answer) for answer in alone]
     lengths = {len(ids) for beams in expected.values() for ids, _ in beams}
     assert len(lengths) > 2, "beams end at different places"
-
-
-def _ids(answer: dict[str, Any]) -> list[int]:
-    return [token["id"] for token in answer["details"]["tokens"]]
 
 
 @pytest.mark.parametrize("base_kind", ["llama", "gpt2"])
@@ -167,7 +157,7 @@ def test_a_bias_acts_as_transformers_sequence_bias(base_kind: str, tmp_path: Pat
     codec = word_codec(is_encoder_decoder=base_kind in SEQ2SEQ)
     with ServedModel(tmp_path / "base", tmp_path / "store", codec=codec) as served:
         plain = asyncio.run(ask_all(served.url, [("base", prompt, {})]))[0]
-        bias = {str(_ids(plain)[0]): -100.0, "20": 2.5, "33": 1.25}
+        bias = {str(ids_of(plain)[0]): -100.0, "20": 2.5, "33": 1.25}
         calls: list[Call] = [
             ("base", prompt, {"logit_bias": bias}),
             ("base", prompt, {"logit_bias": bias, "num_beams": 3, "best_of": 3}),
@@ -186,9 +176,9 @@ def test_a_bias_acts_as_transformers_sequence_bias(base_kind: str, tmp_path: Pat
         pad_token_id=0,
     )[0].tolist()
     made = made[1:] if base_kind in SEQ2SEQ else made[len(prompt) :]
-    assert _ids(greedy) == (made[: made.index(1) + 1] if 1 in made else made)
-    assert _ids(again) == _ids(plain)
-    assert _ids(greedy) != _ids(plain)
+    assert ids_of(greedy) == (made[: made.index(1) + 1] if 1 in made else made)
+    assert ids_of(again) == ids_of(plain)
+    assert ids_of(greedy) != ids_of(plain)
 
 
 def _approx(sequences: list[Sequence]) -> list[Any]:

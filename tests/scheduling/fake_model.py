@@ -8,7 +8,7 @@ reads, and so its tokens. `alone` computes what a request must get from the requ
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peft_serve.core import (
@@ -62,18 +62,21 @@ def best_tokens(
 ) -> tuple[Candidate, ...]:
     """A stand-in for the candidates of a beam: every id that may come, dearest first."""
     place = ("draw", AdapterId(repr((draw.prompt_history, draw.output_history))), draw.index)
-    scores = {
-        token: score(adapter, [*history, place], source, token)
-        for token in range(VOCABULARY)
-        if token not in draw.suppress
-    }
+    tokens = [token for token in range(VOCABULARY) if token not in draw.suppress]
+    scores = dict(zip(tokens, scored(adapter, [*history, place], source, tokens), strict=True))
     ranked = sorted(scores, key=lambda token: (-scores[token], token))
     return tuple(Candidate(t, scores[t], scores[t] - 1) for t in ranked[: draw.num_candidates])
 
 
 def score(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cell], token: int) -> float:
     """A stand-in for a log-probability: a dyadic fraction, so that sums are exact in any order."""
-    return -(digest(adapter, list(history), list(source), token) % 4096) / 256
+    return scored(adapter, history, source, (token,))[0]
+
+
+def scored(adapter: AdapterId, history: Sequence[Cell], source: Sequence[Cell], tokens: Iterable[int]) -> list[float]:
+    """`score` of each of these behind one history, which is looked through once."""
+    seen = digest(adapter, list(history), list(source))
+    return [-((seen ^ token * 0x9E3779B1) * 0x85EBCA6B % 2**32 >> 20) / 256 for token in tokens]
 
 
 HEAD_READINGS = (Reading.SEQUENCE, Reading.TOKENS, Reading.SPANS)
@@ -86,7 +89,7 @@ def has_head(adapter: AdapterId, reading: Reading) -> bool:
 
 def state(adapter: AdapterId, seen: Sequence[Cell], place: int, segments: Sequence[int]) -> tuple[float, ...]:
     """A stand-in for what is read at a place: dyadic fractions."""
-    return tuple(score(adapter, seen, [("segment", adapter, s) for s in segments], place + n) for n in (0, 1000))
+    return tuple(scored(adapter, seen, [("segment", adapter, s) for s in segments], (place, place + 1000)))
 
 
 def pooled(reading: Reading, states: Sequence[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
@@ -181,7 +184,7 @@ class FakeModel:
         source = self._read(self._cross_cells, row.cross_blocks, row.num_source)
         first = end - len(row.wanted)
         scores = tuple(
-            tuple(score(adapter, history[: first + i + 1], source, token) for token in wanted)
+            tuple(scored(adapter, history[: first + i + 1], source, wanted) if wanted else ())
             for i, wanted in enumerate(row.wanted)
         )
         token: int | None = None
@@ -192,7 +195,7 @@ class FakeModel:
             token = next_token(adapter, history, source, row.draw)
         tops = tuple(
             tuple(
-                (t, score(adapter, history[: first + i + 1], source, t)) for t in range(row.num_wanted_top * bool(ids))
+                enumerate(scored(adapter, history[: first + i + 1], source, range(row.num_wanted_top)) if ids else ())
             )
             for i, ids in enumerate(row.wanted)
         )

@@ -54,7 +54,7 @@ class Agreement:
         """Whether the class the adapter was trained on may lack this site: not every task's has a head or a pooler."""
         if path.rpartition(".")[2] in HEADS or path.split(".")[0] in HEADS:
             return True
-        return path in self._base.beside_body and self._config.text("task_type") not in TEXT_TASKS
+        return self._config.text("task_type") not in TEXT_TASKS and path in self._base.beside_body
 
     def _check_targets(self) -> None:
         if not isinstance(self._method, SiteMethod):

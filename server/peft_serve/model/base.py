@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ class ResidentBase:
     def body_prefix(self) -> str:
         return str(self.model.base_model_prefix)
 
-    @property
-    def beside_body(self) -> frozenset[str]:
+    @cached_property
+    def beside_body(self) -> frozenset[str]:  # the gate asks for it at every site
         modules = (path for path, spec in self._specs.items() if spec.kind not in WITHOUT_MODULE)
         return frozenset(path for path in modules if self.runs.stream_of(path) is Stream.HEAD)
 
