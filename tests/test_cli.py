@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 import peft_serve
 from peft_serve.cli import app
 from peft_serve.config import Settings
-from peft_serve.engine.assembly import build, shipped_adapters
+from peft_serve.engine.adapter_places import open_store, shipped_adapters
+from peft_serve.engine.assembly import build
+from peft_serve.errors import Unavailable
 from tests.parity.bases import save_tiny_base
 
 RUNNER = CliRunner()
@@ -67,6 +69,25 @@ def test_a_context_beyond_learned_positions_is_refused(tmp_path: Path) -> None:
     settings = Settings(model=str(tmp_path / "base"), store=tmp_path / "store", max_model_len=129)
     with pytest.raises(ValueError, match=r"--max-model-len 129.*at most 128"):
         build(settings, say=lambda _line: None)
+    open_store(settings, tmp_path / "store").close()  # a start that fails lets go of the store
+
+
+def test_a_store_in_use_is_found_before_the_base_is_loaded(tmp_path: Path) -> None:
+    save_tiny_base("gpt2", tmp_path / "base")
+    settings = Settings(model=str(tmp_path / "base"), store=tmp_path / "store", max_model_len=129)
+    other = open_store(settings, tmp_path / "store")
+    said: list[str] = []
+    with pytest.raises(Unavailable, match="in use by another server process"):
+        build(settings, say=said.append)
+    assert said == []
+    other.close()
+
+
+def test_a_base_that_is_not_there_gets_no_store(tmp_path: Path) -> None:
+    settings = Settings(model=str(tmp_path / "typo"), store=tmp_path / "store")
+    with pytest.raises(ValueError, match="no such folder"):
+        build(settings, say=lambda _line: None)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_folder_of_adapters_that_is_not_there_is_refused(tmp_path: Path) -> None:

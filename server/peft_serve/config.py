@@ -19,7 +19,7 @@ GIB = 1 << 30
 class Settings(BaseSettings):
     """Everything an operator can set. `docs/operations.md` explains each field."""
 
-    model_config = SettingsConfigDict(env_prefix="PEFT_SERVE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="PEFT_SERVE_", frozen=True, extra="forbid", allow_inf_nan=False)
 
     # the base
     model: str = Field(default="demo-llama", description="demo-llama, demo-t5, a folder, or a hub id")
@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     )
     metrics_public: bool = Field(default=False, description="answer /metrics without a key, where keys are asked for")
     max_body_bytes: int = Field(default=4 * MIB, ge=1024, description="largest request body that is not an upload")
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="time for a request's body to come, and a second more for each KiB of it"
+    )
     max_connections: int = Field(
         default=4096, ge=1, description="open connections; beyond them those that idle are closed"
     )

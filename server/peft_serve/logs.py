@@ -21,6 +21,7 @@ MAX_CHARS: Final = 16_384
 """Of a message or a traceback; the rest is cut. No record is worth more, and a caller can make some of them long."""
 
 _WITH_HANDLERS: Final = ("huggingface_hub", "transformers")
+_OF_CALLERS: Final = ("python_multipart",)  # warns of every malformed form, in bytes that its sender chose
 _PLAIN = re.compile(r"[!#-<>-~]+")  # printable ASCII without space, quote and equals sign
 
 
@@ -35,6 +36,8 @@ def configure_logs(level: str, log_format: LogFormat, stream_of: Callable[[], Te
         logger = logging.getLogger(name)
         logger.handlers = [each for each in logger.handlers if not isinstance(each, logging.StreamHandler)]
         logger.propagate = True
+    for name in _OF_CALLERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     root = logging.getLogger()
     for earlier in [each for each in root.handlers if isinstance(each, _Writer)]:
         root.removeHandler(earlier)

@@ -363,7 +363,7 @@ class World:
     adapters: dict[str, AdapterId] = field(default_factory=dict)
 
     def publish(self, name: str, files: dict[str, bytes]) -> AdapterId:
-        published = self.catalog.publish(name, checkpoint_files(files))
+        published = self.catalog.changes.publish(name, checkpoint_files(files))
         self.adapters[name] = published.version.id
         head = None if published.version.summary is None else published.version.summary.head
         if head is not None:

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 import torch
 
-from peft_serve.adapters.catalog import Catalog, Published
+from peft_serve.adapters.catalog import Catalog
+from peft_serve.adapters.changes import Published
 from peft_serve.adapters.findings import Prove
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.host_cache import HostCache
@@ -48,8 +49,14 @@ _PATIENCE_S: Final = 20.0
 class UntriedCatalog(Catalog):
     """A catalog whose uploads are not tried out: the trial is a request, and steps wait to be let."""
 
-    def publish(self, name: str, files: CheckpointFiles, *, prove: Prove | None = None, **more: Any) -> Published:
-        return super().publish(name, files, **more)
+    def __init__(self, *parts: Any, **facts: Any) -> None:
+        super().__init__(*parts, **facts)
+        publish = self.changes.publish
+
+        def untried(name: str, files: CheckpointFiles, *, prove: Prove | None = None, **more: Any) -> Published:
+            return publish(name, files, **more)
+
+        self.changes.publish = untried  # type: ignore[method-assign]
 
 
 class Gate:

@@ -139,6 +139,23 @@ async def test_what_is_refused_and_how(client: httpx.AsyncClient) -> None:
     assert 'peft_serve_adapter_uploads_total{outcome="refused"} 0.0' not in page
 
 
+async def test_a_form_names_the_pickle_that_it_holds(client: httpx.AsyncClient) -> None:
+    config = ("adapter_config.json", ("adapter_config.json", checkpoint("x")["adapter_config.json"]))
+    pickled = ("files", ("lora/adapter_model.bin", b"PK"))
+    with_config, alone = [config, pickled], [pickled]
+    refused = await client.put("/adapters/x", files=with_config)
+    assert (refused.status_code, refused.json()["code"]) == (400, "malformed_upload")
+    assert "holds adapter_model.bin but no adapter_model.safetensors" in refused.json()["detail"]
+    assert "adapter_model.bin" in (await client.put("/adapters/x", files=alone)).json()["detail"]
+    hub = [("files", ("pytorch_adapter.bin", b"PK")), config]
+    assert "use_safetensors=True" in (await client.put("/adapters/x", files=hub)).json()["detail"]
+    beside = [("files", (name, b"x")) for name in ("notes.txt", "notes.txt", "")]
+    whole = [(name, (name, content)) for name, content in checkpoint("x").items()]
+    assert (await client.put("/adapters/x", files=[*whole, *beside])).status_code == 201, "what is not read is no harm"
+    stray = [*whole, ("files", ("..", b"x"))]
+    assert (await client.put("/adapters/x", files=stray)).status_code == 400, "as in an archive"
+
+
 @pytest.mark.parametrize(
     "name", ["base", "TGI", "dummy", BASE_NAME, ".hidden", "a" * 65, "a b", "\u00e9", "a@1", "a+b"]
 )
@@ -203,6 +220,8 @@ async def test_versions_and_rollback(client: httpx.AsyncClient) -> None:
     for body, status in (({"version": 9}, 404), ({"version": "1"}, 422), ({"version": True}, 422), ([], 422)):
         assert (await client.post("/adapters/new/rollback", json=body)).status_code == status
     assert (await client.post("/adapters/plain/rollback")).json()["code"] == "not_found"
+    large = await client.post("/adapters/new/rollback", content=b" " * 70_000)
+    assert (large.status_code, large.json()["code"]) == (413, "payload_too_large"), "it is no upload"
 
 
 async def test_delete_waits_for_those_that_run(client: httpx.AsyncClient, world: World) -> None:

@@ -202,7 +202,7 @@ async def test_a_name_is_an_adapter_or_an_alias(split: httpx.AsyncClient, world:
     taken = await split.put("/aliases/plain", json=to(("soft", None, 1)))
     assert (taken.status_code, taken.json()["code"]) == (409, "conflict")
     with pytest.raises(Conflict, match="'prod' is an alias"):
-        world.catalog.publish("prod", checkpoint_files(checkpoint("x")))
+        world.catalog.changes.publish("prod", checkpoint_files(checkpoint("x")))
     assert (await split.put("/aliases/other", json=to(("prod", None, 1)))).status_code == 404
     assert (await split.put("/aliases/base", json=to(("plain", None, 1)))).status_code == 422
     assert (await split.get("/adapters/prod")).status_code == 404

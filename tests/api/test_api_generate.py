@@ -297,7 +297,7 @@ async def test_limits_of_the_server_are_named(client: httpx.AsyncClient) -> None
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": ["x" * 2000]}, "stop"),
         ({"choices": [str(i) for i in range(300)]}, "choices"),
-        ({"best_of": 17, "do_sample": True}, "inputs"),
+        ({"best_of": 17, "do_sample": True}, "best_of"),
     )
     for parameters, param in cases:
         answer = await client.post("/generate", json={"inputs": "x", "parameters": parameters})

@@ -52,7 +52,7 @@ async def test_a_client_that_asked_for_a_version_is_told_it_stands(client: httpx
         ("GET", "/generate", "POST"),
         ("HEAD", "/generate", "POST"),
         ("DELETE", "/v1/models/plain", "GET, HEAD"),
-        ("GET", "/", "POST"),  # a browser's GET is answered; for all others there is none
+        ("PUT", "/", "GET, HEAD, POST"),
     ],
 )
 async def test_a_method_that_is_not_there_is_told_which_are(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import resource
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ from peft_serve.errors import InvalidParameter
 from tests.api.api_fakes import World
 
 VALUES = ["-1", "0", "1", "21", "2147483647", "2147483648", "9223372036854775808", "1e308", "1e400", "NaN", "-Infinity"]
+NO_JSON = {"1e400", "NaN", "-Infinity", '"\\ud800"'}  # what refuses these has not come to fields
 VALUES += ['"5"', "true", "null", "[]", "{}", '""', '[""]', "[[]]", "0.5", '"\\ud800"', '{"a": 1}', "1e-320", "-0.0"]
 
 
@@ -44,14 +48,25 @@ FAMILIES = [
         named(ChatBody, fields.CHAT),
     ),
     (
-        "/classify",
+        "/classify?adapter=complaints",  # it has choices, so that nothing but the field is refused
         '{{"inputs": "x", "parameters": {{"{}": {}}}}}',
         named(ClassifyParameters, fields.CLASSIFY_PARAMETERS),
     ),
-    ("/classify", '{{"{}": {}, "parameters": {{"choices": ["a", "b"]}}}}', named(ClassifyBody, fields.CLASSIFY)),
+    ("/classify?adapter=complaints", '{{"inputs": "x", "{}": {}}}', named(ClassifyBody, fields.CLASSIFY)),
     ("/embed", '{{"inputs": "x", "{}": {}}}', named(EmbedBody, fields.EMBED)),
     ("/v1/embeddings", '{{"input": "x", "{}": {}}}', named(EmbeddingsBody, fields.EMBEDDINGS)),
+    # What is asked about has to be there once, so that its own values come by themselves.
+    *[(path, '{{"{}": {}}}', ["inputs"]) for path in ("/generate", "/", "/embed", "/classify?adapter=complaints")],
+    ("/v1/completions", '{{"{}": {}}}', ["prompt"]),
+    ("/v1/chat/completions", '{{"{}": {}}}', ["messages"]),
+    ("/v1/embeddings", '{{"{}": {}}}', ["input"]),
 ]
+
+
+def resident_bytes() -> int:
+    """Of this process, the server's inside among it."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_the_matrix_is_large_enough() -> None:
@@ -63,7 +78,8 @@ async def test_no_value_of_any_field_is_our_fault(
     client: httpx.AsyncClient, world: World, path: str, body: str, names: list[str]
 ) -> None:
     json_type = {"content-type": "application/json"}
-    refused = 0
+    await client.post(path, content=body.format("seed", "1"), headers=json_type)  # what is loaded with the first call
+    refused, resident = 0, resident_bytes()
     for name in names:
         for value in VALUES:
             answer = await client.post(path, content=body.format(name, value), headers=json_type)
@@ -79,7 +95,9 @@ async def test_no_value_of_any_field_is_our_fault(
                 assert said["status"] == answer.status_code
                 assert path not in TGI_PATHS or said["error_type"] == "validation"
             assert len(answer.content) < 6000
+            assert ("body: " if value in NO_JSON else name) in answer.text, (name, value, answer.text)
     assert refused > 5 * len(names)
+    assert resident_bytes() - resident < 50 << 20
     assert world.engine.num_live == 0
 
 

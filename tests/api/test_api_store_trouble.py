@@ -16,14 +16,17 @@ from typing import Any
 import httpx
 import pytest
 
+from peft_serve.adapters.alias_record import Target
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.api.app import create_app
 from peft_serve.api.principal import ANYONE
+from peft_serve.api.prompts import LONG_TEXT_CHARS
 from peft_serve.api.resolving import Resolver
 from peft_serve.api.splitting import Draws
+from peft_serve.api.store_threads import StoreThreads
 from peft_serve.core import AdapterId
 from peft_serve.errors import Unavailable
 from tests.api.api_fakes import BASE_NAME, World, checkpoint, fake_gate, make_world, zipped
@@ -201,6 +204,29 @@ async def test_a_server_starts_on_a_read_only_store_and_serves(troubled: Trouble
         assert (await client.post("/adapters/warm/pin")).status_code == 202, "until the server stops"
 
 
+async def test_of_a_change_that_cannot_be_made_the_store_is_told_first(troubled: Troubled) -> None:
+    """Whoever did as a 409 or a 412 says would only hear the next reason."""
+    async with served(troubled.world) as client:
+        troubled.world.catalog.aliases.put("best", [Target(adapter="warm")])
+        troubled.disk.error = errno.EROFS
+    async with served(troubled.restarted()) as client:
+        moved = {"if-match": '"sha256-00"'}
+        refusals = [
+            await client.delete("/adapters/warm"),
+            await client.delete("/adapters/warm?force=1"),
+            await client.delete("/adapters/cold", headers=moved),
+            await client.put("/adapters/cold", content=zipped(checkpoint("v2")), headers=ZIP | moved),
+            await client.put("/adapters/cold", content=zipped(checkpoint("v2")), headers=ZIP | {"if-none-match": "*"}),
+            await client.put("/adapters/new", content=zipped(checkpoint("v2", peft_type="NO")), headers=ZIP),
+        ]
+        for refusal in refusals:
+            assert (refusal.status_code, "is read-only" in refusal.json()["detail"]) == (503, True), refusal.text
+        assert (await client.delete("/adapters/nobody")).status_code == 404
+        assert (
+            await client.put("/adapters/cold?dry_run=1", content=zipped(checkpoint("v2")), headers=ZIP | moved)
+        ).status_code == 412, "what changes nothing is looked at all the same"
+
+
 async def test_pins_come_back_with_the_server(client: httpx.AsyncClient, world: World) -> None:
     assert (await client.post("/adapters/warm/pin")).status_code == 202
     assert (await client.post("/adapters/cold/pin")).status_code == 202
@@ -215,3 +241,51 @@ async def test_pins_come_back_with_the_server(client: httpx.AsyncClient, world: 
         assert pinned == {"warm": True, "cold": False}
         assert (await again.delete("/adapters/warm")).status_code == 204
     assert world.catalog.pins.all() == {}
+
+
+async def test_calls_that_wait_for_a_disk_keep_nobody_else(
+    client: httpx.AsyncClient, world: World, disk: TroubledDisk
+) -> None:
+    """More of them than there are threads anywhere, and none of those that prompts and metrics need."""
+    assert (await ask(client, "warm")).status_code == 200
+    disk.answers.clear()
+    calls = [("GET", "/adapters"), ("GET", "/adapters/cold"), ("GET", "/adapters/cold/archive"), ("GET", "/v1/models")]
+    calls += [("POST", "/adapters/cold/rollback"), ("DELETE", "/adapters/cold"), ("GET", "/aliases")]
+    waiting = [asyncio.create_task(client.request(*call)) for call in calls * 8]
+    await asyncio.sleep(0.1)
+    for path in ("/livez", "/readyz", "/health", "/metrics"):
+        assert (await asyncio.wait_for(client.get(path), 10)).status_code == 200, path
+    long = {"inputs": "word " * (LONG_TEXT_CHARS // 5 + 1), "parameters": {"max_new_tokens": 1, "truncate": 4}}
+    for _ in range(3):
+        answer = await asyncio.wait_for(client.post("/generate?adapter=warm", json=long), 10)
+        assert answer.status_code == 200, answer.text
+    assert sum(not task.done() for task in waiting) > 8, "so many wait that one pool would be used up"
+    disk.answers.set()
+    assert {answer.status_code for answer in await asyncio.gather(*waiting)} <= {200, 204, 404, 429}, "429: downloads"
+    world.catalog.check()
+
+
+async def test_who_finds_no_thread_in_time_is_told_so_and_what_has_begun_is_waited_for() -> None:
+    threads, opened, ran = StoreThreads(num_threads=2, patience_s=0.1), threading.Event(), list[int]()
+
+    def hang(number: int) -> int:
+        ran.append(number)
+        assert opened.wait(20), "the test is over"
+        return number
+
+    calls = [asyncio.create_task(threads.run(hang, number)) for number in range(5)]
+    done, begun = await asyncio.wait(calls, timeout=0.5)
+    assert (len(done), len(begun), ran) == (3, 2, [0, 1])
+    for task in done:
+        error = task.exception()
+        assert isinstance(error, Unavailable)
+        assert (error.retry_after_s, "does not answer" in error.message) == (30.0, True)
+    gone = begun.pop()
+    gone.cancel()
+    await asyncio.wait([gone])
+    opened.set()
+    assert [await task for task in begun] == [calls.index(task) for task in begun]
+    assert await asyncio.gather(*(threads.run(hang, number) for number in range(10, 20))) == list(range(10, 20))
+    assert sorted(ran) == [0, 1, *range(10, 20)], "what was refused was not done"
+    with pytest.raises(ZeroDivisionError):
+        await threads.run(divmod, 1, 0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+
+from peft_serve.engine.snapshot import EngineState
+from tests.api.api_fakes import World
 
 UI = Path(__file__).resolve().parents[2] / "server" / "peft_serve" / "ui"
 OWN = sorted(path for path in UI.iterdir() if path.suffix in (".js", ".css", ".html"))
@@ -73,11 +77,22 @@ async def test_a_browser_finds_the_page(client: httpx.AsyncClient) -> None:
         assert str(response.next_request.url) == "http://server/ui/"  # type: ignore[union-attr]
 
 
-async def test_for_programs_the_root_has_no_get(client: httpx.AsyncClient) -> None:
+async def test_programs_find_at_the_root_how_the_server_is_and_where_to_go_on(
+    client: httpx.AsyncClient, world: World
+) -> None:
     response = await client.get("/")
-    assert response.status_code == 405
-    assert response.headers["allow"] == "POST"
+    assert response.status_code == 200
+    said = response.json()
+    routes = said.pop("routes")
+    assert said == (await client.get("/health")).json()
+    for route in routes.values():
+        method, path = route.split()
+        body = {"json": {"inputs": "a"}} if method == "POST" else {}
+        assert (await client.request(method, path, **body)).status_code == 200, route
     assert (await client.post("/", json={"inputs": "a"})).status_code == 200
+    snapshot = world.engine.snapshot
+    world.engine.snapshot = lambda: replace(snapshot(), state=EngineState.DEAD)  # type: ignore[method-assign]
+    assert [(await client.get(path)).status_code for path in ("/", "/health")] == [503, 503]
 
 
 def test_every_file_that_is_named_is_there() -> None:

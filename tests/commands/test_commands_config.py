@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import field_validator
 
 from peft_serve.cli import app
+from peft_serve.commands import configuration
 from peft_serve.commands.configuration import ConfigurationInvalid, Source, configured, nearest, read_file
 from peft_serve.commands.options import VLLM_NAMES, setting_named
 from peft_serve.config import Settings
@@ -61,6 +63,19 @@ def test_a_wrong_file_is_refused_with_the_place(file: Path, text: str, said: str
     assert said in str(refusal.value)
 
 
+def test_a_rule_of_our_own_is_told_without_pydantics_word_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Settings):
+        @field_validator("max_rank")
+        @classmethod
+        def _is_odd(cls, _value: int) -> int:
+            raise ValueError("should be odd")
+
+    monkeypatch.setattr(configuration, "Settings", Odd)
+    with pytest.raises(ConfigurationInvalid) as refusal:
+        configured({"max_rank": 4}, {})
+    assert refusal.value.lines == ("--max-rank: should be odd (given: 4)",)
+
+
 def test_words_of_yaml_stay_words_and_nothing_is_nothing(file: Path) -> None:
     file.write_text("prepack: on\nenable_prefix_caching: false\nmax_wait_s:\nadapters: [a, b]\nmax-num-seqs: 3\n")
     assert read_file(file) == {
@@ -95,7 +110,9 @@ def test_a_wrong_value_is_told_with_the_place_that_said_it(file: Path) -> None:
     assert (said.code, "PEFT_SERVE_MAX_RANK: Input should be a valid integer" in said.all) == (2, True)
     assert "--max-rank: Input" in run("config", "show", "--max-rank", "0").all
     lists = run("config", "show", env={"PEFT_SERVE_ADAPTERS": "folder"})
-    assert (lists.code, "a list is written as JSON" in lists.all) == (2, True)
+    assert (lists.code, "PEFT_SERVE_ADAPTERS: a list is written as JSON" in lists.all) == (2, True)
+    endless = run("config", "show", "--drain-s", "inf")
+    assert (endless.code, "--drain-s: Input should be a finite number" in endless.all) == (2, True)
     file.write_text("port: 70000")
     assert run("serve", "--config", str(file)).code == 2, "a server reads the same file"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -130,9 +132,12 @@ async def test_a_step_that_goes_well_in_between_forgives_the_others(house: House
 
 async def test_an_engine_that_gives_up_ends_what_runs(house: House) -> None:
     client = client_of(house)
+    plain, told = house.run, threading.Event()
+    house.run = lambda step: (step.id > 2 and told.wait(10), plain(step))[1]
     stream = client.submit(request(1, max_new_tokens=50))
     await anext(stream)
     house.engine.give_up("the base's weights have changed")
+    told.set()
     events = [event async for event in stream]
     assert isinstance(end(events).error, Unavailable)
     with pytest.raises(Unavailable):
@@ -180,7 +185,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-async def test_whatever_a_load_raises_fails_its_own_requests(error: Exception) -> None:
+async def test_whatever_a_load_raises_fails_its_own_requests(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     def load(adapter: AdapterId) -> Adapter:
         if adapter == B:
             raise error
@@ -197,9 +204,14 @@ async def test_whatever_a_load_raises_fails_its_own_requests(error: Exception) -
                 assert "does not load" in failure.message
             else:
                 assert end(events).reason is FinishReason.LENGTH
+        house.engine.load(B)
+        await collect(client, request(6, C))
         house.scheduler.check()
     finally:
         house.engine.stop()
+    logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(logged) == 1, "a load that fails is told once, however many asked for it"
+    assert f"adapter {B} cannot be loaded: {type(error).__name__}" in logged[0]
 
 
 async def test_a_load_that_finds_no_memory_is_tried_again_without_what_nobody_uses() -> None:

@@ -64,7 +64,7 @@ async def test_an_encoder_is_served_from_upload_to_reading(tmp_path: Path) -> No
     assert parts.base.max_context == 64
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "dense"])
     model = adapted(tiny_encoder("bert", "SEQ_CLS", num_labels=5), config)
-    parts.catalog.publish("five", files_of(model))
+    parts.catalog.changes.publish("five", files_of(model))
     found = parts.catalog.resolve("five")
     assert found.head == HeadFacts("SEQ_CLS", 5)
     engine.start()

@@ -72,7 +72,7 @@ def test_one_slot_stays_free_when_there_are_fewer(server: Server, caplog: pytest
 
 
 def test_the_pin_of_what_is_gone_is_forgotten(server: Server) -> None:
-    server.catalog.delete("b")
+    server.catalog.changes.delete("b")
     again = restarted(server)
     assert resumed(again.catalog).pinned == {ONE.digest(), FOUR.digest()}
     assert set(restarted(again).catalog.pins.all()) == {ONE.digest(), FOUR.digest()}

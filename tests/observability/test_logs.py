@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser
 
 from peft_serve.logs import MAX_CHARS, LogFormat, configure_logs, escaped
 
@@ -98,6 +100,16 @@ def test_every_library_and_pythons_warnings_speak_alike(lines: Any) -> None:
         warnings.warn("from Python", UserWarning, stacklevel=1)
     loggers = [json.loads(line)["logger"] for line in written()]
     assert loggers == ["some.library", "py.warnings"]
+
+
+def test_what_a_library_quotes_of_callers_is_not_written(lines: Any) -> None:
+    written = lines("text", "debug")
+    parser = MultipartParser(b"x")
+    with pytest.raises(MultipartParseError):
+        parser.write(b"--x\r\nfalse alarm: the disk is on fire")
+    parser.logger.error("of ours")
+    (line,) = written()
+    assert line.endswith("of ours")
 
 
 def test_to_configure_twice_is_to_write_once(lines: Any) -> None:

@@ -24,6 +24,7 @@ _STORE = ("tests/adapters/store/test_store_power.py",)
 _SLOTS = ("tests/scheduling/test_slots.py",)
 _ENGINE = ("tests/engine/test_engine.py",)
 _APART = ("tests/model/test_apart.py",)
+_DAYS = ("tests/scheduling/test_simulated.py",)
 
 FAULTS = (
     Fault(
@@ -172,6 +173,48 @@ FAULTS = (
         old="        return self._apart(rows, error)\n",
         new="        raise error\n",
         tests=_APART,
+    ),
+    Fault(
+        name="what a tenant is given does not count",
+        file="scheduling/order.py",
+        old="        self._tenants.give(tracked.request.tenant, cost / tracked.request.tenant_weight)\n",
+        new="",
+        tests=_DAYS,
+    ),
+    Fault(
+        name="a tenant that comes waits behind all the others",
+        file="scheduling/order.py",
+        old="        least = min(map(self.given, waiting), default=self._floor)\n",
+        new="        least = max(map(self.given, waiting), default=self._floor)\n",
+        tests=_DAYS,
+    ),
+    Fault(
+        name="a body may take as long as it likes",
+        file="api/middleware.py",
+        old="            async with asyncio.timeout_at(self._until_s):\n",
+        new="            async with asyncio.timeout_at(None):\n",
+        tests=("tests/api/test_api_connections.py", "-k", "body_that_trickles"),
+    ),
+    Fault(
+        name="a full queue is said when everything has been read and planned",
+        file="api/admission.py",
+        old="        if snapshot.num_waiting >= limit:\n",
+        new="        if False:\n",
+        tests=("tests/api/test_api_leaving.py", "-k", "full_queue_is_said"),
+    ),
+    Fault(
+        name="a change of a read-only store is refused for the wrong reason",
+        file="adapters/changes.py",
+        old="            self._store.require_writable()\n            self._check(",
+        new="            self._check(",
+        tests=("tests/api/test_api_store_trouble.py",),
+    ),
+    Fault(
+        name="calls that wait for the disk use up everybody's threads",
+        file="api/store_threads.py",
+        old="        future = self.submit(work, *args, **kwargs)\n",
+        new="        return await asyncio.to_thread(work, *args, **kwargs)\n",
+        tests=("tests/api/test_api_store_trouble.py",),
     ),
     Fault(
         name="any key may delete an adapter",

@@ -44,7 +44,8 @@ def tree(root: Path) -> Path:
     return root
 
 
-def test_what_the_tests_say_is_told_by_its_colour(tmp_path: Path) -> None:
+def test_what_the_tests_say_is_told_by_its_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # most of the time of a run of one line
     root = tree(tmp_path / "root")
     (tmp_path / "copy").mkdir()
     planting = Planting(root, tmp_path / "copy")

@@ -31,6 +31,37 @@ MAX_ROWS_OF_ONE: Final = 64  # of the largest request there is
 _CHECK_EVERY: Final = 15  # acts from one check of all books to the next
 
 
+class Account:
+    """What each tenant was given, kept beside the order's own counters: a wrong one there is none here.
+
+    A prompt's token that is computed costs 1 and a drawn one 2, divided by the tenant's weight. Who begins to wait has
+    saved nothing up: it has at least what the one of those that wait has that was given least.
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[str, float] = {}
+        self._last = 0.0  # of the tenant that was served last: who comes when nobody waits begins there
+
+    def given_to(self, tenant: str) -> float:
+        return self._given.get(tenant, 0.0)
+
+    def note_arrival(self, tenant: str, waiting: set[str]) -> None:
+        if tenant not in waiting:
+            least = min(map(self.given_to, waiting), default=self._last)
+            self._given[tenant] = max(self.given_to(tenant), least)
+
+    def note_start(self, tracked: Tracked) -> None:
+        self._last = self.given_to(tracked.request.tenant)
+        self._give(tracked, len(tracked.request.prompt) - tracked.num_cached)
+
+    def note_token(self, tracked: Tracked) -> None:
+        self._give(tracked, 2.0)
+
+    def _give(self, tracked: Tracked, cost: float) -> None:
+        tenant = tracked.request.tenant
+        self._given[tenant] = self.given_to(tenant) + cost / tracked.request.tenant_weight
+
+
 class Watched:
     """An order that is checked: nobody is begun before an overdue request that stands in front of it and could run.
 
@@ -43,6 +74,7 @@ class Watched:
         self._affinity_age_s = affinity_age_s
         self.is_usable: Callable[[AdapterId], bool] = lambda _adapter: False
         self._queue: WaitingQueue | None = None
+        self._account = Account()
         self.num_judged = 0  # starts with somebody overdue beside them
 
     @property
@@ -54,6 +86,7 @@ class Watched:
 
     def note_arrival(self, tracked: Tracked, queue: WaitingQueue) -> None:
         self._queue = queue
+        self._account.note_arrival(tracked.request.tenant, {each.request.tenant for each in queue})
         self._order.note_arrival(tracked, queue)
 
     def note_start(self, tracked: Tracked) -> None:
@@ -63,15 +96,17 @@ class Watched:
             if age_s > self._affinity_age_s and self.is_usable(other.adapter):
                 self.num_judged += 1
                 assert not self._stands_before(other, tracked), f"{other.id} is passed by {tracked.id}"
+        self._account.note_start(tracked)
         self._order.note_start(tracked)
 
     def note_token(self, tracked: Tracked) -> None:
+        self._account.note_token(tracked)
         self._order.note_token(tracked)
 
     def _stands_before(self, other: Tracked, tracked: Tracked) -> bool:
         if isinstance(self._order, FairOrder):
             mine, others = tracked.request.tenant, other.request.tenant
-            return mine != others and self._order.given_to(others) < self._order.given_to(mine)
+            return mine != others and self._account.given_to(others) < self._account.given_to(mine)
         return other.seq < tracked.seq
 
 
@@ -139,7 +174,7 @@ class Simulation:
 
     def _arrive(self) -> None:
         scheduler = self.world.scheduler
-        before = scheduler.snapshot().num_waiting
+        before = len(scheduler._roster.queue)
         is_full = before >= self.world.limits.max_queue
         name = RequestId(f"r{len(self.world.requests)}")
         try:
@@ -152,7 +187,7 @@ class Simulation:
             self._num_refused += 1
         else:
             assert not is_full, "the queue takes more than it may"
-            assert scheduler.snapshot().num_waiting <= self.world.limits.max_queue
+            assert len(scheduler._roster.queue) <= self.world.limits.max_queue
             self._begun[name] = len(self.world.steps)
 
     def _submit(self) -> None:
@@ -216,10 +251,10 @@ class Simulation:
             self.world.cancel(rng.choice(list(self.world.requests)))
         elif draw < 0.08:
             scheduler.evict(some)
-        elif draw < 0.1 and len(scheduler.snapshot().pinned) < min(1, self.world.slots.num_slots - 1):
+        elif draw < 0.1 and len(self.world.slots.pinned) < min(1, self.world.slots.num_slots - 1):
             scheduler.pin(adapter_id(rng.choice(_PINNABLE)))
         elif draw < 0.14:
-            for adapter in scheduler.snapshot().pinned:
+            for adapter in self.world.slots.pinned:
                 scheduler.unpin(adapter)
 
     def _loads(self) -> None:
@@ -257,7 +292,7 @@ class Simulation:
         for request in world.finishes.keys() - self._ended.keys():
             self._ended[request] = len(world.steps)
         limits = world.limits
-        assert world.scheduler.snapshot().num_waiting <= limits.max_queue + limits.max_rows, "more wait than may"
+        assert len(world.scheduler._roster.queue) <= limits.max_queue + limits.max_rows, "more wait than may"
         return ran
 
     # -- what came of it

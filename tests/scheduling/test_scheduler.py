@@ -285,7 +285,10 @@ class TestPrefixes:
             world.step()
         refused = world.submit(BASE, prompt=range(20), sampling=greedy(1))
         world.drain()
-        assert isinstance(world.finishes[refused].error, PromptTooLong)
+        error = world.finishes[refused].error
+        assert isinstance(error, PromptTooLong)
+        assert "has 4 for it beside 5 that the prefixes of pinned adapters hold" in error.message
+        assert "POST /adapters/{name}/unpin" in error.message
 
 
 class TestFairness:
@@ -370,7 +373,9 @@ class TestPreemption:
         request = world.submit(prompt=range(13))
         grows = world.submit(prompt=range(10), sampling=greedy(9))
         world.drain()
-        assert isinstance(world.finishes[request].error, PromptTooLong)
+        error = world.finishes[request].error
+        assert isinstance(error, PromptTooLong)
+        assert "pin" not in error.message
         assert isinstance(world.finishes[grows].error, PromptTooLong)
         assert len(world.tokens[grows]) == 3
         world.check_answers()

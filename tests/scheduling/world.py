@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 
@@ -57,6 +58,7 @@ def some_limits(**changes: object) -> Limits:
     return Limits(**(defaults | changes))  # type: ignore[arg-type]
 
 
+@cache
 def adapter_id(index: int) -> AdapterId:
     return AdapterId(f"sha256:{index:064x}")
 

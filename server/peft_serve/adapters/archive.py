@@ -134,9 +134,10 @@ def _checked(found: _Found) -> CheckpointFiles:
     contents = found.contents
     if WEIGHTS_FILE in contents:  # peft's; what AdapterHub calls its files is then no part of the checkpoint
         found.ignored += [name for name in _OF_HUB if contents.pop(name, None) is not None]
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if name not in contents and not (name == WEIGHTS_FILE and HUB_WEIGHTS_FILE in contents):
-            raise MalformedUpload(_missing(name, found.ignored))
+    has_weights = WEIGHTS_FILE in contents or HUB_WEIGHTS_FILE in contents
+    if CONFIG_FILE not in contents or not has_weights:
+        name = WEIGHTS_FILE if CONFIG_FILE in contents else CONFIG_FILE
+        raise MalformedUpload(_missing(name, found.ignored, has_weights=has_weights))
     for name, content in contents.items():
         if content.startswith(_LFS_POINTER):
             raise MalformedUpload(f"{name} is a git-lfs pointer, not the file; run `git lfs pull` and upload again")
@@ -162,13 +163,13 @@ def is_pickle(content: bytes) -> bool:
     return len(content) > 1 and content[0] == 0x80 and content[1] in range(2, 6) and any(content[3:8])
 
 
-def _missing(name: str, ignored: Iterable[str]) -> str:
+def _missing(name: str, ignored: Iterable[str], *, has_weights: bool) -> str:
     pickles = [path for path in ignored if path.endswith(_PICKLE_ENDINGS)]
     if name == CONFIG_FILE and any(path.rpartition("/")[2] == _FUSION_CONFIG for path in ignored):
         return "the upload is an AdapterFusion, which attends over several adapters at run time; upload these instead"
     if name == CONFIG_FILE and any(path.endswith("/data.pkl") for path in pickles):
         return f"the upload is a file of torch.save, and reading it can run code; {_SAVE_AGAIN}"
-    if name == WEIGHTS_FILE and pickles:
+    if pickles and not has_weights:
         is_of_hub = pickles[0].rpartition("/")[2] == _HUB_PICKLE
         wanted, way_out = (HUB_WEIGHTS_FILE, _SAVE_HUB_AGAIN) if is_of_hub else (WEIGHTS_FILE, _SAVE_AGAIN)
         return (

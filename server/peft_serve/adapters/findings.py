@@ -9,6 +9,7 @@ from typing import Protocol
 
 from peft_serve.adapters.folders import CheckpointFolders, FilesStamp
 from peft_serve.adapters.manifest import Manifest
+from peft_serve.adapters.name_record import Numbered
 from peft_serve.adapters.once_each import OnceEach
 from peft_serve.adapters.records import CheckpointFiles, Profile, Summary
 from peft_serve.adapters.store import AdapterStore
@@ -108,6 +109,15 @@ class StoreFindings:
     def of(self, adapter: AdapterId) -> Finding:
         """May read the weights, once; raises AdapterUnavailable when the files are damaged or missing."""
         return self._findings.get(adapter, lambda: self._made(adapter))
+
+    def accepted(self, name: str, version: Numbered) -> Manifest:
+        """The manifest of a name's version; raises AdapterInvalid, and AdapterUnavailable as `of` does."""
+        what = f"adapter '{name}' version {version.number}"
+        try:
+            finding = self.of(version.id)
+        except AdapterUnavailable as error:
+            raise AdapterUnavailable(f"{what}: {error.message}", retry_after_s=error.retry_after_s) from error
+        return finding.accepted(what)
 
     def _made(self, adapter: AdapterId) -> Finding:
         manifest = self._store.read_manifest(adapter)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
 from peft_serve.adapters.eviction import EvictionPolicy, LeastRecentlyUsed
 from peft_serve.adapters.frames import without_frames
+from peft_serve.adapters.load_failures import LoadFailures
 from peft_serve.adapters.lookups import Lookup, OnLookup, unobserved
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.shortage import is_short_of_memory
@@ -74,7 +75,7 @@ class HostCache:
         self._load = load
         self._max_bytes = max_bytes
         self._clock = clock
-        self._failure_ttl_s = failure_ttl_s
+        self._failures = LoadFailures(failure_ttl_s, clock)
         self._max_ahead = max_ahead
         self._policy = policy or LeastRecentlyUsed()  # knows the entries that are kept
         self._on_lookup = on_lookup
@@ -85,7 +86,6 @@ class HostCache:
         self._held_bytes = 0  # of all entries
         self._waiters: dict[AdapterId, list[OnDone]] = {}  # ids being loaded
         self._dropped: set[AdapterId] = set()  # of those, the ones that are not to be kept
-        self._failures: dict[AdapterId, tuple[float, Exception]] = {}  # until when, and why
         self._hits = self._misses = self._evictions = 0
         self._closed = False
         self._queue: SimpleQueue[AdapterId | None] = SimpleQueue()
@@ -113,7 +113,7 @@ class HostCache:
     def fetch_ahead(self, adapter_id: AdapterId) -> None:
         """Begin to load an adapter that somebody is about to request, unless enough is under way. Leases nothing."""
         with self._lock:
-            is_known = adapter_id in self._entries or adapter_id in self._failures
+            is_known = adapter_id in self._entries or self._failures.get(adapter_id) is not None
             if not (self._closed or is_known) and len(self._waiters) < self._max_ahead:
                 self._begin(adapter_id)
 
@@ -138,8 +138,7 @@ class HostCache:
                 self._policy.use(adapter_id)
             return entry.adapter
         self._misses += 1
-        until, failure = self._failures.get(adapter_id, (0.0, None))
-        return failure if failure is not None and self._clock() < until else None
+        return self._failures.get(adapter_id)
 
     def release(self, adapter_id: AdapterId) -> None:
         """Give back the lease of one delivery."""
@@ -160,7 +159,7 @@ class HostCache:
     def drop(self, adapter_id: AdapterId) -> None:
         """Forget an adapter and what is known of its failures; a leased one goes with its last lease."""
         with self._lock:
-            self._failures.pop(adapter_id, None)
+            self._failures.forget(adapter_id)
             if adapter_id in self._waiters:
                 self._dropped.add(adapter_id)
             entry = self._entries.get(adapter_id)
@@ -251,12 +250,10 @@ class HostCache:
         return self._load(adapter_id)
 
     def _take_in(self, adapter_id: AdapterId, outcome: Adapter | Exception, num_bytes: int, *, num_leases: int) -> None:
-        now = self._clock()
-        self._failures = {key: kept for key, kept in self._failures.items() if now < kept[0]}
         dropped = adapter_id in self._dropped
         if isinstance(outcome, Exception):
             if not dropped:
-                self._failures[adapter_id] = (now + self._failure_ttl_s, outcome)
+                self._failures.note(adapter_id, outcome)
             return
         keep = num_bytes <= self._max_bytes and not dropped
         if not (keep or num_leases):  # fetched ahead, and not to be kept for those who may come
@@ -274,16 +271,7 @@ class HostCache:
     def _evict(self) -> int:
         """Let go of adapters without a lease, in the policy's order, until the rest is within the budget; how many."""
         excess = self._num_bytes - self._max_bytes
-        if excess <= 0:
-            return 0
-        victims: list[AdapterId] = []
-        for adapter_id in self._policy.victims():
-            if excess <= 0:
-                break
-            entry = self._entries[adapter_id]
-            if entry.leases == 0:
-                victims.append(adapter_id)
-                excess -= entry.num_bytes
+        victims = _victims(excess, self._policy.victims(), self._entries) if excess > 0 else []
         self._let_out(victims)
         return len(victims)
 
@@ -309,6 +297,19 @@ class HostCache:
     def _tell(self, num_evicted: int) -> None:
         for _ in range(num_evicted):
             self._on_evict()
+
+
+def _victims(num_bytes: int, order: Iterable[AdapterId], entries: Mapping[AdapterId, _Entry]) -> list[AdapterId]:
+    """Those without a lease, in that order, until so many bytes are given."""
+    found: list[AdapterId] = []
+    for adapter_id in order:
+        if num_bytes <= 0:
+            break
+        entry = entries[adapter_id]
+        if entry.leases == 0:
+            found.append(adapter_id)
+            num_bytes -= entry.num_bytes
+    return found
 
 
 def _deliver(on_done: OnDone, adapter_id: AdapterId, outcome: Adapter | Exception) -> None:

@@ -31,22 +31,26 @@ class Entry:
     owner: str = ""  # the tenant that published it; empty: the operator
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shelves:
+    """Where adapters are, what is known about them, and who holds them: the parts that asking and changing share."""
+
+    store: AdapterStore
+    names: NameLedger
+    findings: StoreFindings
+    folders: FolderFindings
+    holds: BlobHolds
+
+
 class Listing:
     """A view on the catalog's parts; it changes none of them."""
 
-    def __init__(
-        self,
-        store: AdapterStore,
-        names: NameLedger,
-        findings: StoreFindings,
-        folders: FolderFindings,
-        holds: BlobHolds,
-    ) -> None:
-        self._store = store
-        self._names = names
-        self._findings = findings
-        self._folders = folders
-        self._holds = holds
+    def __init__(self, shelves: Shelves) -> None:
+        self._store = shelves.store
+        self._names = shelves.names
+        self._findings = shelves.findings
+        self._folders = shelves.folders
+        self._holds = shelves.holds
 
     def get(self, name: str) -> Entry:
         """Raises UnknownAdapter."""

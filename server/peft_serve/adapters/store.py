@@ -59,8 +59,8 @@ def record_file(root: Path, name: str) -> Path:
 class AdapterStore:
     """Owner of one folder. Methods may be called from any thread; the catalog orders writes to one name.
 
-    `on_detach` is told of each blob that is gone for good, and returns at once. Checkpoints leave `min_free_bytes` of
-    the disk alone, so that there is room for records: those of a delete, first of all.
+    Checkpoints leave `min_free_bytes` of the disk alone, so that there is room for records: those of a delete, first of
+    all.
     """
 
     def __init__(
@@ -68,12 +68,11 @@ class AdapterStore:
         root: Path,
         fs: FileSystem,
         *,
-        on_detach: Callable[[AdapterId], None] = lambda _adapter: None,
         min_free_bytes: int = 0,
     ) -> None:
         self._fs = fs
         self._min_free_bytes = min_free_bytes
-        self._on_detach = on_detach
+        self._on_detach: Callable[[AdapterId], None] = lambda _adapter: None
         self._root = root
         self._blobs = root / "blobs" / "sha256"
         self._names = root / "names"
@@ -85,6 +84,14 @@ class AdapterStore:
     def is_read_only(self) -> bool:
         """Whether this process may only read what lies there; what would write raises Unavailable."""
         return self._folder.is_read_only
+
+    def require_writable(self) -> None:
+        """Raise Unavailable where this process may only read: before anything else is looked at for a change."""
+        self._folder.require_writable()
+
+    def tell_of_detached(self, listener: Callable[[AdapterId], None]) -> None:
+        """`listener` is told of each blob that is gone for good, and returns at once. To be said before the first."""
+        self._on_detach = listener
 
     def close(self) -> None:
         """Let another process own the store."""

@@ -95,10 +95,15 @@ class StoreFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Whatever changes the folder is done in here; raises StoreFull and Unavailable."""
+        self.require_writable()
         with told("written"):
-            if self.is_read_only:
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             yield
+
+    def require_writable(self) -> None:
+        """Raise Unavailable where this process may only read."""
+        if self.is_read_only:
+            with told("written"):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def replace(self, path: Path, body: Mapping[str, Any]) -> None:
         """Put a sealed document in the place of an earlier one: whole, and durable on return."""

@@ -6,7 +6,6 @@ are called in an upload, so that what was fetched here can be sent there.
 
 from __future__ import annotations
 
-import asyncio
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -17,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from peft_serve.adapters.adapterhub.config import is_adapterhub
-from peft_serve.adapters.catalog import etag
+from peft_serve.adapters.changes import etag
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.records import HUB_WEIGHTS_FILE, WEIGHTS_FILE, CheckpointFiles, Resolved
 from peft_serve.api.openapi import error_responses
@@ -38,6 +37,7 @@ class ArchiveRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._threads = service.store_threads
         self._catalog = service.parts.catalog
         self._num_running = 0
 
@@ -55,7 +55,7 @@ class ArchiveRoutes:
 
     async def archive(self, name: str, request: Request) -> Response:
         """Of the current version, or of `name@3` or `name@sha256:..`."""
-        found = await asyncio.to_thread(self._service.seen(request).resolve, name)
+        found = await self._threads.run(self._service.seen(request).resolve, name)
         headers = {"etag": etag(found.id), "x-adapter": found.name, "x-adapter-version": str(found.number)}
         if headers["etag"] in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
             return Response(status_code=304, headers=headers)
@@ -63,7 +63,7 @@ class ArchiveRoutes:
             raise QueueFull("so many downloads run already; come back later", retry_after_s=_RETRY_AFTER_S)
         self._num_running += 1
         try:
-            files = await asyncio.to_thread(self._catalog.files, found.id)
+            files = await self._threads.run(self._catalog.files, found.id)
         except BaseException:
             self._num_running -= 1
             raise

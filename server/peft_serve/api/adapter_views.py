@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_serve.adapters.catalog import Published
+from peft_serve.adapters.changes import Published
 from peft_serve.adapters.listing import Entry
 from peft_serve.adapters.records import HeadFacts, Summary, Version
 from peft_serve.core import AdapterId

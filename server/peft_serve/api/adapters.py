@@ -14,13 +14,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from peft_serve.adapters.catalog import Published, etag
+from peft_serve.adapters.changes import Published, etag
 from peft_serve.adapters.listing import Entry
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.names import check_name
 from peft_serve.api.adapter_views import entry_view, published_view, summary_view, version_view
 from peft_serve.api.aliases import alias_view
-from peft_serve.api.fetching import FetchRoutes, or_source
+from peft_serve.api.fetching import FetchRoutes, or_source, read_small
 from peft_serve.api.json_body import parse_object
 from peft_serve.api.json_response import json_response
 from peft_serve.api.openapi import UPLOAD_BODY, error_responses
@@ -49,6 +49,7 @@ class AdapterRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._threads = service.store_threads
         self._parts = service.parts
         self._limits = UploadLimits(max_bytes=service.parts.settings.max_adapter_bytes)
         self._turns = asyncio.Semaphore(MAX_UPLOADS)
@@ -92,8 +93,8 @@ class AdapterRoutes:
 
     async def list(self, request: Request) -> Response:
         seen, principal = self._service.seen(request), principal_of(request)
-        entries = await asyncio.to_thread(seen.list)
-        aliases = await asyncio.to_thread(seen.aliases)
+        entries = await self._threads.run(seen.list)
+        aliases = await self._threads.run(seen.aliases)
         problems = self._service.intake.problems if principal.is_operator else ()
         content = {
             "adapters": [self._view(entry, request) for entry in entries],
@@ -106,7 +107,7 @@ class AdapterRoutes:
         return await self._entry(name, request)
 
     async def versions(self, name: str, request: Request) -> Response:
-        versions = await asyncio.to_thread(self._service.seen(request).versions, _plain(name))
+        versions = await self._threads.run(self._service.seen(request).versions, _plain(name))
         return json_response({"name": name, "versions": [version_view(version) for version in versions]})
 
     async def put(self, name: str, request: Request) -> Response:
@@ -128,19 +129,13 @@ class AdapterRoutes:
     async def validate(self, request: Request) -> Response:
         upload = await self._receive(request)
         async with self._turns:
-            found = await asyncio.to_thread(self._parts.inspect, upload.files)
+            found = await self._threads.run(self._parts.inspect, upload.files)
         return json_response({"digest": found.id, **summary_view(found.summary), "tried": False})
 
     async def delete(self, name: str, request: Request) -> Response:
-        seen, name = self._service.seen(request), _plain(name)
-        if_match = request.headers.get("if-match")
-        await asyncio.to_thread(seen.require_own, name)
-        if if_match is not None:
-            version = (await asyncio.to_thread(seen.get, name)).version
-            tags = [tag.strip() for tag in if_match.split(",")]
-            if tags != ["*"] and (version is None or etag(version.id) not in tags):
-                raise PreconditionFailed(f"adapter '{name}' is not at what If-Match names; look again")
-        in_flight = await asyncio.to_thread(self._service.intake.remove, name, force=_flag(request, "force"))
+        name, force, if_match = _plain(name), _flag(request, "force"), request.headers.get("if-match")
+        await self._threads.run(self._service.seen(request).require_own, name)
+        in_flight = await self._threads.run(self._service.intake.remove, name, force=force, if_match=if_match)
         if in_flight == 0:
             return Response(status_code=204)
         return json_response({"name": name, "state": "draining", "in_flight": in_flight}, status=202)
@@ -154,14 +149,14 @@ class AdapterRoutes:
                 f"adapter '{name}' cannot be pinned: {len(others)} of {snapshot.num_slots} slots are pinned, and one "
                 "must stay free for everybody else; unpin another, or start with more (--max-resident-adapters)"
             )
-        await asyncio.to_thread(self._parts.catalog.pins.add, adapter, name.partition("@")[0])
+        await self._threads.run(self._parts.catalog.pins.add, adapter, name.partition("@")[0])
         self._parts.engine.load(adapter)
         self._parts.engine.set_pinned(adapter, pinned=True)
         return await self._moved(name, request)
 
     async def unpin(self, name: str, request: Request) -> Response:
         adapter = await self._id_of(name, request)
-        await asyncio.to_thread(self._parts.catalog.pins.remove, [adapter])
+        await self._threads.run(self._parts.catalog.pins.remove, [adapter])
         self._parts.engine.set_pinned(adapter, pinned=False)
         return await self._moved(name, request)
 
@@ -179,10 +174,10 @@ class AdapterRoutes:
     async def rollback(self, name: str, request: Request) -> Response:
         """To the version in the body, else to the one before the current."""
         name, number = _plain(name), await _wanted_version(request)
-        await asyncio.to_thread(self._service.seen(request).require_own, name)
+        await self._threads.run(self._service.seen(request).require_own, name)
         if number is None:
-            number = await asyncio.to_thread(self._version_before, name)
-        version = await asyncio.to_thread(self._parts.catalog.rollback, name, number)
+            number = await self._threads.run(self._version_before, name)
+        version = await self._threads.run(self._parts.catalog.changes.rollback, name, number)
         return json_response(version_view(version), headers={"etag": etag(version.id)})
 
     def _version_before(self, name: str) -> int:
@@ -202,7 +197,7 @@ class AdapterRoutes:
 
     async def _receive(self, request: Request) -> Upload:
         try:
-            return await receive_upload(request, self._limits)
+            return await receive_upload(request, self._limits, self._service.store_threads)
         except ServeError:
             self._parts.metrics.observe_upload("refused")
             raise
@@ -224,8 +219,8 @@ class AdapterRoutes:
         prove = partial(self._service.trial().prove, name)
         try:
             async with self._turns:
-                return await asyncio.to_thread(
-                    self._parts.catalog.publish,
+                return await self._threads.run(
+                    self._parts.catalog.changes.publish,
                     name,
                     upload.files,
                     if_match=if_match,
@@ -240,7 +235,7 @@ class AdapterRoutes:
 
     async def _id_of(self, name: str, request: Request) -> AdapterId:
         """Of the current version, or of the one that the address names: what was pinned is that version's files."""
-        resolved = await asyncio.to_thread(self._service.seen(request).resolve, name)
+        resolved = await self._threads.run(self._service.seen(request).resolve, name)
         self._service.learn(resolved.id, resolved.name)
         return resolved.id
 
@@ -248,7 +243,7 @@ class AdapterRoutes:
         return await self._entry(name.partition("@")[0], request, status=202)
 
     async def _entry(self, name: str, request: Request, *, status: int = 200) -> Response:
-        entry = await asyncio.to_thread(self._known, _plain(name), self._service.seen(request))
+        entry = await self._threads.run(self._known, _plain(name), self._service.seen(request))
         headers = {} if entry.version is None else {"etag": etag(entry.version.id)}
         return json_response(self._view(entry, request), status=status, headers=headers)
 
@@ -290,7 +285,7 @@ def _create_only(request: Request) -> bool:
 
 
 async def _wanted_version(request: Request) -> int | None:
-    content = b"".join([chunk async for chunk in request.stream()])
+    content = await read_small(request)  # below /adapters a body may be as large as an upload
     value: Any = parse_object(content).get("version") if content.strip() else None
     if value is None:
         return None

@@ -117,14 +117,14 @@ class Admission:
             )
 
     def _check_number(self, call: Call) -> None:
-        limit = self._parts.settings.max_inputs
-        if len(call.asks) * call.num_answers > limit:
-            name = call.style.name("inputs")
-            raise InvalidParameter(
-                f"{name}: {len(call.asks)} with {call.num_answers} answer(s) to each; this server takes {limit} in "
-                "one request; send several",
-                param=name,
-            )
+        limit, num_inputs, inputs = self._parts.settings.max_inputs, len(call.asks), call.style.name("inputs")
+        if num_inputs * call.num_answers <= limit:
+            return
+        name, what = inputs, f"{num_inputs}"
+        if call.num_answers > 1:
+            name = call.style.name("num_answers")
+            what = f"{call.num_answers} answers to each of {num_inputs} {inputs}"
+        raise InvalidParameter(f"{name}: {what}; this server takes {limit} in one request; send several", param=name)
 
     def _check_may(self, call: Call, principal: Principal) -> None:
         if any(ask.adapter == BASE_NAME for ask in call.asks):

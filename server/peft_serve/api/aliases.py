@@ -5,7 +5,6 @@ What an alias may point to is the catalog's business; a key sees an alias whose 
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from typing import Any, Final
@@ -64,6 +63,7 @@ class AliasRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._threads = service.store_threads
         self._aliases = service.parts.catalog.aliases
 
     def router(self) -> APIRouter:
@@ -92,11 +92,11 @@ class AliasRoutes:
         return router
 
     async def list(self, request: Request) -> Response:
-        found = await asyncio.to_thread(self._service.seen(request).aliases)
+        found = await self._threads.run(self._service.seen(request).aliases)
         return json_response({"aliases": [alias_view(alias, principal_of(request)) for alias in found]})
 
     async def get(self, name: str, request: Request) -> Response:
-        alias = await asyncio.to_thread(self._service.seen(request).require_alias, name)
+        alias = await self._threads.run(self._service.seen(request).require_alias, name)
         return self._told(alias, request)
 
     async def put(self, name: str, request: Request) -> Response:
@@ -111,15 +111,15 @@ class AliasRoutes:
                     "alias may point to",
                     param="targets",
                 )
-        alias, is_new = await asyncio.to_thread(
+        alias, is_new = await self._threads.run(
             self._aliases.put, name, targets, publisher=principal.publisher, if_match=request.headers.get("if-match")
         )
         return self._told(alias, request, status=201 if is_new else 200)
 
     async def delete(self, name: str, request: Request) -> Response:
-        await asyncio.to_thread(self._service.seen(request).require_alias, name)
+        await self._threads.run(self._service.seen(request).require_alias, name)
         if_match, publisher = request.headers.get("if-match"), principal_of(request).publisher
-        await asyncio.to_thread(self._aliases.delete, name, publisher=publisher, if_match=if_match)
+        await self._threads.run(self._aliases.delete, name, publisher=publisher, if_match=if_match)
         return Response(status_code=204)
 
     async def rollback(self, name: str, request: Request) -> Response:
@@ -129,7 +129,7 @@ class AliasRoutes:
         if number is not None and (type(number) is not int or not 0 < number < _MAX_NUMBER):
             raise InvalidParameter("revision: the number of an earlier revision", param="revision")
         seen = self._service.seen(request)
-        alias = await asyncio.to_thread(seen.rolled_back, name, number)
+        alias = await self._threads.run(seen.rolled_back, name, number)
         return self._told(alias, request)
 
     def _told(self, alias: Alias, request: Request, *, status: int = 200) -> Response:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -72,6 +72,34 @@ def create_app(
     keys = open_keyring(parts.settings) if keyring is None else keyring
     keys.on_read = parts.metrics.tenants.set_file_ok
 
+    app = FastAPI(
+        title="peft-serve",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=_lifespan(service, keys, tracer),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_routes(app, service)
+    _add_layers(app, service, keys)
+    app.add_middleware(
+        Exchanges,
+        log=AccessLog(with_client=parts.settings.log_client_address),
+        tracer=tracer,
+        now=now,
+        clock=parts.clock,
+    )
+    _describe_once(app)
+    return app
+
+
+def _lifespan(
+    service: Service, keys: Keyring, tracer: Tracer | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """What runs beside the requests, from the first to the last."""
+    parts = service.parts
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.open()
@@ -85,15 +113,10 @@ def create_app(
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(
-        title="peft-serve",
-        version=__version__,
-        description=_DESCRIPTION,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    return lifespan
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
     families = (
         NativeRoutes, RootRoutes, TGIRoutes, ClassifyRoutes, EmbedRoutes, CompletionRoutes, ChatRoutes, AdapterRoutes,
         AliasRoutes, ArchiveRoutes, OperationRoutes, EventRoutes, PlaygroundRoutes, FetchRoutes, LoraUpdatingRoutes,
@@ -104,22 +127,27 @@ def create_app(
     app.add_exception_handler(ServeError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse)
-    settings = parts.settings
+
+
+def _add_layers(app: FastAPI, service: Service, keys: Keyring) -> None:
+    """What a request goes through before a route: the one that is added last is the first to see it."""
+    settings, metrics = service.parts.settings, service.parts.metrics
     app.state.route_needs = RouteNeeds()
     app.add_middleware(
         Door,
         keyring=keys,
         origins=Origins(settings.allowed_origins, settings.allowed_hosts, is_open=keys.is_open),
         quotas=service.quotas,
-        figures=parts.metrics.tenants,
+        figures=metrics.tenants,
         needs=app.state.route_needs,
         metrics_is_public=settings.metrics_public,
     )
     app.add_middleware(Heads)
     app.add_middleware(
         Envelope,
-        max_body_bytes=parts.settings.max_body_bytes,
-        max_upload_bytes=parts.settings.max_adapter_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_adapter_bytes,
+        body_s=settings.body_timeout_s,
         new_id=service.new_id,
     )
     if settings.allowed_origins:
@@ -130,16 +158,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    app.add_middleware(Turnstile, clock=parts.clock)
-    app.add_middleware(
-        Exchanges,
-        log=AccessLog(with_client=parts.settings.log_client_address),
-        tracer=tracer,
-        now=now,
-        clock=parts.clock,
-    )
-    _describe_once(app)
-    return app
+    app.add_middleware(Turnstile, clock=service.parts.clock)
 
 
 async def _docs() -> Response:

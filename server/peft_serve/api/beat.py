@@ -68,6 +68,7 @@ class Beat:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._threads = service.store_threads
         self._parts = service.parts
         self._began_s = service.parts.clock()
         self._methods: dict[AdapterId, str | None] = {}
@@ -141,7 +142,7 @@ class Beat:
             self._methods.clear()
         for adapter in adapters:
             name = self._service.name_of(adapter)
-            self._methods[adapter] = await asyncio.to_thread(_method_of, self._parts.catalog, adapter, name)
+            self._methods[adapter] = await self._threads.run(_method_of, self._parts.catalog, adapter, name)
 
 
 def _with_adapters(snapshot: EngineSnapshot) -> tuple[tuple[AdapterId, Row], ...]:

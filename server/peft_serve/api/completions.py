@@ -60,7 +60,9 @@ class CompletionRoutes:
                 defaults=DEFAULTS,
                 max_new_tokens=DEFAULT_MAX_TOKENS,
                 keep_stop=False,
-                names=NAMES | {"inputs": "prompt", "top_n_tokens": "logprobs"},
+                names=NAMES
+                | {"inputs": "prompt", "top_n_tokens": "logprobs"}
+                | ({"num_answers": "best_of"} if best_of > body.n else {}),
                 add_special_tokens=body.add_special_tokens,
             ),
             num_answers=best_of,

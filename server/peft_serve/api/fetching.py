@@ -95,7 +95,7 @@ async def read_small(request: Request) -> bytes:
     async for chunk in request.stream():
         content += chunk
         if len(content) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(f"body: more than {MAX_BODY_BYTES} bytes, the largest that names a source")
+            raise PayloadTooLarge(f"body: more than {MAX_BODY_BYTES} bytes, the largest that is no upload")
     return bytes(content)
 
 

@@ -181,11 +181,11 @@ def _check_unasked(call: Call) -> None:
 
 
 def _too_long(style: Style, limit: int, requested: int, num_prompt: int, num_new: int) -> PromptTooLong:
-    truncate = style.name("truncate")
+    truncate, longest = style.name("truncate"), style.name("max_new_tokens")
     return PromptTooLong(
         f"This model's maximum context length is {limit} tokens. However, you requested {requested} tokens "
         f"({num_prompt} in the prompt, {num_new} to generate). Shorten the prompt (or set {truncate}), or "
-        "ask for fewer new tokens.",
+        f"ask for fewer new tokens ({longest}).",
         param=style.name("inputs"),
     )
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from peft_serve.adapters.catalog import Published
+from peft_serve.adapters.changes import Published
 from peft_serve.adapters.combined import is_combined, parts_of
 from peft_serve.adapters.findings import Inspection, Proof
 from peft_serve.adapters.members import UploadLimits
@@ -107,7 +107,7 @@ class Intake:
             return self._trial().prove(name, found)
 
         try:
-            published = self._parts.catalog.publish(
+            published = self._parts.catalog.changes.publish(
                 name, files, create_only=create_only, prove=prove, source=source, publisher=publisher
             )
         except ServeError as error:
@@ -118,13 +118,13 @@ class Intake:
             _log.info("adapter %s: version %d is from %s", name, published.version.number, source)
         return published
 
-    def remove(self, name: str, *, force: bool = False) -> int:
+    def remove(self, name: str, *, force: bool = False, if_match: str | None = None) -> int:
         """Delete a name with all its versions, here and on the device; gives how many requests still run on them.
 
         Reads the disk; raises as the catalog does."""
         catalog, engine = self._parts.catalog, self._parts.engine
         ids = {version.id for version in catalog.versions(name)}
-        in_flight = catalog.delete(name, force=force)
+        in_flight = catalog.changes.delete(name, force=force, if_match=if_match)
         with contextlib.suppress(ServeError):  # the name is gone; what is left of a pin goes with the next start
             catalog.pins.remove(ids)
         for adapter in ids | _made_of(ids, engine.snapshot()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import islice
@@ -25,6 +26,7 @@ from peft_serve.errors import InvalidParameter, Refusal
 B = TypeVar("B", bound=BaseModel)
 
 _LONGEST_NAME: Final = 64
+_LONGEST_NUMBER: Final = 400  # digits; reading one takes the square of that, and Python stops at 4,300
 
 
 async def read_object(request: Request) -> dict[str, Any]:
@@ -38,17 +40,41 @@ async def read_object(request: Request) -> dict[str, Any]:
 def parse_object(content: bytes) -> dict[str, Any]:
     """`content` as a JSON object of finite numbers and well-formed text; raises InvalidParameter."""
     try:
+        value = _read(content)
+    except _NotTakenError as error:
+        raise InvalidParameter(f"body: {error}", param="body") from error
+    if not isinstance(value, dict):
+        raise InvalidParameter("body: a JSON object is needed", param="body")
+    return value
+
+
+def _read(content: bytes) -> Any:
+    if not content.strip():
+        raise _NotTakenError("there is none; send a JSON object")
+    try:
         value = json.loads(
-            content.decode(), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object
+            content.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_object,
         )
         if b"\\u" in content:
             # Half of a surrogate pair can be written in JSON, and cannot be encoded again.
             json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, _NotTakenError) else "not valid JSON in UTF-8"
-        raise InvalidParameter(f"body: {reason}", param="body") from error
-    if not isinstance(value, dict):
-        raise InvalidParameter("body: a JSON object is needed", param="body")
+    except UnicodeDecodeError as error:
+        raise _NotTakenError(f"byte {error.start} is not UTF-8; encode the JSON as UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise _NotTakenError(
+            "a \\ud800 to \\udfff escape stands alone; a character beyond \\uffff takes a pair of them, or is written "
+            "as it is"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise _NotTakenError(
+            f"not valid JSON from line {error.lineno}, column {error.colno}; send an object"
+        ) from error
+    except RecursionError as error:
+        raise _NotTakenError("lists and objects are nested too deeply; no field needs that") from error
     return value
 
 
@@ -60,12 +86,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of a field that is said twice, whoever stands before this server may have read the other one."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise _NotTakenError("an object says a field twice; send it once")
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise _NotTakenError(f"an object says the field {printable(twice)} twice; send it once")
     return made
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _NotTakenError(f"{name} is not a JSON number; send a finite one")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise _NotTakenError(f"a number has more than {_LONGEST_NUMBER} digits; no field takes that")
+    return int(text)
 
 
 def _finite(text: str) -> float:

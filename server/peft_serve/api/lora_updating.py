@@ -34,6 +34,7 @@ class LoraUpdatingRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._threads = service.store_threads
         self._parts = service.parts
 
     def router(self) -> APIRouter:
@@ -68,7 +69,7 @@ class LoraUpdatingRoutes:
             is_inplace = body.get("load_inplace") is True
             principal = principal_of(request)
             principal.require_reach(name)
-            if not is_inplace and await asyncio.to_thread(self._is_there, name):
+            if not is_inplace and await self._threads.run(self._is_there, name):
                 return _already_loaded(name)
             self._service.open()
             job = self._service.intake.fetch(
@@ -88,8 +89,8 @@ class LoraUpdatingRoutes:
             name = _text(body, "lora_name")
             if not name:
                 return _refused("'lora_name' needs to be provided to unload a LoRA adapter.", "InvalidUserInput")
-            await asyncio.to_thread(self._service.seen(request).require_own, name)
-            await asyncio.to_thread(self._service.intake.remove, name)
+            await self._threads.run(self._service.seen(request).require_own, name)
+            await self._threads.run(self._service.intake.remove, name)
         except UnknownAdapter:
             return _refused(f"The lora adapter {shown(name)} cannot be found.", "NotFoundError", HTTPStatus.NOT_FOUND)
         except ServeError as error:

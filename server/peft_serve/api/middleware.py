@@ -34,18 +34,26 @@ DRAIN_BYTES: Final = 64 * MIB
 DRAIN_S: Final = 5.0
 """How much of a body that nobody read is taken in before the connection may be closed, and for how long: closing it
 under a client that still sends makes many of them miss the answer."""
-BODY_S: Final = 30.0
 MIN_BODY_BYTES_PER_S: Final = 1 << 10
-"""What has come of a body has to have come in so long, and a second more for each so many bytes."""
+"""A body has `body_s`, and a second more for each so many bytes that have come of it."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Envelope:
-    """Wraps the application; see the module's docstring."""
+    """Wraps the application; see the module's docstring. `body_s`: how long a body that does not come is waited for."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_upload_bytes: int, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        body_s: float,
+        new_id: Callable[[], str],
+    ) -> None:
         self._app = app
+        self._body_s = body_s
         self._max_body_bytes = max_body_bytes
         self._max_upload_bytes = max_upload_bytes + UPLOAD_OVERHEAD_BYTES
         self._new_id = new_id
@@ -59,7 +67,7 @@ class Envelope:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else self._new_id()
         scope.setdefault("state", {})["request_id"] = request_id
-        body = _Body(receive, headers)
+        body = _Body(receive, headers, self._body_s)
         reply = _Reply(send, request_id, body)
         try:
             await self._app(scope, self._checked_body(scope["path"], headers, body), reply)
@@ -125,8 +133,10 @@ class _Reply:
 class _Body:
     """`receive`, knowing whether something of the request's body is still to come, and since when it is waited for."""
 
-    def __init__(self, receive: Receive, headers: Headers) -> None:
+    def __init__(self, receive: Receive, headers: Headers, body_s: float) -> None:
         self._receive = receive
+        self._body_s = body_s
+        self._num_bytes = 0
         # A client that waits to be told to go on has sent nothing, and sends nothing once it has its answer.
         self._is_held = headers.get("expect", "").strip().lower() == "100-continue"
         self.is_unread = "transfer-encoding" in headers or headers.get("content-length", "0").strip() != "0"
@@ -142,16 +152,25 @@ class _Body:
             return await self._receive()  # that the client has gone
         self._is_held = True  # while it is waited for, and for good if that comes to nothing
         if self._until_s is None:
-            self._until_s = asyncio.get_running_loop().time() + BODY_S
+            self._until_s = asyncio.get_running_loop().time() + self._body_s
         try:
             async with asyncio.timeout_at(self._until_s):
                 message = await self._receive()
         except TimeoutError:
-            raise RequestTimeout(f"body: its next bytes did not come in {BODY_S:.0f} s; send it again") from None
+            raise self._too_slow() from None
         self._is_held = False
-        self._until_s += len(message.get("body", b"")) / MIN_BODY_BYTES_PER_S
+        num_bytes = len(message.get("body", b""))
+        self._num_bytes += num_bytes
+        self._until_s += num_bytes / MIN_BODY_BYTES_PER_S
         self.is_unread = message["type"] == "http.request" and bool(message.get("more_body", False))
         return message
+
+    def _too_slow(self) -> RequestTimeout:
+        took_s = self._body_s + self._num_bytes / MIN_BODY_BYTES_PER_S
+        return RequestTimeout(
+            f"body: {self._num_bytes} bytes of it came in {took_s:.1f} s; it has {self._body_s:g} s (--body-timeout-s) "
+            f"and a second more for each {MIN_BODY_BYTES_PER_S} bytes that come; send it faster"
+        )
 
     async def drain(self) -> None:
         """Take in what is left of the body and drop it, up to a bound of bytes and of time."""

@@ -41,7 +41,9 @@ FINISH_REASONS: Final = {
 }
 
 
-_STYLE: Final = Style(names={"prompt_logprobs": "decoder_input_details"})
+_NAMES: Final = {"prompt_logprobs": "decoder_input_details", "num_answers": "best_of"}
+_STYLE: Final = Style(names=_NAMES)
+_LORAX_STYLE: Final = Style(names=_NAMES | {"top_n_tokens": "return_k_alternatives"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +131,7 @@ class NativeRoutes:
             num_members=max(1, len(members)),
             form=form_of_parameters(parameters),
             prompt_logprobs=0 if parameters.details and parameters.decoder_input_details else None,
-            style=_STYLE,
+            style=_STYLE if parameters.return_k_alternatives is None else _LORAX_STYLE,
             is_streamed=stream,
         )
         return _Wish(

@@ -29,6 +29,7 @@ DEFAULTS: Final = {"do_sample": True}
 
 NAMES: Final = {
     "max_new_tokens": "max_tokens",
+    "num_answers": "n",
     "min_new_tokens": "min_tokens",
     "truncate": "truncate_prompt_tokens",
 }

@@ -1,4 +1,4 @@
-"""`/health`, `/livez`, `/readyz`, `/metrics` and the model list: what machines ask about the server itself.
+"""`/`, `/health`, `/livez`, `/readyz`, `/metrics` and the model list: what is asked about the server itself.
 
 None of them waits for anything but the metrics page, and that only for a render.
 """
@@ -23,6 +23,7 @@ from peft_serve.api.naming import MODEL_ALIASES
 from peft_serve.api.openapi import error_responses, openai_error_responses
 from peft_serve.api.principal import principal_of
 from peft_serve.api.service import Service
+from peft_serve.api.ui import moved
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.errors import AdapterInvalid, AdapterUnavailable, Unavailable
 from peft_serve.metrics import CONTENT_TYPE, StateFigures
@@ -30,12 +31,22 @@ from peft_serve.metrics import CONTENT_TYPE, StateFigures
 MAX_STALL_S: Final = 60.0
 RETRY_AFTER_S: Final = 1.0
 
+_SIGNPOST: Final = {
+    "ask": "POST /",  # what the base does: it generates, labels or embeds
+    "models": "GET /v1/models",
+    "adapters": "GET /adapters",
+    "docs": "GET /docs",
+    "openapi": "GET /openapi.json",
+    "playground": "GET /ui/",
+}
+
 
 class OperationRoutes:
     """See the module's docstring."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._threads = service.store_threads
         self._parts = service.parts
 
     def router(self) -> APIRouter:
@@ -43,6 +54,14 @@ class OperationRoutes:
         add = router.add_api_route
         ops: list[str | Enum] = ["operations"]
         unavailable = error_responses(503)
+        add(
+            "/",
+            self.root,
+            methods=["GET"],
+            tags=ops,
+            summary="As /health, with where to go on; a browser is sent to /ui/",
+            responses=unavailable,
+        )
         add("/livez", self.livez, methods=["GET"], tags=ops, summary="The process answers")
         add("/health", self.health, methods=["GET"], tags=ops, summary="The engine lives", responses=unavailable)
         add("/readyz", self.readyz, methods=["GET"], tags=ops, summary="Requests are admitted", responses=unavailable)
@@ -58,16 +77,26 @@ class OperationRoutes:
         )
         return router
 
+    async def root(self, request: Request) -> Response:
+        """Whoever was given nothing but the server's address: a person at a browser finds the page, a person at a
+        terminal the others, and a probe what TGI's `GET /` tells, whether the server is well."""
+        if "text/html" in request.headers.get("accept", ""):
+            return moved()
+        return json_response(self._health() | {"routes": _SIGNPOST})
+
     async def livez(self) -> Response:
         return json_response({"status": "ok"})
 
     async def health(self) -> Response:
+        return json_response(self._health())
+
+    def _health(self) -> dict[str, object]:
         snapshot = self._parts.engine.snapshot()
         if snapshot.state in (EngineState.DEAD, EngineState.STOPPED):
             raise Unavailable(f"the engine is {snapshot.state.value}; the server must be restarted")
         if snapshot.stalled_s > MAX_STALL_S:
             raise Unavailable(f"the engine has been in one step for {snapshot.stalled_s:.0f} s")
-        return json_response({"status": "ok", "state": snapshot.state.value})
+        return {"status": "ok", "state": snapshot.state.value}
 
     async def readyz(self) -> Response:
         state = self._parts.engine.snapshot().state
@@ -104,9 +133,9 @@ class OperationRoutes:
 
     async def models(self, request: Request) -> Response:
         base = self._parts.base
-        entries = await asyncio.to_thread(self._service.seen(request).list)
+        entries = await self._threads.run(self._service.seen(request).list)
         cards = [self._adapter_card(entry) for entry in entries if not entry.problem]
-        aliases = await asyncio.to_thread(self._service.seen(request).aliases)
+        aliases = await self._threads.run(self._service.seen(request).aliases)
         cards += [self._card(alias.name, parent=base.name) for alias in aliases]
         return json_response({"object": "list", "data": [self._base_card(), *cards]})
 
@@ -114,10 +143,10 @@ class OperationRoutes:
         base = self._parts.base
         if model == base.name or model in MODEL_ALIASES:
             return json_response(self._base_card())
-        if await asyncio.to_thread(self._service.seen(request).find_alias, model) is not None:
+        if await self._threads.run(self._service.seen(request).find_alias, model) is not None:
             return json_response(self._card(model, parent=base.name))
-        entry = await asyncio.to_thread(self._service.seen(request).get, model)
-        return json_response(self._adapter_card(entry) | await asyncio.to_thread(self._adapter_words, model))
+        entry = await self._threads.run(self._service.seen(request).get, model)
+        return json_response(self._adapter_card(entry) | await self._threads.run(self._adapter_words, model))
 
     def _base_card(self) -> dict[str, object]:
         base = self._parts.base

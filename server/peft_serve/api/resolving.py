@@ -8,9 +8,7 @@ asks gives each back once.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from peft_serve.adapters.catalog import Catalog
@@ -21,12 +19,11 @@ from peft_serve.api.principal import Principal
 from peft_serve.api.seen_catalog import SeenCatalog
 from peft_serve.api.served import Served, ServedPart
 from peft_serve.api.splitting import Draws
+from peft_serve.api.store_threads import StoreThreads
 from peft_serve.errors import InvalidParameter, Unavailable
 
 PATIENCE_S: Final = 60.0
 """So long a store is waited for: the gate may look at a large checkpoint meanwhile."""
-
-_NUM_THREADS: Final = 8
 
 
 class Resolver:
@@ -36,7 +33,7 @@ class Resolver:
         self._catalog = catalog
         self._base_name = base_name
         self._patience_s = patience_s
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="resolving")  # made when they are needed
+        self._threads = StoreThreads(name="resolving")
 
     async def resolve(self, names: Sequence[str], principal: Principal, draws: Draws) -> dict[str, Served]:
         """Who answers to each name, every part held once for each name. Raises what `Catalog.resolve` raises, for
@@ -53,8 +50,7 @@ class Resolver:
 
     async def _read(self, wanted: Mapping[str, tuple[Term, ...]], seen: SeenCatalog, draws: Draws) -> dict[str, Served]:
         """As `_held`, where the disk must be read for it."""
-        run = contextvars.copy_context().run
-        work = asyncio.get_running_loop().run_in_executor(self._threads, run, self._held, wanted, seen, draws)
+        work = asyncio.wrap_future(self._threads.submit(self._held, wanted, seen, draws))
         try:
             async with asyncio.timeout(self._patience_s):
                 return await asyncio.shield(work)

@@ -61,7 +61,7 @@ class SeenCatalog:
     def require_own(self, name: str) -> None:
         """Raise UnknownAdapter for what is not there or not seen, and Forbidden for what is somebody else's."""
         self.get(name)
-        self._catalog.require_own(name, self._principal.publisher)
+        self._catalog.changes.require_own(name, self._principal.publisher)
 
     # aliases: one is seen whose name and targets are seen
 

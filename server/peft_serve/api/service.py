@@ -18,6 +18,7 @@ from peft_serve.api.intake import Intake
 from peft_serve.api.principal import principal_of
 from peft_serve.api.quotas import Quotas
 from peft_serve.api.seen_catalog import SeenCatalog
+from peft_serve.api.store_threads import StoreThreads
 from peft_serve.api.trial import Trial
 from peft_serve.core import AdapterId
 from peft_serve.engine.client import EngineClient
@@ -36,6 +37,7 @@ class Service:
         self.started_s = now()
         self._draw_bits = draw_bits
         self.quotas = Quotas(parts.clock)
+        self.store_threads = StoreThreads()
         self._admission: Admission | None = None
         self._trial: Trial | None = None
         self._names: dict[AdapterId, str] = {}

@@ -14,7 +14,6 @@ from importlib.resources.abc import Traversable
 from typing import Final
 
 from fastapi import APIRouter
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -59,19 +58,12 @@ class PlaygroundRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(include_in_schema=False)
-        router.add_api_route("/", self.root, methods=["GET"])
         router.add_api_route("/ui", self.moved, methods=["GET"])
         router.add_api_route("/ui/{path:path}", self.page, methods=["GET"])
         return router
 
-    async def root(self, request: Request) -> Response:
-        """A browser that was given the server's bare address finds the page; for all others `/` has no GET."""
-        if "text/html" not in request.headers.get("accept", ""):
-            raise HTTPException(405, headers={"allow": "POST"})
-        return _moved()
-
     async def moved(self) -> Response:
-        return _moved()
+        return moved()
 
     async def page(self, path: str, request: Request) -> Response:
         page = self._pages.get(path or INDEX)
@@ -85,7 +77,8 @@ class PlaygroundRoutes:
         return Response(page.content, headers={**headers, "content-type": page.media_type})
 
 
-def _moved() -> Response:
+def moved() -> Response:
+    """To the page, from `/` or `/ui`."""
     # A relative address, so that a proxy may serve all of this below a path of its own.
     return RedirectResponse("ui/", status_code=307, headers={"cache-control": "no-cache"})
 

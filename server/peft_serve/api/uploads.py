@@ -6,7 +6,6 @@ the adapter is good is the gate's.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import hashlib
@@ -22,6 +21,7 @@ from starlette.requests import Request
 from peft_serve.adapters.archive import files_from_parts, read_upload
 from peft_serve.adapters.members import WANTED, UploadLimits
 from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.api.store_threads import StoreThreads
 from peft_serve.config import MIB
 from peft_serve.errors import BadRequest, Forbidden, MalformedUpload
 
@@ -41,21 +41,21 @@ class Upload:
     name: str | None = None
 
 
-async def receive_upload(request: Request, limits: UploadLimits) -> Upload:
-    """The checkpoint in the request's body; raises what a bad upload is refused with."""
+async def receive_upload(request: Request, limits: UploadLimits, threads: StoreThreads) -> Upload:
+    """The checkpoint in the request's body, read on `threads`; raises what a bad upload is refused with."""
     declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if declared == "application/json":
         raise Forbidden("source: is named in a POST to /adapters; here the files themselves are sent")
     if declared == "multipart/form-data":
-        return await _from_form(request, limits)
+        return await _from_form(request, limits, threads)
     with tempfile.TemporaryFile() as spool:
         content = cast(BinaryIO, spool)
-        await _spool(request, content)
-        files = await asyncio.to_thread(read_upload, content, request.headers.get("content-type"), limits=limits)
+        await _spool(request, content, threads)
+        files = await threads.run(read_upload, content, request.headers.get("content-type"), limits=limits)
         return Upload(files=files)
 
 
-async def _spool(request: Request, file: BinaryIO) -> None:
+async def _spool(request: Request, file: BinaryIO, threads: StoreThreads) -> None:
     """Write the body to `file`, a chunk at a time beside the event loop, and check its digest."""
     wanted = _content_digest(request)
     found = hashlib.new(wanted[0]) if wanted is not None else None
@@ -65,9 +65,9 @@ async def _spool(request: Request, file: BinaryIO) -> None:
         if found is not None:
             found.update(chunk)
         if len(waiting) >= FLUSH_BYTES:
-            await asyncio.to_thread(file.write, bytes(waiting))
+            await threads.run(file.write, bytes(waiting))
             waiting.clear()
-    await asyncio.to_thread(file.write, bytes(waiting))
+    await threads.run(file.write, bytes(waiting))
     if found is not None and wanted is not None and found.digest() != wanted[1]:
         raise MalformedUpload("content-digest: the body is not the one that was announced; send it again")
 
@@ -88,7 +88,7 @@ def _content_digest(request: Request) -> tuple[str, bytes] | None:
     raise BadRequest("content-digest: should read sha-256=:<base64>: (or sha-512)", param="content-digest")
 
 
-async def _from_form(request: Request, limits: UploadLimits) -> Upload:
+async def _from_form(request: Request, limits: UploadLimits, threads: StoreThreads) -> Upload:
     if request.headers.get("content-digest") is not None:
         raise BadRequest("content-digest: is checked for archives only; leave it out", param="content-digest")
     try:
@@ -96,14 +96,14 @@ async def _from_form(request: Request, limits: UploadLimits) -> Upload:
     except (HTTPException, FormParserError, ValueError, KeyError) as error:
         raise MalformedUpload("the form cannot be read: not a complete multipart/form-data body") from error
     try:
-        return await asyncio.to_thread(_read_form, form, limits)
+        return await threads.run(_read_form, form, limits)
     finally:
         await form.close()
 
 
 def _read_form(form: FormData, limits: UploadLimits) -> Upload:
     name: str | None = None
-    parts: dict[str, bytes] = {}
+    parts: dict[str, bytes | None] = {}
     archive: UploadFile | None = None
     for key, value in form.multi_items():
         if key == NAME_PART and isinstance(value, str):
@@ -114,10 +114,12 @@ def _read_form(form: FormData, limits: UploadLimits) -> Upload:
             archive = value
         else:
             file = _part_name(key, value)
-            if file in parts:
+            if parts.get(file) is not None:
                 raise MalformedUpload(f"the form holds {file} twice; send one checkpoint")
             if file in WANTED:
                 parts[file] = value.encode() if isinstance(value, str) else value.file.read()
+            elif file and not isinstance(value, str):
+                parts[file] = None  # it is not read, and a refusal may name it
     if archive is not None and parts:
         raise MalformedUpload("the form holds an archive and single files; send one of them")
     if archive is not None:

@@ -83,9 +83,10 @@ def configured(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path 
         settings = Settings(**{**below, **given})
     except ValidationError as error:
         raise ConfigurationInvalid([_told(problem, places) for problem in error.errors()]) from None
-    except SettingsError as error:
+    except SettingsError as error:  # of a list in the environment that is not JSON; its words name the field
+        named = [variable for name, variable in variables.items() if f'"{name}"' in str(error)]
         raise ConfigurationInvalid(
-            [f"environment: {error}; a list is written as JSON, such as '[\"folder\"]'"]
+            [f"{named[0] if named else 'environment'}: a list is written as JSON, such as '[\"folder\"]'"]
         ) from None
     origins = (
         Origin(name=name, value=getattr(settings, name), source=source, place=place)
@@ -168,7 +169,7 @@ def _told(problem: Any, places: Mapping[str, tuple[Source, str]]) -> str:
     source, place = places.get(name, (Source.DEFAULT, ""))
     where = f"{place}: {name}" if source is Source.FILE else place or flag(name)
     given = "" if name == "api_key" else f" (given: {problem.get('input')!r})"
-    return f"{where}: {problem['msg']}{given}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{given}"
 
 
 class _Strict(yaml.SafeLoader):

@@ -25,7 +25,6 @@ OTHER_FILES: Final = 256
 
 _TOO_LARGE: Final = "the head of this request is too large; send shorter headers, and what is long in the body"
 _MALFORMED: Final = "this is no request in HTTP/1.1"
-_TOO_SLOW: Final = "the head of this request did not come in time"
 _TOO_MANY: Final = "every connection of this server is in use; try again in a moment"
 
 
@@ -234,7 +233,8 @@ class Connection(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self._is_in_head:
-            self._refuse(408, "request_timeout", _TOO_SLOW)
+            what = f"the head of this request did not come whole in {self._limits.head_s:g} s; send it in one piece"
+            self._refuse(408, "request_timeout", what)
         else:
             self.transport.close()
 

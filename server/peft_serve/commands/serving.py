@@ -23,7 +23,8 @@ from peft_serve.commands.exits import Exit
 from peft_serve.commands.interpreter import settle_interpreter
 from peft_serve.commands.listener import Listener
 from peft_serve.config import Settings
-from peft_serve.engine.assembly import build, shipped_adapters
+from peft_serve.engine.adapter_places import shipped_adapters
+from peft_serve.engine.assembly import build
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import ServerParts
 from peft_serve.engine.snapshot import EngineState

@@ -11,27 +11,22 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 import peft_serve
-from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.eviction import make_policy
-from peft_serve.adapters.filesystem import DiskFileSystem
-from peft_serve.adapters.folders import CheckpointFolders
-from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.heads import own_facts
 from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.load_costs import LoadCosts
 from peft_serve.adapters.primitives import Adapter
-from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.sources.opening import Sources
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
+from peft_serve.engine.adapter_places import default_store, make_catalog, open_store
 from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.cache_figures import CacheFigures
 from peft_serve.engine.cache_trace import CacheTrace, appender
@@ -43,7 +38,7 @@ from peft_serve.engine.preparation import Preparation
 from peft_serve.engine.speech import with_speech_checked
 from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
-from peft_serve.model.loader import DEMO_NAMES, load_base, locate
+from peft_serve.model.loader import load_base, locate, name_of, require_configuration
 from peft_serve.model.quantised import num_parameters
 from peft_serve.model.runner import StepRunner
 from peft_serve.rendering.templates import ChatTemplates
@@ -53,8 +48,6 @@ from peft_serve.scheduling.order import order_of
 from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
 from peft_serve.text import TextCodec
-
-Inspect = Callable[[CheckpointFiles], Inspected]
 
 _BLOCKS_OF_AN_ENCODER = 1  # they have no layers and take no memory; a pool holds one at least
 _CROSS_SHARE = 0.5  # of the KV bytes of an encoder-decoder: the source is kept as long as the answer grows
@@ -75,10 +68,26 @@ class _KVSizes:
 
 
 def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
-    """Load the base and make everything around it; the engine is made but not started."""
+    """Load the base and make everything around it; the engine is made but not started.
+
+    Whatever can be wrong with folders, the store's lock among them, is found before the weights are read.
+    """
+    _check_folders(settings)
+    require_configuration(settings.model, revision=settings.revision)  # a base that is not there gets no store
+    root = settings.store or default_store(settings.served_model_name or name_of(settings.model))
+    store = open_store(settings, root)
+    try:
+        return _built(settings, store, root, say)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _built(
+    settings: Settings, store: AdapterStore, root: Path, say: Callable[[str], None]
+) -> tuple[ServerParts, Engine]:
     num_threads = settings.num_threads or torch.get_num_threads()
     sources = Sources(settings.allow_source)
-    _check_folders(settings)
     torch.set_num_threads(_BESIDE)
     base = load_base(
         settings.model,
@@ -99,7 +108,6 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     metrics = Metrics(model_name=card.name, build=build_facts(card))
     limits = gate_limits(settings, card.max_context)
     templates = ChatTemplates() if settings.allow_chat_templates else None
-    root = settings.store or default_store(card.name)
     compiled = open_compiled_store(settings, base, limits, root, metrics, fingerprint, _stand_aside)
     loading = Loading(
         base,
@@ -110,7 +118,8 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     )
     words = f"{codec.fingerprint()} {settings.allow_chat_templates}"
     checked_for = f"{peft_serve.__version__} {fingerprint} {words} {limits}"
-    catalog = _make_catalog(settings, root, card, loading.check, checked_for, compiled.forget, say)
+    store.tell_of_detached(compiled.forget)
+    catalog = make_catalog(settings, store, root, card.name, loading.check, checked_for, say)
     engine = _make_engine(
         settings, base, lambda adapter: loading.load(adapter, catalog.files), metrics, num_threads, compiled.settle
     )
@@ -139,20 +148,6 @@ def gate_limits(settings: Settings, max_context: int) -> GateLimits:
         max_virtual_tokens=settings.max_virtual_tokens,
         max_compile_tflop=settings.max_compile_tflop,
     )
-
-
-def default_store(base_name: str) -> Path:
-    """Where the uploads of a base are kept unless --store says otherwise."""
-    return Path.home() / ".local" / "share" / "peft-serve" / base_name.replace("/", "--")
-
-
-def shipped_adapters(model: str) -> Path | None:
-    """The folder of adapters that ship with a demo base: in a checkout, or inside an installed wheel."""
-    if model not in DEMO_NAMES:
-        return None
-    package = Path(peft_serve.__file__).parent
-    candidates = (package / "demo" / "adapters" / model, package.parent.parent / "adapters" / model)
-    return next((path for path in candidates if path.is_dir()), None)
 
 
 def _check_folders(settings: Settings) -> None:
@@ -193,31 +188,6 @@ def _card(settings: Settings, base: ResidentBase) -> BaseCard:
         head=head,
         labels=base.labels,
     )
-
-
-def _make_catalog(
-    settings: Settings,
-    root: Path,
-    card: BaseCard,
-    check: Inspect,
-    checked_for: str,
-    on_detach: Callable[[AdapterId], None],
-    say: Callable[[str], None],
-) -> Catalog:
-    """Names are listed and no file is read, however many there are."""
-    shipped = shipped_adapters(settings.model)
-    paths = [*settings.adapters, *([] if shipped is None else [shipped])]
-    disk = DiskFileSystem()
-    store = AdapterStore(root, disk, on_detach=on_detach, min_free_bytes=settings.store_reserve_bytes)
-    folders = CheckpointFolders(paths, disk, base_name=card.name, max_bytes=settings.max_adapter_bytes)
-    for problem in folders.problems:
-        say(f"adapters: {problem}")
-    say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are {_kept(store)} {root}")
-    return Catalog(store, folders, check, checked_for=checked_for, base_name=card.name, now=lambda: datetime.now(UTC))
-
-
-def _kept(store: AdapterStore) -> str:
-    return "read from" if store.is_read_only else "kept in"
 
 
 def _make_engine(

@@ -6,7 +6,6 @@ on its own thread comes back as a command.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from peft_serve.adapters.host_cache import HostCache
@@ -14,8 +13,6 @@ from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import AdapterId, Event, Footprint
 from peft_serve.errors import AdapterUnavailable, InvalidParameter, ServeError
 from peft_serve.scheduling.scheduler import Scheduler
-
-_log = logging.getLogger(__name__)
 
 
 class HostCopies:
@@ -48,12 +45,15 @@ class HostCopies:
 
     def warm(self, adapter: AdapterId) -> None:
         """Bring an adapter to the host for nobody in particular."""
-        self._host_cache.request(adapter, lambda a, _outcome: self._host_cache.release(a))
+        self._host_cache.request(adapter, self._let_go)
+
+    def _let_go(self, adapter: AdapterId, outcome: Adapter | Exception) -> None:
+        if not isinstance(outcome, Exception):
+            self._host_cache.release(adapter)
 
     def receive(self, adapter: AdapterId, outcome: Adapter | Exception) -> list[Event]:
         """A load has ended; those who waited run, or fail."""
-        if isinstance(outcome, Exception):
-            _log.warning("adapter %s does not load: %s", adapter, outcome)
+        if isinstance(outcome, Exception):  # which the host cache has logged, once for each load
             # A combination that cannot be is the caller's to put right; broken files are not.
             is_told = isinstance(outcome, AdapterUnavailable | InvalidParameter)
             return self._scheduler.adapter_failed(adapter, outcome if is_told else _unloadable(outcome))

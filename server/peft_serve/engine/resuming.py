@@ -28,7 +28,7 @@ def resume(catalog: Catalog, engine: EngineThread) -> None:
     """Pin what was pinned, and remove the files that no name stands for."""
     try:
         _pin_again(catalog, engine)
-        num_removed = catalog.collect()
+        num_removed = catalog.changes.collect()
     except ServeError as error:
         _LOG.warning("not everything of before the start is taken up again: %s", error.message)
         return

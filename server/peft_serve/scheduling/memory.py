@@ -49,10 +49,8 @@ class Memory:
         num_blocks += self._num_branch_blocks(tracked, footprint)
         num_blocks += self._num_beam_blocks(tracked, footprint, self.max_new_tokens(tracked))
         if num_blocks > capacity:
-            raise PromptTooLong(
-                f"request {tracked.id} needs {num_blocks} KV blocks of {self._limits.block_size} positions; "
-                f"this server has {capacity} for it: shorten it, or start the server with more kv_cache_bytes"
-            )
+            what = f"request {tracked.id} needs {num_blocks} KV blocks of {self._limits.block_size} positions"
+            raise _too_long(what, capacity, pinned)
         if self._cross_blocks is None:
             return
         num_cross = self._num_cross_blocks(tracked, footprint)
@@ -269,6 +267,16 @@ class Memory:
     def _num_cross_blocks(self, tracked: Tracked, footprint: Footprint) -> int:
         in_front = footprint.num_source_tokens + footprint.num_cross_tokens
         return self._limits.blocks_for(in_front + len(tracked.request.prompt))
+
+
+def _too_long(what: str, capacity: int, num_pinned: int) -> PromptTooLong:
+    # Whoever asks may not know the pinned adapters by name; those who may unpin them find them listed.
+    beside = f" beside {num_pinned} that the prefixes of pinned adapters hold" if num_pinned else ""
+    unpin = " unpin one (GET /adapters lists them, POST /adapters/{name}/unpin)," if num_pinned else ""
+    return PromptTooLong(
+        f"{what}; this server has {capacity} for it{beside}: shorten it,{unpin} or start the server with more "
+        "kv_cache_bytes"
+    )
 
 
 def _children(before: Sequence[Beam], running: Sequence[Hypothesis]) -> list[Beam]:

@@ -22,7 +22,8 @@ from peft_serve.adapters.profile import parse_profile
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.vocabulary import Vocabulary
 from peft_serve.config import Settings
-from peft_serve.engine.assembly import build, default_store, shipped_adapters
+from peft_serve.engine.adapter_places import default_store, shipped_adapters
+from peft_serve.engine.assembly import build
 from peft_serve.engine.parts import ServerParts
 from peft_serve.errors import AdapterInvalid, BadRequest, ServeError
 from peft_serve.verify import served

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from peft_serve.adapters.catalog import Published
+from peft_serve.adapters.changes import Published
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.ownership import OPERATOR, Publisher
 from peft_serve.adapters.records import CheckpointFiles, Version

@@ -98,13 +98,13 @@ def opened(root: Path) -> tuple[Catalog, AdapterStore]:
 
 def carry_out(catalog: Catalog, change: Change) -> None:
     if change.kind == "put":
-        catalog.publish(change.name, change.files)
+        catalog.changes.publish(change.name, change.files)
         return
     there = {entry.name: entry.version.id for entry in catalog.list() if entry.version is not None}
     if change.name not in there:
         return
     if change.kind == "delete":
-        catalog.delete(change.name)
+        catalog.changes.delete(change.name)
     elif there[change.name] in catalog.pins.all():
         catalog.pins.remove([there[change.name]])
     else:
@@ -168,7 +168,7 @@ def check(root: Path, before: Expected, seed: int, num_acknowledged: int) -> tup
         now = found(catalog)
         if now not in (expected, next_one):
             raise RuntimeError(f"kill {seed}: {now} is neither {expected} nor {next_one}")
-        catalog.collect()
+        catalog.changes.collect()
         named = {version.id for entry in catalog.list() for version in catalog.versions(entry.name)}
         if set(store.blob_ids()) != named or any((root / "quarantine").iterdir()):
             raise RuntimeError(f"kill {seed}: files are left that nothing names, or some were set aside")

@@ -35,7 +35,7 @@ def opened(root: Path) -> Catalog:
 
 
 def publish(catalog: Catalog, name: str, by: Publisher, text: str = "") -> AdapterId:
-    return catalog.publish(name, checkpoint_files(checkpoint(text or name)), publisher=by).version.id
+    return catalog.changes.publish(name, checkpoint_files(checkpoint(text or name)), publisher=by).version.id
 
 
 def reopened(catalog: Catalog, root: Path) -> Catalog:
@@ -54,7 +54,7 @@ def test_an_owner_outlives_the_process(tmp_path: Path) -> None:
     catalog = reopened(catalog, tmp_path)
     assert catalog.get("x").owner == "ann", "the operator mends, and takes nothing over"
     publish(catalog, "x", ANN, "again")
-    catalog.delete("x")
+    catalog.changes.delete("x")
     catalog = reopened(catalog, tmp_path)
     publish(catalog, "x", BOB)
     assert catalog.get("x").owner == "bob", "what is deleted is free"
@@ -81,9 +81,9 @@ def test_what_is_kept_is_counted_over_restarts(tmp_path: Path) -> None:
     bounded = Publisher(tenant="ann", is_operator=False, max_adapters=2, max_bytes=2 * size)
     publish(catalog, "one", bounded, "1")
     publish(catalog, "two", bounded, "1")
-    assert catalog.kept("ann") == Kept(num_adapters=2, num_bytes=size), "the same files once"
+    assert catalog.changes.kept("ann") == Kept(num_adapters=2, num_bytes=size), "the same files once"
     catalog = reopened(catalog, tmp_path)
-    assert catalog.kept("ann") == Kept(num_adapters=2, num_bytes=size)
+    assert catalog.changes.kept("ann") == Kept(num_adapters=2, num_bytes=size)
     with pytest.raises(StorageQuotaExceeded, match="max_adapters"):
         publish(catalog, "three", bounded, "1")
     publish(catalog, "one", bounded, "2")
@@ -92,8 +92,8 @@ def test_what_is_kept_is_counted_over_restarts(tmp_path: Path) -> None:
         publish(catalog, "one", bounded, "3")
     assert set(catalog._store.blob_ids()) == blobs, "what was refused is not kept"
     publish(catalog, "one", OPERATOR, "4")
-    assert catalog.kept("ann").num_bytes == 3 * size, "what the operator does to a name counts to its owner"
-    assert catalog.kept("bob") == Kept(num_adapters=0, num_bytes=0)
+    assert catalog.changes.kept("ann").num_bytes == 3 * size, "what the operator does to a name counts to its owner"
+    assert catalog.changes.kept("bob") == Kept(num_adapters=0, num_bytes=0)
 
 
 def test_a_record_of_before_has_no_owner() -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_serve.adapters.catalog import Catalog, etag
+from peft_serve.adapters.catalog import Catalog
+from peft_serve.adapters.changes import etag
 from peft_serve.adapters.holds import BlobHolds
 from peft_serve.adapters.once_each import OnceEach
 from peft_serve.adapters.records import CheckpointFiles, VersionState
@@ -44,7 +45,7 @@ def blobs(tmp_path: Path) -> set[str]:
 
 
 def test_an_upload_is_resolved_with_what_the_gate_found(catalog: Catalog) -> None:
-    outcome = catalog.publish("a", ONE)
+    outcome = catalog.changes.publish("a", ONE)
     assert (outcome.created, outcome.previous) == (True, None)
     assert outcome.version.created == "2026-01-02T12:00:00Z"
     found = catalog.resolve("a")
@@ -56,8 +57,8 @@ def test_an_upload_is_resolved_with_what_the_gate_found(catalog: Catalog) -> Non
 
 
 def test_a_second_upload_is_version_two_and_the_first_can_still_be_named(catalog: Catalog) -> None:
-    catalog.publish("a", ONE)
-    outcome = catalog.publish("a", TWO)
+    catalog.changes.publish("a", ONE)
+    outcome = catalog.changes.publish("a", TWO)
     assert outcome.previous is not None
     assert (outcome.version.number, outcome.previous.number, outcome.previous.id) == (2, 1, ONE.digest())
     assert catalog.resolve("a").id == TWO.digest()
@@ -66,8 +67,8 @@ def test_a_second_upload_is_version_two_and_the_first_can_still_be_named(catalog
 
 
 def test_the_same_files_again_change_nothing(catalog: Catalog) -> None:
-    catalog.publish("a", ONE)
-    again = catalog.publish("a", ONE)
+    catalog.changes.publish("a", ONE)
+    again = catalog.changes.publish("a", ONE)
     assert not again.created
     assert again.version.number == 1
     assert len(catalog.versions("a")) == 1
@@ -75,14 +76,14 @@ def test_the_same_files_again_change_nothing(catalog: Catalog) -> None:
 
 def test_older_files_again_are_a_new_version(catalog: Catalog) -> None:
     for files in (ONE, TWO, ONE):
-        catalog.publish("a", files)
+        catalog.changes.publish("a", files)
     assert catalog.resolve("a").number == 3
     assert catalog.resolve(f"a@{ONE.digest()}").number == 3
 
 
 @pytest.mark.parametrize("ref", ["b", "a@2", "a@0", f"a@{TWO.digest()}", "A", "base", "../a", ""])
 def test_what_is_not_there_is_unknown(catalog: Catalog, ref: str) -> None:
-    catalog.publish("a", ONE)
+    catalog.changes.publish("a", ONE)
     with pytest.raises(UnknownAdapter, match="GET /adapters"):
         catalog.resolve(ref)
 
@@ -92,8 +93,8 @@ def test_a_bad_name_is_refused_before_anything_is_read(tmp_path: Path, name: str
     gate = FakeGate()
     catalog = make_catalog(tmp_path / "store", gate=gate)
     with pytest.raises(InvalidParameter):
-        catalog.publish(name, ONE)
-    for act in (catalog.delete, catalog.get, catalog.versions, lambda name: catalog.rollback(name, 1)):
+        catalog.changes.publish(name, ONE)
+    for act in (catalog.changes.delete, catalog.get, catalog.versions, lambda name: catalog.changes.rollback(name, 1)):
         with pytest.raises(UnknownAdapter):
             act(name)
     assert gate.calls == 0
@@ -102,33 +103,33 @@ def test_a_bad_name_is_refused_before_anything_is_read(tmp_path: Path, name: str
 def test_a_refused_upload_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
     before = tree(tmp_path)
     with pytest.raises(AdapterInvalid):
-        catalog.publish("a", checkpoint(1, peft_type="NONSENSE"))
+        catalog.changes.publish("a", checkpoint(1, peft_type="NONSENSE"))
     assert tree(tmp_path) == before
 
 
 def test_a_dry_run_tells_and_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
-    catalog.publish("a", ONE)
+    catalog.changes.publish("a", ONE)
     before = tree(tmp_path)
-    outcome = catalog.publish("a", TWO, dry_run=True)
+    outcome = catalog.changes.publish("a", TWO, dry_run=True)
     assert (outcome.version.number, outcome.created) == (2, True)
     assert outcome.version.summary == summary_of(TWO)
     assert tree(tmp_path) == before
     with pytest.raises(PreconditionFailed):
-        catalog.publish("a", TWO, dry_run=True, create_only=True)
+        catalog.changes.publish("a", TWO, dry_run=True, create_only=True)
 
 
 def test_preconditions(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(PreconditionFailed, match="does not exist"):
-        catalog.publish("a", ONE, if_match="*")
-    catalog.publish("a", ONE, create_only=True)
+        catalog.changes.publish("a", ONE, if_match="*")
+    catalog.changes.publish("a", ONE, create_only=True)
     with pytest.raises(PreconditionFailed, match="exists already"):
-        catalog.publish("a", TWO, create_only=True)
+        catalog.changes.publish("a", TWO, create_only=True)
     for wrong in (etag(TWO.digest()), f"W/{etag(ONE.digest())}", "", "x", ONE.digest()):
         with pytest.raises(PreconditionFailed, match="If-Match"):
-            catalog.publish("a", TWO, if_match=wrong)
+            catalog.changes.publish("a", TWO, if_match=wrong)
     assert blobs(tmp_path) == {ONE.digest()}
-    assert catalog.publish("a", TWO, if_match=f'"x", {etag(ONE.digest())}').created
-    assert catalog.publish("a", THREE, if_match="*").created
+    assert catalog.changes.publish("a", TWO, if_match=f'"x", {etag(ONE.digest())}').created
+    assert catalog.changes.publish("a", THREE, if_match="*").created
 
 
 def test_etag_is_the_digest_in_quotes() -> None:
@@ -136,14 +137,14 @@ def test_etag_is_the_digest_in_quotes() -> None:
 
 
 def test_two_writers_with_the_same_etag_do_not_both_win(catalog: Catalog) -> None:
-    catalog.publish("a", ONE)
+    catalog.changes.publish("a", ONE)
     won: list[int] = []
     barrier = threading.Barrier(4)
 
     def write(i: int) -> None:
         barrier.wait()
         try:
-            catalog.publish("a", checkpoint(10 + i), if_match=etag(ONE.digest()))
+            catalog.changes.publish("a", checkpoint(10 + i), if_match=etag(ONE.digest()))
             won.append(i)
         except PreconditionFailed:
             pass
@@ -159,37 +160,37 @@ def test_two_writers_with_the_same_etag_do_not_both_win(catalog: Catalog) -> Non
 
 
 def test_rollback_moves_the_name_and_keeps_the_numbers(catalog: Catalog) -> None:
-    catalog.publish("a", ONE)
-    catalog.publish("a", TWO)
-    assert catalog.rollback("a", 1).id == ONE.digest()
-    assert catalog.rollback("a", 1).number == 1
+    catalog.changes.publish("a", ONE)
+    catalog.changes.publish("a", TWO)
+    assert catalog.changes.rollback("a", 1).id == ONE.digest()
+    assert catalog.changes.rollback("a", 1).number == 1
     assert catalog.resolve("a").id == ONE.digest()
-    assert catalog.publish("a", THREE).version.number == 3
+    assert catalog.changes.publish("a", THREE).version.number == 3
     for name, number in (("a", 9), ("b", 1), ("a", 0)):
         with pytest.raises(UnknownAdapter):
-            catalog.rollback(name, number)
+            catalog.changes.rollback(name, number)
 
 
 def test_delete_removes_the_files_and_never_the_counter(catalog: Catalog, tmp_path: Path) -> None:
-    catalog.publish("a", ONE)
-    catalog.publish("a", TWO)
-    assert catalog.delete("a") == 0
+    catalog.changes.publish("a", ONE)
+    catalog.changes.publish("a", TWO)
+    assert catalog.changes.delete("a") == 0
     assert blobs(tmp_path) == set()
     for ref in ("a", "a@1", f"a@{ONE.digest()}"):
         with pytest.raises(UnknownAdapter):
             catalog.resolve(ref)
     with pytest.raises(UnknownAdapter):
-        catalog.delete("a")
+        catalog.changes.delete("a")
     assert catalog.list() == ()
-    assert catalog.publish("a", ONE).version.number == 3
+    assert catalog.changes.publish("a", ONE).version.number == 3
 
 
 def test_a_request_in_flight_keeps_the_files_of_a_deleted_version(catalog: Catalog, tmp_path: Path) -> None:
-    catalog.publish("a", ONE)
+    catalog.changes.publish("a", ONE)
     found = catalog.resolve("a", hold=True)
     catalog.retain(found.id)
     assert catalog.in_flight(found.id) == catalog.get("a").in_flight == 2
-    assert catalog.delete("a") == 2
+    assert catalog.changes.delete("a") == 2
     assert catalog.files(found.id) == ONE
     catalog.release(found.id)
     assert catalog.files(found.id) == ONE
@@ -203,13 +204,13 @@ def test_a_request_in_flight_keeps_the_files_of_a_deleted_version(catalog: Catal
 
 
 def test_files_that_another_name_has_or_that_come_back_stay(catalog: Catalog, tmp_path: Path) -> None:
-    catalog.publish("a", ONE)
-    catalog.publish("b", ONE)
-    catalog.delete("a")
+    catalog.changes.publish("a", ONE)
+    catalog.changes.publish("b", ONE)
+    catalog.changes.delete("a")
     assert catalog.files(catalog.resolve("b").id) == ONE
     catalog.retain(ONE.digest())
-    assert catalog.delete("b") == 1
-    catalog.publish("c", ONE)
+    assert catalog.changes.delete("b") == 1
+    catalog.changes.publish("c", ONE)
     catalog.release(ONE.digest())
     assert blobs(tmp_path) == {ONE.digest()}
     catalog.check()
@@ -222,7 +223,7 @@ def test_the_base_is_never_counted(catalog: Catalog) -> None:
 
 
 def test_a_hold_is_given_back_once(catalog: Catalog) -> None:
-    catalog.publish("a", ONE)
+    catalog.changes.publish("a", ONE)
     with pytest.raises(AssertionError):
         catalog.release(ONE.digest())
 
@@ -230,10 +231,10 @@ def test_a_hold_is_given_back_once(catalog: Catalog) -> None:
 def test_a_restart_reads_everything_back_and_no_weights(tmp_path: Path) -> None:
     gate = FakeGate()
     with opened(tmp_path, gate) as catalog:
-        catalog.publish("a", ONE)
-        catalog.publish("a", TWO)
-        catalog.publish("B", THREE)
-        catalog.rollback("a", 1)
+        catalog.changes.publish("a", ONE)
+        catalog.changes.publish("a", TWO)
+        catalog.changes.publish("B", THREE)
+        catalog.changes.rollback("a", 1)
         before = (catalog.list(), catalog.resolve("a"), catalog.resolve("a@2"), catalog.versions("a"))
     with opened(tmp_path, gate) as catalog:
         assert (catalog.list(), catalog.resolve("a"), catalog.resolve("a@2"), catalog.versions("a")) == before
@@ -242,7 +243,7 @@ def test_a_restart_reads_everything_back_and_no_weights(tmp_path: Path) -> None:
 
 
 def test_a_manifest_for_another_base_is_worked_out_again_once(tmp_path: Path) -> None:
-    make_catalog(tmp_path, store=(store := AdapterStore(tmp_path, FaultyFileSystem(10**9, no_room())))).publish(
+    make_catalog(tmp_path, store=(store := AdapterStore(tmp_path, FaultyFileSystem(10**9, no_room())))).changes.publish(
         "a", ONE
     )
     gate = FakeGate()
@@ -260,7 +261,7 @@ def test_a_checkpoint_that_another_base_refuses_says_why(tmp_path: Path) -> None
 
     make_gate = FakeGate()
     store = AdapterStore(tmp_path, FaultyFileSystem(10**9, no_room()))
-    make_catalog(tmp_path, store=store).publish("a", ONE)
+    make_catalog(tmp_path, store=store).changes.publish("a", ONE)
     catalog = make_catalog(tmp_path, gate=refusing, store=store, checked_for="another")
     for _ in range(2):
         with pytest.raises(AdapterInvalid, match=r"adapter 'a' version 1.*OFT is not known here"):
@@ -269,8 +270,8 @@ def test_a_checkpoint_that_another_base_refuses_says_why(tmp_path: Path) -> None
 
 
 def test_a_damaged_checkpoint_fails_alone_and_the_same_upload_mends_it(catalog: Catalog, tmp_path: Path) -> None:
-    catalog.publish("a", ONE)
-    catalog.publish("b", TWO)
+    catalog.changes.publish("a", ONE)
+    catalog.changes.publish("b", TWO)
     corrupt(tmp_path / "store", ONE.digest())
     with pytest.raises(AdapterUnavailable):
         catalog.files(ONE.digest())
@@ -281,42 +282,42 @@ def test_a_damaged_checkpoint_fails_alone_and_the_same_upload_mends_it(catalog: 
     assert entry.version.state is VersionState.QUARANTINED
     assert "upload it again" in entry.problem
     with pytest.raises(AdapterUnavailable):
-        catalog.rollback("a", 1)
+        catalog.changes.rollback("a", 1)
     assert catalog.resolve("b").id == TWO.digest()
-    assert not catalog.publish("a", ONE).created
+    assert not catalog.changes.publish("a", ONE).created
     assert catalog.files(catalog.resolve("a").id) == ONE
     assert catalog.get("a").problem == ""
 
 
 def test_a_damaged_record_fails_its_name_alone_and_nothing_is_collected(tmp_path: Path) -> None:
     with opened(tmp_path) as catalog:
-        catalog.publish("a", ONE)
-        catalog.publish("b", TWO)
+        catalog.changes.publish("a", ONE)
+        catalog.changes.publish("b", TWO)
     (tmp_path / "names" / "a.json").write_bytes(b"{}")
     with opened(tmp_path) as catalog:
         assert catalog.resolve("b").id == TWO.digest()
         assert "damaged" in catalog.get("a").problem
-        for act in (catalog.resolve, catalog.delete, lambda name: catalog.publish(name, THREE)):
+        for act in (catalog.resolve, catalog.changes.delete, lambda name: catalog.changes.publish(name, THREE)):
             with pytest.raises(AdapterUnavailable, match="adapter 'a'"):
                 act("a")
-        catalog.delete("b")
-        assert catalog.collect() == 0
+        catalog.changes.delete("b")
+        assert catalog.changes.collect() == 0
         assert (tmp_path / "blobs" / "sha256" / ONE.digest().removeprefix("sha256:")).is_dir()
 
 
 def test_collect_removes_what_a_crash_left(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path, FaultyFileSystem(10**9, no_room()))
     catalog = make_catalog(tmp_path, store=store)
-    catalog.publish("a", ONE)
+    catalog.changes.publish("a", ONE)
     store.detach_blob(TWO.digest())
-    make_catalog(tmp_path, store=store).publish("orphan", TWO)
+    make_catalog(tmp_path, store=store).changes.publish("orphan", TWO)
     (tmp_path / "names" / "orphan.json").unlink()
     catalog = make_catalog(tmp_path, store=store)
     catalog.retain(TWO.digest())
-    assert catalog.collect() == 0
+    assert catalog.changes.collect() == 0
     catalog.release(TWO.digest())
     assert not store.has_blob(TWO.digest())
-    assert catalog.collect() == 0
+    assert catalog.changes.collect() == 0
     assert catalog.files(ONE.digest()) == ONE
 
 
@@ -326,10 +327,10 @@ def test_a_full_disk_leaves_the_name_where_it_was_and_no_new_files(tmp_path: Pat
         root = tmp_path / str(k)
         fs = FaultyFileSystem(10**9, no_room())
         catalog = make_catalog(root, store=AdapterStore(root, fs))
-        catalog.publish("a", ONE)
+        catalog.changes.publish("a", ONE)
         fs.fails_at = fs.num_acts + k
         try:
-            catalog.publish("a", TWO)
+            catalog.changes.publish("a", TWO)
             refused = False
         except StoreFull:
             found = catalog.resolve("a")
@@ -352,7 +353,7 @@ def test_thousands_of_names_start_by_listing_alone(tmp_path: Path) -> None:
 
     fs = Counting(10**9, no_room())
     store = AdapterStore(tmp_path, fs)
-    make_catalog(tmp_path, store=store).publish("a0", ONE)
+    make_catalog(tmp_path, store=store).changes.publish("a0", ONE)
     record = (tmp_path / "names" / "a0.json").read_bytes()
     for i in range(1, 500):
         (tmp_path / "names" / f"a{i}.json").write_bytes(record)
@@ -389,7 +390,7 @@ def test_a_folder_is_served_as_version_zero_and_read_on_first_use(tmp_path: Path
         with pytest.raises(UnknownAdapter):
             catalog.resolve(ref)
     with pytest.raises(Forbidden, match="read-only folder"):
-        catalog.delete("a")
+        catalog.changes.delete("a")
 
 
 def test_a_folder_that_changed_is_looked_at_again(tmp_path: Path) -> None:
@@ -416,17 +417,17 @@ def test_an_upload_shadows_a_folder_until_it_is_deleted(tmp_path: Path) -> None:
     write_folder(tmp_path / "adapters" / "a", ONE)
     catalog = make_catalog(tmp_path / "store", tmp_path / "adapters")
     with pytest.raises(PreconditionFailed):
-        catalog.publish("a", TWO, create_only=True)
+        catalog.changes.publish("a", TWO, create_only=True)
     with pytest.raises(PreconditionFailed):
-        catalog.publish("a", TWO, if_match=etag(THREE.digest()))
-    outcome = catalog.publish("a", TWO, if_match=etag(ONE.digest()))
+        catalog.changes.publish("a", TWO, if_match=etag(THREE.digest()))
+    outcome = catalog.changes.publish("a", TWO, if_match=etag(ONE.digest()))
     assert outcome.previous is not None
     assert (outcome.version.number, outcome.previous.number) == (1, 0)
     assert catalog.resolve("a").id == TWO.digest()
     assert catalog.resolve("a@0").id == ONE.digest()
     assert [version.number for version in catalog.versions("a")] == [0, 1]
     assert not catalog.get("a").is_folder
-    catalog.delete("a")
+    catalog.changes.delete("a")
     assert catalog.resolve("a").id == ONE.digest()
     assert catalog.get("a").is_folder
 

@@ -107,7 +107,7 @@ def test_a_blob_that_is_gone_whole_is_told_and_mended() -> None:
     with pytest.raises(AdapterUnavailable, match=r"adapter 'a' version 2: .*upload it again"):
         server.catalog.resolve("a")
     assert server.catalog.resolve("a@1").id == FOUR.digest()
-    server.catalog.rollback("a", 1)
+    server.catalog.changes.rollback("a", 1)
     assert server.catalog.resolve("a").id == FOUR.digest()
     server.put("a", ONE)
     assert server.catalog.files(server.catalog.resolve("a").id) == ONE
@@ -138,14 +138,14 @@ def test_a_read_only_store_serves_and_takes_nothing(caplog: pytest.LogCaptureFix
     assert "read-only" in caplog.text
     assert server.state() == Server(MemoryDisk(begun())).state()
     before = server.disk.tree()
-    for act in (UPLOAD, lambda s: s.catalog.delete("a"), lambda s: s.put("a", ONE), lambda s: s.put("a", FOUR)):
+    for act in (UPLOAD, lambda s: s.catalog.changes.delete("a"), lambda s: s.put("a", ONE), lambda s: s.put("a", FOUR)):
         with pytest.raises(Unavailable, match="read-only: its adapters are served") as refusal:
             act(server)
         assert not isinstance(refusal.value, StoreFull | AdapterUnavailable)
         assert refusal.value.retry_after_s
     server.catalog.pins.add(ONE.digest(), "a")
     assert server.catalog.pins.all() == {ONE.digest(): "a"}, "as long as the process lives"
-    assert server.catalog.collect() == 0
+    assert server.catalog.changes.collect() == 0
     assert server.disk.tree() == before
     assert server.state()[:-2] == Server(MemoryDisk(begun())).state()[:-2]
     server.store.close()
@@ -173,7 +173,7 @@ def test_readers_beside_the_one_that_writes_see_versions_whole() -> None:
     disk.fault = lambda *_: None
     writer.put("a", FOUR)
     writer.put("c", THREE)
-    writer.catalog.delete("b")
+    writer.catalog.changes.delete("b")
     disk.fault = no_writing
     assert reader.catalog.resolve("a").id == ONE.digest(), "a reader goes on with what it has read"
     assert reader.catalog.files(ONE.digest()) == ONE

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from peft_serve.adapters.catalog import etag
+from peft_serve.adapters.changes import etag
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.core import AdapterId
 from peft_serve.errors import PreconditionFailed, UnknownAdapter
@@ -47,9 +47,9 @@ class CatalogMachine(RuleBasedStateMachine):
         before = self.current_id(name)
         if (create_only and before) or (match is not None and before != IDS[match]):
             with pytest.raises(PreconditionFailed):
-                self.catalog.publish(name, checkpoint(seed), if_match=if_match, create_only=create_only)
+                self.catalog.changes.publish(name, checkpoint(seed), if_match=if_match, create_only=create_only)
             return
-        outcome = self.catalog.publish(name, checkpoint(seed), if_match=if_match, create_only=create_only)
+        outcome = self.catalog.changes.publish(name, checkpoint(seed), if_match=if_match, create_only=create_only)
         assert outcome.created == (before != IDS[seed])
         if outcome.created:
             self.counter[name] = number = self.counter.get(name, 0) + 1
@@ -62,19 +62,19 @@ class CatalogMachine(RuleBasedStateMachine):
     def delete(self, name: str) -> None:
         if name not in self.current:
             with pytest.raises(UnknownAdapter):
-                self.catalog.delete(name)
+                self.catalog.changes.delete(name)
             return
         ids = set(self.versions.pop(name).values())
         del self.current[name]
-        assert self.catalog.delete(name) == sum(adapter in ids for adapter in self.held)
+        assert self.catalog.changes.delete(name) == sum(adapter in ids for adapter in self.held)
 
     @rule(name=NAMES, number=st.integers(1, 6))
     def rollback(self, name: str, number: int) -> None:
         if number not in self.versions.get(name, {}):
             with pytest.raises(UnknownAdapter):
-                self.catalog.rollback(name, number)
+                self.catalog.changes.rollback(name, number)
             return
-        assert self.catalog.rollback(name, number).id == self.versions[name][number]
+        assert self.catalog.changes.rollback(name, number).id == self.versions[name][number]
         self.current[name] = number
 
     @rule(name=NAMES)
@@ -92,7 +92,7 @@ class CatalogMachine(RuleBasedStateMachine):
         self.store.close()
         self.held.clear()
         self.open()
-        self.catalog.collect()
+        self.catalog.changes.collect()
 
     @invariant()
     def names_stand_for_what_the_model_says(self) -> None:

@@ -46,7 +46,7 @@ class Server:
         )
 
     def put(self, name: str, files: CheckpointFiles) -> None:
-        self.catalog.publish(name, files)
+        self.catalog.changes.publish(name, files)
 
     def state(self) -> State:
         """What every name stands for, with the bytes of every version; whatever is there must be whole."""
@@ -72,9 +72,12 @@ CHANGES: dict[str, list[Act]] = {
     "replace": [lambda server: server.put("a", FOUR)],
     "replace by files of another name": [lambda server: server.put("b", ONE)],
     "replace twice": [lambda server: server.put("a", FOUR), lambda server: server.put("a", THREE)],
-    "roll back": [lambda server: server.put("a", TWO), lambda server: server.catalog.rollback("a", 1)],
-    "delete": [lambda server: server.catalog.delete("a")],
-    "delete, upload the same files": [lambda server: server.catalog.delete("a"), lambda server: server.put("a", ONE)],
+    "roll back": [lambda server: server.put("a", TWO), lambda server: server.catalog.changes.rollback("a", 1)],
+    "delete": [lambda server: server.catalog.changes.delete("a")],
+    "delete, upload the same files": [
+        lambda server: server.catalog.changes.delete("a"),
+        lambda server: server.put("a", ONE),
+    ],
     "alias, move it, delete it": [
         lambda server: server.catalog.aliases.put("best", [Target(adapter="a")]),
         lambda server: server.catalog.aliases.put("best", [Target(adapter="a"), Target(adapter="b", weight=3.0)]),
@@ -118,7 +121,7 @@ def check_restart(tree: Tree, allowed: list[State]) -> None:
     disk = MemoryDisk(tree)
     server = Server(disk)
     assert server.state() in allowed
-    server.catalog.collect()
+    server.catalog.changes.collect()
     named = {version.id for entry in server.catalog.list() for version in server.catalog.versions(entry.name)}
     assert set(server.store.blob_ids()) == named
     assert disk.list_dir(ROOT / "tmp") == []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
 
-from peft_serve.adapters.catalog import Published
+from peft_serve.adapters.changes import Published
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.ownership import OPERATOR, Publisher
 from peft_serve.adapters.records import CheckpointFiles

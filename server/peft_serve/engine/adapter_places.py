@@ -1,0 +1,58 @@
+"""Where a server's adapters are: the store of uploads, opened before anything slow, and the read-only folders.
+
+Knows the settings that name them; what is in them is the catalog's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import peft_serve
+from peft_serve.adapters.catalog import Catalog
+from peft_serve.adapters.filesystem import DiskFileSystem
+from peft_serve.adapters.findings import Inspect
+from peft_serve.adapters.folders import CheckpointFolders
+from peft_serve.adapters.store import AdapterStore
+from peft_serve.config import Settings
+from peft_serve.model.loader import DEMO_NAMES
+
+
+def default_store(base_name: str) -> Path:
+    """Where the uploads of a base are kept unless --store says otherwise."""
+    return Path.home() / ".local" / "share" / "peft-serve" / base_name.replace("/", "--")
+
+
+def shipped_adapters(model: str) -> Path | None:
+    """The folder of adapters that ship with a demo base: in a checkout, or inside an installed wheel."""
+    if model not in DEMO_NAMES:
+        return None
+    package = Path(peft_serve.__file__).parent
+    candidates = (package / "demo" / "adapters" / model, package.parent.parent / "adapters" / model)
+    return next((path for path in candidates if path.is_dir()), None)
+
+
+def open_store(settings: Settings, root: Path) -> AdapterStore:
+    """The store of uploads in `root`, with its lock; raises Unavailable where another process holds that."""
+    return AdapterStore(root, DiskFileSystem(), min_free_bytes=settings.store_reserve_bytes)
+
+
+def make_catalog(
+    settings: Settings,
+    store: AdapterStore,
+    root: Path,
+    base_name: str,
+    check: Inspect,
+    checked_for: str,
+    say: Callable[[str], None],
+) -> Catalog:
+    """The names of a store and of the folders. They are listed and no file is read, however many there are."""
+    shipped = shipped_adapters(settings.model)
+    paths = [*settings.adapters, *([] if shipped is None else [shipped])]
+    folders = CheckpointFolders(paths, DiskFileSystem(), base_name=base_name, max_bytes=settings.max_adapter_bytes)
+    for problem in folders.problems:
+        say(f"adapters: {problem}")
+    kept = "read from" if store.is_read_only else "kept in"
+    say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are {kept} {root}")
+    return Catalog(store, folders, check, checked_for=checked_for, base_name=base_name, now=lambda: datetime.now(UTC))
