@@ -88,27 +88,39 @@ inline int place_in_row(const bf16*, int column) {
   return (vector / 2) * 2 * VL + 2 * lane + (vector % 2);
 }
 
+// acc += x[..][k] * row k of each panel
+template <class W, int R, int P>
+inline void add_k(Vec (&acc)[R][P][NV], const float* x, long x_step, const W* w, long panel_step, long k) {
+  Vec b[P][NV];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    panel_row(w + p * panel_step + k * NR, b[p]);
+    if (P > 1) __builtin_prefetch(w + p * panel_step + k * NR + AHEAD / sizeof(W));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const float xk = x[r * x_step + k];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][p][v] = added(acc[r][p][v], b[p][v], xk);
+  }
+}
+
 // sums[r][NR p + c] += x[r] . panel p over `num_k`, or = for the first block; P panels lie `panel_step` apart.
 template <class W, int R, int P>
 __attribute__((noinline)) void sum_block(const float* x, long x_step, const W* w, long panel_step, long num_k,
                                          float* sums, long sums_step, bool is_first, const W* ahead, long ahead_step) {
   Vec acc[R][P][NV] = {};
-  for (long k = 0; k < num_k; ++k) {
-    Vec b[P][NV];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      panel_row(w + p * panel_step + k * NR, b[p]);
-      if (P > 1) __builtin_prefetch(w + p * panel_step + k * NR + AHEAD / sizeof(W));
+  if constexpr (P == 1) {
+    // Two at a time: else GCC reads the panel from memory again for every row, and loads are what is short.
+#pragma GCC unroll 2
+    for (long k = 0; k < num_k; ++k) {
+      __builtin_prefetch(ahead + k * ahead_step);
+      add_k<W, R, P>(acc, x, x_step, w, panel_step, k);
     }
-    if (P == 1) __builtin_prefetch(ahead + k * ahead_step);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const float xk = x[r * x_step + k];
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p)
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[r][p][v] = added(acc[r][p][v], b[p][v], xk);
-    }
+  } else {
+    for (long k = 0; k < num_k; ++k) add_k<W, R, P>(acc, x, x_step, w, panel_step, k);
   }
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p)
