@@ -102,6 +102,8 @@ class RowOps:
 
     def gate_(self, x: Tensor, up: Tensor) -> Tensor:
         """x <- silu(x) * up, in place, and returned (arXiv:2002.05202). Both lie without gaps and are of one dtype."""
+        assert x.dtype is up.dtype and x.shape == up.shape, f"a gate of {x.shape} opens {up.shape}"  # noqa: PT018
+        assert x.is_contiguous() and up.is_contiguous(), "both lie without gaps"  # noqa: PT018
         self.functions[x.dtype].gate(x.data_ptr(), up.data_ptr(), x.numel())
         return x
 
