@@ -132,3 +132,22 @@ def test_the_agreed_name_is_the_only_one_named(names: list[str]) -> None:
             agreed_name(mentions, BASE_NAME)
     else:
         assert agreed_name(mentions, BASE_NAME) == (named.pop() if named else "base")
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [("adaptor", "adapter"), ("Adapter", "adapter"), ("adapter_id", "adapter"), ("taskid", "task_id")],
+)
+async def test_a_mistyped_field_of_the_query_is_not_answered_by_the_base(
+    client: httpx.AsyncClient, world: World, field: str, meant: str
+) -> None:
+    answer = await client.post("/generate", params={field: "plain"}, json={"inputs": "x"})
+    assert answer.status_code == 422
+    assert answer.json()["error"] == f"query {field}: did you mean {meant}?"
+    assert world.engine.seen == []
+
+
+@pytest.mark.parametrize("field", ["api-version", "trace_id", "chapter", "utm_source"])
+async def test_what_gateways_add_to_a_query_passes(client: httpx.AsyncClient, field: str) -> None:
+    answer = await client.post("/generate", params={field: "1", "adapter": "plain"}, json={"inputs": "x"})
+    assert answer.headers["x-adapter"] == "plain"

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Final
 
 from starlette.requests import Request
 
 from peft_serve.adapters.names import shown
+from peft_serve.api.json_body import printable
 from peft_serve.errors import AdapterConflict, BadRequest, InvalidParameter
 
 BASE_NAME: Final = "base"
+FIELDS: Final = ("adapter", "task_id")
+"""What a query may name."""
+_ALIKE: Final = 0.75
 MODEL_ALIASES: Final = frozenset({"base", "dummy", "tgi"})
 """Words that clients put into `model` when they have no name to give."""
 
@@ -29,7 +34,14 @@ class Mention:
 
 
 def mentions_of(request: Request) -> tuple[Mention, ...]:
-    """What the address and the headers of a request name."""
+    """What the address and the headers of a request name. Raises InvalidParameter for a name that is nearly one.
+
+    Other fields of a query pass: gateways add their own. A mistyped one would be answered by the base.
+    """
+    for field in dict.fromkeys(request.query_params):
+        meant = get_close_matches(field.lower(), FIELDS, n=1, cutoff=_ALIKE)
+        if meant and field not in FIELDS:
+            raise InvalidParameter(f"query {printable(field)}: did you mean {meant[0]}?", param=printable(field))
     # A plus sign in a query reads as a space; names hold no spaces, so a space was a plus sign.
     query = [Mention("query adapter", v.replace(" ", "+")) for v in request.query_params.getlist("adapter")]
     header = [Mention("header X-Adapter", v) for v in request.headers.getlist("x-adapter")]
