@@ -21,8 +21,7 @@ def encoder_of(tokenizer: Any) -> Callable[[str, bool], list[int]]:
 
     A truncation or padding that its file asks for is off from now on, as transformers' own call would leave it.
     """
-    is_plain = _shares(tokenizer, "__call__") and _shares(tokenizer, "_encode_plus")
-    if is_plain and not tokenizer.split_special_tokens and not hasattr(tokenizer, "_switch_to_input_mode"):
+    if is_plain(tokenizer):
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -42,6 +41,13 @@ def encoder_of(tokenizer: Any) -> Callable[[str, bool], list[int]]:
         return [int(i) for i in ids]
 
     return asked
+
+
+def is_plain(tokenizer: Any) -> bool:
+    """Whether a text goes into the `tokenizers` library as it is, and its ids are what comes out."""
+    if not _shares(tokenizer, "__call__") or not _shares(tokenizer, "_encode_plus"):
+        return False
+    return not tokenizer.split_special_tokens and not hasattr(tokenizer, "_switch_to_input_mode")
 
 
 def decoder_of(tokenizer: Any) -> Callable[[list[int], bool], str]:

@@ -20,6 +20,7 @@ from peft_serve.adapters.vocabulary import Vocabulary
 from peft_serve.detokenizing import Detokenizer
 from peft_serve.errors import BadRequest
 from peft_serve.fast_tokenizer import decoder_of, encoder_of
+from peft_serve.fewest_tokens import FewestTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class TextCodec:
         self._words: Mapping[str, str] = {}
         self._encode_text = encoder_of(tokenizer)
         self._decode_ids = decoder_of(tokenizer)
+        self._fewest = FewestTokens.of(tokenizer)
 
     @classmethod
     def load(cls, source: str | Path, *, is_encoder_decoder: bool, revision: str | None = None) -> TextCodec:
@@ -142,6 +144,10 @@ class TextCodec:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Ids of `text`, with the tokenizer's own special tokens around it unless told otherwise."""
         return tuple(self._encode_text(text, add_special_tokens))
+
+    def fewest_tokens(self, text: str) -> int:
+        """No fewer tokens than this has `text`, told without tokenising it; 0 where nothing can be told."""
+        return 0 if self._fewest is None else self._fewest.in_text(text)
 
     def encode_fully(self, text: str, pair: str | None = None) -> Encoded:
         """A text, or two as the tokenizer joins them, with its special tokens and where each token comes from."""

@@ -21,6 +21,7 @@ from peft_serve.api.quotas import Quotas
 from peft_serve.api.reading import ReadingPlans
 from peft_serve.api.resolving import Resolver
 from peft_serve.api.splitting import Draws
+from peft_serve.api.text_threads import TextThreads
 from peft_serve.api.waiting import until
 from peft_serve.core import BASE, AdapterId, Request, RequestId
 from peft_serve.engine.client import EngineClient
@@ -44,8 +45,10 @@ class Admission:
         *,
         learn: Callable[[AdapterId, str], None],
         quotas: Quotas,
+        threads: TextThreads,
     ) -> None:
-        """`learn` is told by which name an adapter was asked for; `quotas` are charged for the answers."""
+        """`learn` is told by which name an adapter was asked for; `quotas` are charged for the answers; long texts
+        are tokenised on `threads`."""
         self._parts = parts
         self._quotas = quotas
         self._learn = learn
@@ -55,8 +58,10 @@ class Admission:
         self._resolver = Resolver(parts.catalog, parts.base.name)
         hold = self._resolver.hold
         self._codecs = Codecs(parts)
-        self._generating = GenerationPlans(parts, self._codecs, new_id=self._new_id, draw_bits=draw_bits, hold=hold)
-        self._reading = ReadingPlans(parts, self._codecs, self._generating, new_id=self._new_id, hold=hold)
+        self._generating = GenerationPlans(
+            parts, self._codecs, threads, new_id=self._new_id, draw_bits=draw_bits, hold=hold
+        )
+        self._reading = ReadingPlans(parts, self._codecs, self._generating, threads, new_id=self._new_id, hold=hold)
 
     async def admit(
         self, call: Call, principal: Principal, *, max_wait_s: float | None = None, session: str = ""
@@ -74,6 +79,7 @@ class Admission:
         served = await self._resolver.resolve(
             [ask.adapter for ask in call.asks], principal, Draws(session, self._draw_bits)
         )
+        call = replace(call, tenant=principal.tenant.name)
         planner = self._generating if call.purpose is Purpose.GENERATE else self._reading
         plans: list[Plan] = []
         try:

@@ -5,7 +5,6 @@ Answers have the shape of transformers' pipelines; what an ensemble's members sa
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -80,7 +79,11 @@ class ClassifyRoutes:
         n = wish.call.num_members
         work = [self._told(wish, plans[i : i + n], answers[i : i + n]) for i in range(0, len(answers), n)]
         is_long = sum(len(answer.rows) for answer in answers) > MANY_TOKENS
-        content = await asyncio.to_thread(_done, work) if is_long else _done(work)
+        content = (
+            await self._service.text_threads.run(principal_of(request).tenant.name, _done, work)
+            if is_long
+            else _done(work)
+        )
         # Scores of a whole text stand in a list for each text, also where there is one; so do hub clients read them.
         is_flat = not wish.is_list and (bool(wish.parameters.details) or _is_spread(plans[0]))
         return json_response(content[0] if is_flat else content, headers=whole_headers(generations, answers))

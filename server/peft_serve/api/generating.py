@@ -19,6 +19,7 @@ from peft_serve.api.plan import Ask, Call, Plan, Style
 from peft_serve.api.prompts import Asking, Prompt, check_known, make_prompt
 from peft_serve.api.sampling import check_bias, check_bounds, layered, sampling_params, stops_of
 from peft_serve.api.served import Served
+from peft_serve.api.text_threads import TextThreads
 from peft_serve.core import AdapterId, Constraint, Request, RequestId, SamplingParams
 from peft_serve.engine.parts import BaseCard, ServerParts
 from peft_serve.errors import InvalidParameter, PromptTooLong
@@ -36,6 +37,7 @@ class GenerationPlans:
         self,
         parts: ServerParts,
         codecs: Codecs,
+        threads: TextThreads,
         *,
         new_id: Callable[[], RequestId],
         draw_bits: Callable[[int], int],
@@ -43,6 +45,7 @@ class GenerationPlans:
     ) -> None:
         self._parts = parts
         self._codecs = codecs
+        self._threads = threads
         self._new_id = new_id
         self._draw_bits = draw_bits
         self._hold = hold
@@ -56,7 +59,7 @@ class GenerationPlans:
         profile = served.profile(call.explicit)
         merged = layered(call, profile)
         adapter = served.adapter(merged.get("task_id"))
-        asking = Asking.of(profile, merged, call.style)
+        asking = Asking.of(profile, merged, call.style, max_tokens=self._parts.base.max_context)
         self._check_choices(asking)
         codec = await self._codecs.of(served)
         if ask.tools is not None:
@@ -65,7 +68,7 @@ class GenerationPlans:
         chat = None
         if ask.messages is not None and asking.template is None:
             chat = await self._codecs.chat_prompt(codec, ask.messages, served.name, ask.offered)
-        prompt = await make_prompt(codec, ask, asking, call.explicit, chat)
+        prompt = await make_prompt(codec, ask, asking, call, chat, threads=self._threads)
         check_known([*prompt.ids, *(i for choice in prompt.choices for i in choice)], self._parts.base.vocab_size)
         if prompt.choices:
             for name in ("min_new_tokens", "num_beams"):

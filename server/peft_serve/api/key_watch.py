@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from peft_serve.api.keyring import Keyring
+from peft_serve.api.store_threads import StoreThreads
 
 EVERY_S: Final = 1.0
 """A key that is taken out of the file is refused after so long."""
@@ -37,9 +38,10 @@ async def watched_keys(keyring: Keyring, *, every_s: float = EVERY_S) -> AsyncIt
 
 
 async def _watch(keyring: Keyring, hung_up: asyncio.Event, every_s: float) -> None:
+    thread = StoreThreads(num_threads=1, name="keys")  # its own: nothing that is slow may keep a withdrawn key valid
     while True:
         with suppress(TimeoutError):
             await asyncio.wait_for(hung_up.wait(), every_s)
         is_forced = hung_up.is_set()
         hung_up.clear()
-        await asyncio.to_thread(keyring.renew, is_forced=is_forced)
+        await asyncio.wrap_future(thread.submit(keyring.renew, is_forced=is_forced))

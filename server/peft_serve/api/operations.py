@@ -23,6 +23,7 @@ from peft_serve.api.naming import MODEL_ALIASES
 from peft_serve.api.openapi import error_responses, openai_error_responses
 from peft_serve.api.principal import principal_of
 from peft_serve.api.service import Service
+from peft_serve.api.store_threads import StoreThreads
 from peft_serve.api.ui import moved
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.errors import AdapterInvalid, AdapterUnavailable, Unavailable
@@ -47,6 +48,7 @@ class OperationRoutes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._threads = service.store_threads
+        self._render_threads = StoreThreads(num_threads=1, name="metrics")
         self._parts = service.parts
 
     def router(self) -> APIRouter:
@@ -106,7 +108,7 @@ class OperationRoutes:
 
     async def metrics(self, request: Request) -> Response:
         self._parts.metrics.set_state(self._figures(self._parts.engine.snapshot()))
-        page = await asyncio.to_thread(self._parts.metrics.render)
+        page = await asyncio.wrap_future(self._render_threads.submit(self._parts.metrics.render))
         if not self._parts.settings.metrics_public:
             page = seen_page(page, principal_of(request))
         # starlette would add a charset of its own, and scrapers compare the type as a whole.

@@ -78,6 +78,7 @@ class Call:
     prompt_logprobs: int | None = None  # not None: of the prompt's tokens too, and so many alternatives
     is_streamed: bool = False  # token by token, as they come
     form: Form | None = None  # what the answers are to look like
+    tenant: str = ""  # whose it is; told by admission
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,19 @@
 """From an input to token ids: template, chat template, choices, truncation.
 
-Knows the tokenizer and an adapter's profile; no sampling, no bounds of the context.
+Knows the tokenizer and an adapter's profile; no sampling. Of the bounds of the context it knows one, the most tokens
+that any prompt may have: a text that cannot be so few is refused before it is tokenised.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from peft_serve.adapters.records import Profile
-from peft_serve.api.plan import Ask, Style
-from peft_serve.errors import InvalidParameter
+from peft_serve.api.plan import Ask, Call, Style
+from peft_serve.api.text_threads import TextThreads
+from peft_serve.errors import InvalidParameter, PromptTooLong
 from peft_serve.text import TextCodec
 
 LONG_TEXT_CHARS: Final = 2048
@@ -29,9 +30,11 @@ class Asking:
     truncate: int | None = None
     add_special_tokens: bool = True
     input_name: str = "inputs"  # what the caller's family calls an input
+    truncate_name: str = "truncate"
+    max_tokens: int  # no prompt of more can fit
 
     @classmethod
-    def of(cls, profile: Profile, explicit: Mapping[str, Any], style: Style) -> Asking:
+    def of(cls, profile: Profile, explicit: Mapping[str, Any], style: Style, *, max_tokens: int) -> Asking:
         """What is in `explicit` counts, None included: null switches the profile's own off."""
         choices = explicit.get("choices", profile.choices)
         if isinstance(choices, list):
@@ -42,6 +45,8 @@ class Asking:
             truncate=explicit.get("truncate"),
             add_special_tokens=style.add_special_tokens,
             input_name=style.name("inputs"),
+            truncate_name=style.name("truncate"),
+            max_tokens=max_tokens,
         )
 
 
@@ -56,14 +61,14 @@ class Prompt:
 
 
 async def make_prompt(
-    codec: TextCodec, ask: Ask, asking: Asking, explicit: Mapping[str, Any], chat: str | None = None
+    codec: TextCodec, ask: Ask, asking: Asking, call: Call, chat: str | None = None, *, threads: TextThreads
 ) -> Prompt:
-    """The prompt of `ask`; `chat` are its messages if they are rendered already.
+    """The prompt of `ask`, one of `call`; `chat` are its messages if they are rendered already.
 
-    Raises BadRequest and InvalidParameter.
+    Raises BadRequest, InvalidParameter, PromptTooLong and QueueFull.
     """
     if ask.ids is not None:
-        if explicit.get("choices"):
+        if call.explicit.get("choices"):
             raise InvalidParameter(
                 "choices: a prompt of token ids cannot be continued by words; send text", param="choices"
             )
@@ -72,7 +77,7 @@ async def make_prompt(
         return Prompt(text=codec.decode(ids), ids=ids)
     num_chars = len(chat or "") + len(ask.text or "") + sum(len(m.get("content") or "") for m in ask.messages or ())
     if num_chars * (1 + len(asking.choices or ())) > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(_tokenised, codec, ask, asking, chat)
+        return await threads.run(call.tenant, _tokenised, codec, ask, asking, chat)
     return _tokenised(codec, ask, asking, chat)
 
 
@@ -89,11 +94,13 @@ def check_known(ids: Sequence[int], vocab_size: int, *, param: str = "prompt") -
 def _tokenised(codec: TextCodec, ask: Ask, asking: Asking, chat: str | None) -> Prompt:
     if ask.messages is not None and asking.template is None:
         text = codec.chat_prompt(ask.messages, ask.offered) if chat is None else chat
+        _check_length(codec, text, asking)
         ids = codec.encode_chat(text)
     else:
         text = _words(ask)
         if asking.template is not None:
             text = asking.template.replace("{text}", text)
+        _check_length(codec, text, asking)
         ids = codec.encode(text, add_special_tokens=asking.add_special_tokens)
     ids = _truncated(ids, asking.truncate)
     if not ids:
@@ -106,6 +113,23 @@ def _tokenised(codec: TextCodec, ask: Ask, asking: Asking, chat: str | None) -> 
         choices=tuple(codec.choice_ids(text, words) for words in choices.values()),
         labels=tuple(choices),
     )
+
+
+def _check_length(codec: TextCodec, text: str, asking: Asking) -> None:
+    """Raise PromptTooLong for what cannot fit; of a prompt that is cut only the end has to."""
+    if asking.truncate is None:
+        way_out = f"Shorten the prompt (or set {asking.truncate_name})"
+        check_room(codec.fewest_tokens(text), asking.max_tokens, param=asking.input_name, way_out=way_out)
+
+
+def check_room(fewest: int, max_tokens: int, *, param: str, way_out: str) -> None:
+    """Raise PromptTooLong for a text of no fewer than `fewest` tokens that has too many then."""
+    if fewest > max_tokens:
+        raise PromptTooLong(
+            f"This model's maximum context length is {max_tokens} tokens. However, you requested at least {fewest} "
+            f"tokens in the prompt. {way_out}.",
+            param=param,
+        )
 
 
 def _words(ask: Ask) -> str:

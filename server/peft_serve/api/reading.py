@@ -6,7 +6,6 @@ then the choices are scored. Knows no queue and no HTTP.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,8 +14,9 @@ from peft_serve.api.abilities import READINGS, NothingToClassify, check_reads, g
 from peft_serve.api.codecs import Codecs
 from peft_serve.api.generating import GenerationPlans
 from peft_serve.api.plan import Ask, Call, Plan, Purpose
-from peft_serve.api.prompts import LONG_TEXT_CHARS, check_known
+from peft_serve.api.prompts import LONG_TEXT_CHARS, check_known, check_room
 from peft_serve.api.served import Served
+from peft_serve.api.text_threads import TextThreads
 from peft_serve.core import Reading, Request, RequestId
 from peft_serve.engine.parts import ServerParts
 from peft_serve.errors import InvalidParameter, PromptTooLong
@@ -34,6 +34,7 @@ class ReadingPlans:
         parts: ServerParts,
         codecs: Codecs,
         generating: GenerationPlans,
+        threads: TextThreads,
         *,
         new_id: Callable[[], RequestId],
         hold: Callable[[Served], Callable[[], None]],
@@ -41,6 +42,7 @@ class ReadingPlans:
         self._parts = parts
         self._codecs = codecs
         self._generating = generating
+        self._threads = threads
         self._new_id = new_id
         self._hold = hold
 
@@ -69,7 +71,7 @@ class ReadingPlans:
         if call.cuts:
             raise InvalidParameter("truncate: a prompt of choices is not cut; send a shorter text", param="truncate")
         explicit = {name: call.explicit[name] for name in _CHOICE_PARAMETERS if name in call.explicit}
-        return await self._generating.make(Call(asks=(ask,), explicit=explicit), ask, served)
+        return await self._generating.make(Call(asks=(ask,), explicit=explicit, tenant=call.tenant), ask, served)
 
     async def _plan(self, call: Call, ask: Ask, served: Served, head: HeadFacts | None) -> Plan:
         profile = served.profile(call.explicit)
@@ -102,17 +104,21 @@ class ReadingPlans:
 
     async def _encoded(self, call: Call, ask: Ask, text: str, served: Served, codec: TextCodec) -> Encoded:
         """The tokens, no more than there are positions for; raises PromptTooLong, and InvalidParameter for none."""
-        encoded = _given(ask.ids) if ask.ids is not None else await _tokenised(codec, text, ask.pair)
         limit = self._parts.base.max_context
         room = limit - served.num_virtual_tokens
         name = call.style.name("inputs")
-        if call.cuts and not ask.is_question and len(encoded.ids) > room:
+        way_out = "Send a shorter context" if ask.is_question else "Send a shorter text, or set truncate to true"
+        is_cut = call.cuts and not ask.is_question
+        if ask.ids is None and not is_cut:
+            fewest = codec.fewest_tokens(text) + codec.fewest_tokens(ask.pair or "")
+            check_room(fewest, limit, param=name, way_out=way_out)
+        encoded = _given(ask.ids) if ask.ids is not None else await self._tokenised(call, codec, text, ask.pair)
+        if is_cut and len(encoded.ids) > room:
             encoded = encoded.shortened(room)
         if not encoded.ids:
             raise InvalidParameter(f"{name}: there are no tokens; send some text", param=name)
         if len(encoded.ids) > room:
             virtual = f" and the adapter's {served.num_virtual_tokens}" if served.num_virtual_tokens else ""
-            way_out = "Send a shorter context" if ask.is_question else "Send a shorter text, or set truncate to true"
             raise PromptTooLong(
                 f"This model's maximum context length is {limit} tokens. However, you requested "
                 f"{len(encoded.ids)} tokens{virtual}, which are read in one pass. {way_out}.",
@@ -120,11 +126,10 @@ class ReadingPlans:
             )
         return encoded
 
-
-async def _tokenised(codec: TextCodec, text: str, pair: str | None) -> Encoded:
-    if len(text) + len(pair or "") > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(codec.encode_fully, text, pair)
-    return codec.encode_fully(text, pair)
+    async def _tokenised(self, call: Call, codec: TextCodec, text: str, pair: str | None) -> Encoded:
+        if len(text) + len(pair or "") > LONG_TEXT_CHARS:
+            return await self._threads.run(call.tenant, codec.encode_fully, text, pair)
+        return codec.encode_fully(text, pair)
 
 
 def _given(ids: tuple[int, ...]) -> Encoded:

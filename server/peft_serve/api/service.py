@@ -19,6 +19,7 @@ from peft_serve.api.principal import principal_of
 from peft_serve.api.quotas import Quotas
 from peft_serve.api.seen_catalog import SeenCatalog
 from peft_serve.api.store_threads import StoreThreads
+from peft_serve.api.text_threads import TextThreads
 from peft_serve.api.trial import Trial
 from peft_serve.core import AdapterId
 from peft_serve.engine.client import EngineClient
@@ -38,6 +39,7 @@ class Service:
         self._draw_bits = draw_bits
         self.quotas = Quotas(parts.clock)
         self.store_threads = StoreThreads()
+        self.text_threads = TextThreads(max_waiting=parts.settings.max_queue)
         self._admission: Admission | None = None
         self._trial: Trial | None = None
         self._names: dict[AdapterId, str] = {}
@@ -51,7 +53,14 @@ class Service:
         if self._admission is None:
             loop = asyncio.get_running_loop()
             client = EngineClient(self.parts.engine, loop)
-            self._admission = Admission(self.parts, client, self._draw_bits, learn=self.learn, quotas=self.quotas)
+            self._admission = Admission(
+                self.parts,
+                client,
+                self._draw_bits,
+                learn=self.learn,
+                quotas=self.quotas,
+                threads=self.text_threads,
+            )
             self._trial = Trial(self.parts, client, loop, new_id=self.new_id, learn=self.learn)
         return self._admission
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -19,6 +18,7 @@ from peft_serve.api.json_response import json_response
 from peft_serve.api.naming import BASE_NAME, Mention, agreed_name, mentions_of
 from peft_serve.api.openapi import error_responses, json_body
 from peft_serve.api.principal import principal_of
+from peft_serve.api.prompts import LONG_TEXT_CHARS
 from peft_serve.api.service import Service
 from peft_serve.api.splitting import session_of
 from peft_serve.errors import InvalidParameter
@@ -27,6 +27,9 @@ from peft_serve.text import TextCodec
 CONTEXTS_TO_TOKENIZE: Final = 4
 LEAST_TO_TOKENIZE: Final = 8192
 """The longest answer of `/tokenize` in tokens: so many contexts of the base, and never less than this."""
+
+TOKENIZE_COST: Final = 8
+"""So many times as long as tokenising takes it to tell each token's text as well."""
 
 
 class TGIRoutes:
@@ -43,7 +46,7 @@ class TGIRoutes:
             methods=["POST"],
             summary="The tokens of a text, with their places in the decoded text",
             openapi_extra=json_body("TokenizeBody", _EXAMPLE, has_adapter=True),
-            responses=error_responses(400, 404, 413, 415, 422, 503),
+            responses=error_responses(400, 404, 413, 415, 422, 429, 503),
         )
         router.add_api_route(
             "/info", self.info, methods=["GET"], summary="The base model and the limits of this server"
@@ -61,7 +64,10 @@ class TGIRoutes:
             if name == BASE_NAME
             else await self._service.open().codec_of(name, principal_of(request), session=session_of(request))
         )
-        return json_response(await asyncio.to_thread(tokens_of, codec, body, most))
+        if len(body.inputs) <= LONG_TEXT_CHARS // TOKENIZE_COST:
+            return json_response(tokens_of(codec, body, most))
+        tenant = principal_of(request).tenant.name
+        return json_response(await self._service.text_threads.run(tenant, tokens_of, codec, body, most))
 
     async def info(self) -> Response:
         parts = self._service.parts
@@ -109,6 +115,12 @@ def tokens_of(codec: TextCodec, body: TokenizeBody, most: int) -> list[dict[str,
 
     Raises InvalidParameter for more than `most` tokens: each is decoded by itself, which running requests notice.
     """
+    fewest = codec.fewest_tokens(body.inputs)
+    if fewest > most:
+        raise InvalidParameter(
+            f"inputs: at least {fewest} tokens; this route tells at most {most} of one text; send it in parts",
+            param="inputs",
+        )
     ids = codec.encode(body.inputs, add_special_tokens=body.add_special_tokens)
     if len(ids) > most:
         raise InvalidParameter(
