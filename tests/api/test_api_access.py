@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 
 from peft_serve.api.app import create_app
-from peft_serve.api.door import MAX_TOKEN_CHARS
+from peft_serve.api.door import MAX_TOKEN_CHARS, token_of, trouble_of
 from peft_serve.api.key_file import read_keys
 from peft_serve.api.keyring import Keyring
 from peft_serve.api.route_needs import ENTRIES, Entry, Need, RouteNeeds
@@ -173,6 +174,32 @@ async def test_the_key_may_stand_in_two_headers(app: FastAPI) -> None:
         ({"x-api-key": ""}, 401),
     ):
         assert (await begin(app, "GET", "/info", headers)).status == status, headers
+
+
+@pytest.mark.parametrize("name", ["infer", "nobody"])
+async def test_a_refusal_names_what_is_wrong_with_the_headers_and_no_key(app: FastAPI, name: str) -> None:
+    """Whether a key is known or not, the words are the same."""
+    for headers, told in (
+        ({**bearer(name), "x-api-key": token("admin")}, "more than one key was sent; send one"),
+        ({**bearer(name), "x-api-key": token("nothing")}, "more than one key was sent; send one"),
+        ({"authorization": "Bearer"}, "no key in it"),
+        ({"authorization": "bearer "}, "no key in it"),
+        ({**bearer(name), "x-api-key": ""}, "no key in it"),
+        ({"authorization": f"Basic {token(name)}"}, "does not begin with Bearer"),
+        ({"authorization": token(name)}, "does not begin with Bearer"),
+        ({"authorization": f"Bearer {token(name)}x"}, "not one of this server's"),
+    ):
+        answer = await begin(app, "GET", "/adapters", headers)
+        assert answer.status == 401
+        assert told in json.loads(answer.body)["detail"], headers
+        assert token(name).encode() not in answer.body
+
+
+def test_two_headers_of_one_name_are_two_keys() -> None:
+    said = [(b"authorization", f"Bearer {token(name)}".encode()) for name in ("infer", "admin")]
+    headers = Headers(raw=said)
+    assert token_of(headers) is None
+    assert "more than one key" in trouble_of(headers)
 
 
 async def test_errors_speak_the_families_words(app: FastAPI) -> None:

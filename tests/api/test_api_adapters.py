@@ -123,7 +123,7 @@ async def test_what_is_refused_and_how(client: httpx.AsyncClient) -> None:
         ({"content": zipped({"adapter_config.json": b"{}"}), "headers": ZIP}, 400),
         ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415),
         ({"content": zipped(checkpoint("x")), "headers": ZIP | {"content-encoding": "gzip"}}, 415),
-        ({"json": {"name": "x", "source": "hf://org/repo"}}, 403),
+        ({"json": {"name": "x", "source": "hf://org/repo"}}, 415),
         ({"content": b"--x\r\nbroken", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
         ({"files": {"adapter_config.json": ("a", b"{}")}}, 400),

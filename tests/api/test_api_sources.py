@@ -144,6 +144,10 @@ async def test_a_body_that_is_no_body(client: httpx.AsyncClient, root: Path) -> 
     json_type = {"content-type": "application/json"}
     assert (await client.post("/adapters", content=b"{", headers=json_type)).status_code == 422
     assert (await client.post("/adapters", content=b"[" * 70_000, headers=json_type)).status_code == 413
+    for said in ({}, body):
+        put = await client.put("/adapters/x", json=said)
+        assert (put.status_code, put.json()["code"]) == (415, "unsupported_media_type")
+        assert "POST {name, source} to /adapters" in put.json()["detail"]
     assert (await client.get("/adapters/jobs/none")).status_code == 404
 
 

@@ -2,7 +2,10 @@
 
 import pytest
 
-from peft_serve.api.json_body import parse_object
+from peft_serve.api.bodies import ChatBody, Parameters
+from peft_serve.api.fields import CHAT, PARAMETERS
+from peft_serve.api.json_body import parse_object, validated
+from peft_serve.api.problems import MAX_ERROR_CHARS, MAX_ERRORS, FieldsInvalid
 from peft_serve.errors import InvalidParameter
 
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -15,7 +18,7 @@ DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (b" \r\n\t", "there is none"),
         (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "byte 0 is not UTF-8"),
-        (b"\xef\xbb\xbf{}", "not valid JSON from line 1, column 1"),
+        (b"\xef\xbb\xbf{}", "a byte order mark (BOM) stands before the JSON; send UTF-8 without one"),
         (b'{"a": 1\n"b": 2}', "not valid JSON from line 2, column 1"),
         (b'{"a": 1', "not valid JSON"),
         (b"{} {}", "not valid JSON from line 1, column 4"),
@@ -53,3 +56,21 @@ def test_what_only_looks_like_one_of_them_is_taken() -> None:
     assert parse_object(b'{"a": {"b": 1}, "b": {"a": 1}}') == {"a": {"b": 1}, "b": {"a": 1}}
     assert parse_object(b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}")["a"] != []
     assert parse_object(b'{"a": -%s}' % (b"9" * 399))["a"] == -(10**399 - 1)
+
+
+@pytest.mark.parametrize("path", ["", "parameters."])
+def test_of_many_wrong_fields_the_first_are_told_and_the_others_counted(path: str) -> None:
+    sent = {f"{'n' * 300}{i}": i for i in range(100_000)}
+    with pytest.raises(FieldsInvalid) as caught:
+        validated(Parameters, sent, PARAMETERS, path=path)
+    assert len(caught.value.errors) == MAX_ERRORS
+    assert caught.value.message.endswith(f" (and {100_000 - MAX_ERRORS} more)")
+    assert len(caught.value.message) < MAX_ERRORS * 2 * MAX_ERROR_CHARS + 100
+
+
+def test_of_many_wrong_items_of_a_field_too() -> None:
+    sent = {"messages": ["n" * 300] * 2_000}
+    with pytest.raises(FieldsInvalid) as caught:
+        validated(ChatBody, sent, CHAT)
+    assert len(caught.value.errors) <= MAX_ERRORS
+    assert len(caught.value.message) < MAX_ERRORS * 2 * MAX_ERROR_CHARS + 100

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from peft_serve.api.app import create_app
-from peft_serve.api.key_file import MAX_FILE_BYTES, KeyFileInvalid, hash_of, read_keys
+from peft_serve.api.key_file import MAX_FILE_BYTES, NO_KEYS, KeyFileInvalid, hash_of, read_keys
 from peft_serve.api.key_watch import watched_keys
 from peft_serve.api.keyring import Keyring, Mark, open_keyring
 from peft_serve.api.principal import ANYONE, Quota, Reach, Scope
@@ -48,7 +48,6 @@ keys:
     assert two.may_ask_base
     assert not two.sees("a-x")
     assert not two.is_operator
-    assert read_keys(b"") == {}
 
 
 def test_a_reach_of_everything_is_known_for_one() -> None:
@@ -68,6 +67,12 @@ def key(**more: Any) -> dict[str, Any]:
 BROKEN: dict[str, Any] = {
     "no yaml": "keys: [",
     "not utf-8": b"\xff\xfe\x00keys",
+    "nothing": b"",
+    "a comment": "# the keys of before were here",
+    "null": "null",
+    "no keys": {},
+    "cut off behind the tenants": {"tenants": {"a": {}}},
+    "cut off behind the name": "keys:",
     "a list": [1],
     "a word": SECRET,
     "unknown part": {"key": []},
@@ -113,9 +118,46 @@ def test_a_broken_file_is_refused_and_quoted_nowhere(what: str) -> None:
 
 def test_a_token_in_the_place_of_a_tenant_is_noted_and_not_quoted() -> None:
     notes: list[str] = []
-    assert read_keys(yaml.safe_dump({"tenants": {SECRET: {}}}).encode(), note=notes.append) == {}
-    assert len(notes) == 1
-    assert SECRET not in notes[0]
+    assert read_keys(yaml.safe_dump({"tenants": {SECRET: {}}, "keys": []}).encode(), note=notes.append) == {}
+    assert notes[0] == NO_KEYS
+    assert len(notes) == 2
+    assert SECRET not in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty; it has to say `keys:`"),
+        (b"[]", "is a list; it has to be a mapping with `keys:`"),
+        (b"5", "is one value; it has to be a mapping"),
+        (b"tenants: {}", "has no `keys:`; list the keys below it"),
+    ],
+)
+def test_a_file_without_keys_is_told_what_it_has_to_be(content: bytes, told: str) -> None:
+    with pytest.raises(KeyFileInvalid) as caught:
+        read_keys(content)
+    assert told in str(caught.value)
+    assert "KeyFile" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("own", "told"), [(None, NO_KEYS), (token("own"), f"{NO_KEYS} but that of --api-key")])
+def test_every_key_is_withdrawn_by_saying_so_only(own: str | None, told: str, caplog: pytest.LogCaptureFixture) -> None:
+    disk = OtherDisk(listed("a"))
+    ring = Keyring(own, path=Path("keys.yaml"), files=disk)
+    read: list[bool] = []
+    ring.on_read = read.append
+    for disk.content in (b"", b"tenants: {}\n"):
+        disk.stamp += 1
+        assert not ring.renew()
+        assert ring.find(token("a")) is not None
+    assert not any(read)
+    assert len(read) == 2
+    assert caplog.text.count("the keys of before go on") == 2
+    disk.content, disk.stamp = b"keys: []", 9
+    assert ring.renew()
+    assert ring.find(token("a")) is None
+    warned = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warned == [f"--api-keys-file keys.yaml: {told}"]
 
 
 def test_withdrawing_a_tenants_last_key_withdraws_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,6 +176,7 @@ def test_it_is_named_at_the_start(tmp_path: Path) -> None:
     for make, reason in (
         (lambda: path.write_text("keys: ["), "is not YAML"),
         (lambda: path.write_text("keys: [{}]"), "keys.0.tenant"),
+        (lambda: path.write_text(""), "is empty"),
         (path.unlink, "cannot be read"),
     ):
         make()
@@ -215,7 +258,7 @@ def test_the_file_is_read_when_it_has_changed(caplog: pytest.LogCaptureFixture) 
     disk.content = listed()
     assert ring.renew(is_forced=True)
     assert known() == ""
-    assert not ring.is_open, "an empty file lets nobody in"
+    assert not ring.is_open, "a file of no keys lets nobody in"
 
 
 async def test_the_watch_sees_a_change_and_a_signal(tmp_path: Path) -> None:
@@ -250,5 +293,7 @@ async def test_the_application_watches_its_file(tiny_tokenizer: Any, tmp_path: P
     async with app.router.lifespan_context(app):
         write_keys(path, [entry("b")])
         await until(lambda: ring.find(token("b")) is not None)
-    page = world.parts.metrics.render().decode()
-    assert "peft_serve_api_keys_file_ok 1.0" in page
+        assert "peft_serve_api_keys_file_ok 1.0" in world.parts.metrics.render().decode()
+        path.write_text("")
+        await until(lambda: "peft_serve_api_keys_file_ok 0.0" in world.parts.metrics.render().decode())
+        assert ring.find(token("b")) is not None, "an empty file is a broken one"

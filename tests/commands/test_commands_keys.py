@@ -66,6 +66,18 @@ def test_a_broken_file_is_told_of(tmp_path: Path) -> None:
     assert "keys.0.key" in json.loads(ran.stdout)["error"]["message"]
 
 
+def test_a_file_that_withdraws_every_key_is_none_that_is_empty(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("keys: []\n")
+    ran = CliRunner().invoke(app, ["keys", "check", str(file)])
+    assert ran.exit_code == 0
+    assert "no keys: every request with a key is refused" in ran.stderr
+    file.write_text("")
+    ran = CliRunner().invoke(app, ["keys", "check", str(file)])
+    assert ran.exit_code == 1
+    assert "is empty; it has to say `keys:`" in ran.stderr
+
+
 def test_commands_send_the_key_of_the_environment() -> None:
     assert authorization({"PEFT_SERVE_API_KEY": " psk_x\n"}) == {"authorization": "Bearer psk_x"}
     assert authorization({"PEFT_SERVE_API_KEY": ""}) == authorization({}) == {}

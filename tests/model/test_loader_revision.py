@@ -22,7 +22,7 @@ def told(revision, name="org/tiny"):
     except NotServable as error:
         return str(error)
     return [base.name, base.model.lm_head.weight.sum().item()]
-print(json.dumps([told("v1"), told("v2"), told(None), told("v3"), told(None, "org/other")]))
+print(json.dumps([told("v1"), told("v2"), told(None), told("v3"), told(None, "org/other"), told(None, "demo_lama")]))
 """
 
 
@@ -45,12 +45,14 @@ def test_revisions_of_a_hub_id(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    first, second, main, missing, other = json.loads(done.stdout.splitlines()[-1])
+    first, second, main, missing, other, misspelt = json.loads(done.stdout.splitlines()[-1])
     assert [first, second, main] == [["org/tiny", pytest.approx(sums[each])] for each in ("v1", "v2", "v2")]
     assert sums["v1"] != pytest.approx(sums["v2"])
     for name, refusal in (("org/tiny at v3", missing), ("org/other", other)):
         assert refusal.startswith(f"{name}: no configuration can be read: ")
         assert "HF_HUB_OFFLINE" in refusal
+        assert "no folder here has this name; asked for on the hub: " in refusal
+    assert "no folder here has this name (did you mean demo-llama?); asked" in misspelt
 
 
 def test_a_folder_has_no_revisions() -> None:

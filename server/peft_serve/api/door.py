@@ -86,7 +86,7 @@ class Door:
         return Unauthorized(
             "this server asks for a key; send it as 'Authorization: Bearer <key>'"
             if is_missing
-            else "the key is not one of this server's; it may have been withdrawn"
+            else trouble_of(headers)
         )
 
     def _let_in(self, principal: Principal, needs: frozenset[Need]) -> None:
@@ -115,6 +115,26 @@ def route_path(scope: ASGIScope) -> str:
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     below = path.removeprefix(root)
     return below if root and below != path and below[:1] in ("", "/") else path
+
+
+def trouble_of(headers: Headers) -> str:
+    """Why no key of a request counts, from the shape of its headers alone: of each key by itself nothing is told."""
+    bearers, others = headers.getlist("authorization"), headers.getlist("x-api-key")
+    words = [value.split(None, 1) for value in bearers]
+    if any(each and each[0].lower() != "bearer" for each in words):
+        return (
+            "Authorization does not begin with Bearer, the one scheme that is read here; send "
+            "'Authorization: Bearer <key>', or X-API-Key without an Authorization"
+        )
+    tokens = [each[1].strip() if len(each) == 2 else "" for each in words] + [value.strip() for value in others]
+    if not all(tokens):
+        return "a header is there for the key, and no key in it; send it as 'Authorization: Bearer <key>'"
+    if len(set(tokens)) > 1:
+        return (
+            "more than one key was sent; send one, as 'Authorization: Bearer <key>' or as X-API-Key "
+            "(a proxy on the way may have added the other)"
+        )
+    return "the key is not one of this server's; it may have been withdrawn"
 
 
 def token_of(headers: Headers) -> str | None:

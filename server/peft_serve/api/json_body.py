@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -51,6 +52,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
 def _read(content: bytes) -> Any:
     if not content.strip():
         raise _NotTakenError("there is none; send a JSON object")
+    if content.startswith(BOM_UTF8):
+        raise _NotTakenError("a byte order mark (BOM) stands before the JSON; send UTF-8 without one")
     try:
         value = json.loads(
             content.decode(),

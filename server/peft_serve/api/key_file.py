@@ -25,6 +25,8 @@ from peft_serve.api.principal import Principal, Quota, Reach, Scope, Tenant
 
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_PROBLEMS: Final = 10
+NO_KEYS: Final = "no keys: every request with a key is refused"
+"""What a file says that withdraws every key on purpose."""
 HASH: Final = re.compile(r"sha256:[0-9a-f]{64}")
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of tenants: they are labels of metrics and words of log lines."""
@@ -75,7 +77,9 @@ def hash_of(token: str) -> bytes:
 def read_keys(content: bytes, *, note: Callable[[str], None] = lambda _: None) -> dict[bytes, Principal]:
     """The principals of a file, by the hash of their token. Raises KeyFileInvalid, with every problem in its words.
 
-    `note` hears of what is odd and hurts nobody: a tenant without a key is what is left when its last one is withdrawn.
+    A file withdraws every key by saying so, `keys: []`; one that says nothing of keys was cut short or made empty by
+    mistake. `note` hears of what is odd and no mistake by itself: of that, and of a tenant without a key, which is what
+    is left when its last one is withdrawn.
     """
     if len(content) > MAX_FILE_BYTES:
         raise KeyFileInvalid(f"has more than {MAX_FILE_BYTES} bytes")
@@ -89,12 +93,14 @@ def read_keys(content: bytes, *, note: Callable[[str], None] = lambda _: None) -
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
         raise KeyFileInvalid("is not YAML") from None
     try:
-        file = KeyFile.model_validate({} if parsed is None else parsed)
+        file = KeyFile.model_validate(_with_keys(parsed))
     except ValidationError as error:
         raise KeyFileInvalid(_told([(_place(each["loc"]), each["msg"]) for each in error.errors()])) from None
     problems = [*_tenant_problems(file), *_key_problems(file)]
     if problems:
         raise KeyFileInvalid(_told(problems))
+    if not file.keys:
+        note(NO_KEYS)
     for name in sorted(file.tenants.keys() - {entry.tenant for entry in file.keys}):
         note(f"tenants.{_safe(name)}: no key is this tenant's")
     tenants = {name: _tenant(name, entry) for name, entry in file.tenants.items()}
@@ -107,6 +113,20 @@ def read_keys(content: bytes, *, note: Callable[[str], None] = lambda _: None) -
         )
         for entry in file.keys
     }
+
+
+def _with_keys(parsed: Any) -> dict[str, Any]:
+    """What a file says, where it is one of keys at all. Raises KeyFileInvalid."""
+    if parsed is None:
+        raise KeyFileInvalid("is empty; it has to say `keys:`, and `keys: []` withdraws every key")
+    if not isinstance(parsed, dict):
+        what = "a list" if isinstance(parsed, list) else "one value"
+        raise KeyFileInvalid(
+            f"is {what}; it has to be a mapping with `keys:` (a list of entries), and maybe `tenants:`"
+        )
+    if not parsed.keys() - {"tenants"}:
+        raise KeyFileInvalid("has no `keys:`; list the keys below it, or say `keys: []` to withdraw every one")
+    return parsed
 
 
 def _tenant(name: str, entry: TenantEntry) -> Tenant:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from peft_serve.api.key_file import KeyFileInvalid, hash_of, read_keys
+from peft_serve.api.key_file import NO_KEYS, KeyFileInvalid, hash_of, read_keys
 from peft_serve.api.principal import Principal, Reach, Scope, Tenant
 from peft_serve.config import Settings
 
@@ -135,7 +135,8 @@ class Keyring:
 
     def _read(self, path: Path) -> _Table:
         def note(what: str) -> None:
-            _log.warning("--api-keys-file %s: %s", path, what)
+            own = " but that of --api-key" if what == NO_KEYS and self._own else ""
+            _log.warning("--api-keys-file %s: %s%s", path, what, own)
 
         found = {**read_keys(self._files.read(path), note=note), **self._own}
         return {known: (known, principal) for known, principal in found.items()}

@@ -23,7 +23,7 @@ from peft_serve.adapters.members import WANTED, UploadLimits
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.api.store_threads import StoreThreads
 from peft_serve.config import MIB
-from peft_serve.errors import BadRequest, Forbidden, MalformedUpload
+from peft_serve.errors import BadRequest, MalformedUpload, UnsupportedMediaType
 
 MAX_PARTS: Final = 16
 FLUSH_BYTES: Final = 1 * MIB
@@ -45,7 +45,10 @@ async def receive_upload(request: Request, limits: UploadLimits, threads: StoreT
     """The checkpoint in the request's body, read on `threads`; raises what a bad upload is refused with."""
     declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if declared == "application/json":
-        raise Forbidden("source: is named in a POST to /adapters; here the files themselves are sent")
+        raise UnsupportedMediaType(
+            "content-type: application/json is not read here: send the files themselves, as an archive or in a form "
+            "(multipart/form-data); to have a source fetched, POST {name, source} to /adapters"
+        )
     if declared == "multipart/form-data":
         return await _from_form(request, limits, threads)
     with tempfile.TemporaryFile() as spool:

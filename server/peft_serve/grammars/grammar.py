@@ -19,6 +19,14 @@ MAX_DEPTH: Final = 64
 
 MAX_REASON_CHARS: Final = 240
 
+_TOO_LARGE: Final = re.compile(
+    r"\blimits\.\w|^panic\b|^lexer precomputation|literal invalid|too (?:big|large)|size exceeded"
+)
+_UNREADABLE: Final = re.compile(r"lexer error$")
+_NOT_DONE: Final = re.compile(r"Unimplemented keys: \[(.*?)\]")
+_QUOTED: Final = re.compile(r"'[^']*'|\"[^\"]*\"")
+"""What the library says of its own insides, or in its own terms, where a caller needs to know what to do."""
+
 _WHITE_SPACE: Final = " "
 """Between the parts of JSON: one space or nothing. A model that may indent may also never stop indenting."""
 
@@ -100,14 +108,23 @@ def of_rules(text: str) -> Grammar:
 
 
 def shortened(reason: str) -> str:
-    """What the library says, without the excerpt of the grammar that it was given."""
+    """What is wrong with a grammar: in the library's words as far as they are of the grammar, else in ours.
+
+    Left out are the excerpt of the grammar that the library was given, and what it says of its own insides.
+    """
     told = re.search(r"^error: (.+)$", reason, re.MULTILINE)
     if told is None:
         lines = re.split(r"\n\s*\d+ \|", reason)[0]
         text = re.sub(r"^at \d+\(\d+\): ", "", lines.replace("<non-verbose/>", ""))
     else:
         text = told[1]
-    text = " ".join(text.split())
+    text = " ".join(text.split()).removeprefix("failed to compile JSON schema: ")
+    own_words = _QUOTED.sub("", text)  # a name of the caller's may sound like a limit
+    if _TOO_LARGE.search(own_words):
+        return "it is too large, or a number in it is; repeat less, and ask for smaller numbers"
+    if _UNREADABLE.search(own_words):
+        return "it cannot be read; look for quotes and slashes that are not closed"
+    text = _NOT_DONE.sub(r"keywords that are not done here: \1; leave them out", text)
     return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 3] + "..."
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -184,7 +185,9 @@ def _read_config(source: str, location: str, revision: str | None = None) -> Pre
         given: Mapping[str, Any] = PreTrainedConfig.get_config_dict(location, revision=revision or _DEFAULT_REVISION)[0]
     except (OSError, ValueError) as error:
         what = source if revision is None else f"{source} at {revision}"
-        raise NotServable(f"{what}: no configuration can be read: {_first_line(error)}{_offline(location)}") from error
+        raise NotServable(
+            f"{what}: no configuration can be read: {_elsewhere(location)}{_first_line(error)}{_offline(location)}"
+        ) from error
     kind = given.get("model_type")
     if kind is None:
         raise NotServable(f"{source}: no configuration with a model_type; name a folder with a config.json")
@@ -267,6 +270,14 @@ def _offline(location: str) -> str:
     if not constants.HF_HUB_OFFLINE or Path(location).is_dir():
         return ""
     return " (HF_HUB_OFFLINE is set: what the hub's cache on this machine holds is all there is)"
+
+
+def _elsewhere(location: str) -> str:
+    """What to know about a name that was asked for on the hub because nothing here has it."""
+    if Path(location).is_dir():
+        return ""
+    close = get_close_matches(location.lower(), DEMO_NAMES, n=1)
+    return f"no folder here has this name{f' (did you mean {close[0]}?)' if close else ''}; asked for on the hub: "
 
 
 def _is_path(location: str) -> bool:
