@@ -179,7 +179,7 @@ def answer_of(url: str, head: str, body: bytes) -> bytes:
     [
         ("/adapters/.bad-name", "x: y", 422),
         ("/adapters/x", "content-digest: nonsense", 400),
-        ("/adapters/x", "content-type: application/json", 403),
+        ("/adapters/x", "content-type: application/json", 415),
         ("/adapters/x", "content-encoding: gzip", 415),
         ("/generate", "x: y", 413),
     ],

@@ -18,13 +18,13 @@ METHODS = ("lora", "lora_tokens", "lora_experts", "lora_experts_both", "lora_rou
 @pytest.mark.parametrize("base_kind", MIXTURES)
 def test_tokens_equal_peft_on_a_mixture_of_experts(base_kind: str, tmp_path: Path) -> None:
     save_tiny_base(base_kind, tmp_path / "base")
-    expected = {("base", i): oracle_tokens(lively_base(base_kind), prompt) for i, prompt in enumerate(PROMPTS)}
+    expected = {("base", i): oracle_tokens(lively_base(base_kind), [prompt])[0] for i, prompt in enumerate(PROMPTS)}
     codec = word_codec(is_encoder_decoder=False)
     with ServedModel(tmp_path / "base", tmp_path / "store", codec=codec) as served:
         for seed, method in enumerate(method for method in METHODS if method in methods_for(base_kind)):
             name = method.replace("_", "-")
             files, model = make_checkpoint(method, base_kind, seed=seed, base=lively_base(base_kind))
-            expected |= {(name, i): oracle_tokens(model, prompt) for i, prompt in enumerate(PROMPTS)}
+            expected |= {(name, i): oracle_tokens(model, [prompt])[0] for i, prompt in enumerate(PROMPTS)}
             headers = {"content-type": "application/zip"}
             answer = served.client.put(f"/adapters/{name}", content=as_zip(files), headers=headers)
             assert answer.status_code == 201, (method, answer.text)

@@ -147,7 +147,7 @@ def test_a_tokenizer_of_other_words_is_refused_by_name(served: ServedModel, tmp_
     refused = put(served, "strange", packed(tmp_path, **{SAVED_FILE: json.dumps(rotated).encode()}), status=422)
     assert refused["errors"][0]["path"] == f"{SAVED_FILE}: model.vocab"
     assert "leave the file out" in refused["errors"][0]["reason"]
-    assert put(served, "strange", packed(tmp_path, **{SAVED_FILE: None}))["warnings"]
+    assert put(served, "strange", packed(tmp_path, **{SAVED_FILE: None}))["name"] == "strange"
 
 
 def test_a_tokenizer_of_more_words_has_its_tokens_in_the_wrong_place(served: ServedModel, tmp_path: Path) -> None:

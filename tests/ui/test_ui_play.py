@@ -35,6 +35,7 @@ def test_it_loads_with_the_base_and_its_adapters(browse: Open, url: str) -> None
     assert page.url == f"{url}/ui/", "a browser at the root finds the page"
     assert page.title() == "peft-serve playground"
     assert page.inner_text(".base b") == "tiny-base"
+    page.wait_for_selector(".chip >> nth=3")  # the base is there before the others are listed
     names = page.eval_on_selector_all(".chip", "all => all.map(e => e.firstChild.nextSibling.data)")
     assert names == ["base", "complaints", "plain", "soft"]
     page.wait_for_selector(".strip .state:has-text('running')")
