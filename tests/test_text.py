@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +138,23 @@ def test_a_slow_tokenizer_tells_less() -> None:
     assert encoded.offsets == ()
     assert encoded.words == (None,) * 5
     assert encoded.shortened(4).ids == (0, 1, 0, 2)
+
+
+def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "ran"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own:\n    pass\n")
+    asked: list[str] = []
+
+    def consent(question: str = "") -> str:
+        asked.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", consent)
+    with pytest.raises(ValueError, match="custom code"):
+        TextCodec.load(tmp_path, is_encoder_decoder=False)
+    assert not asked
+    assert not marker.exists()

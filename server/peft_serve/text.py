@@ -85,8 +85,12 @@ class TextCodec:
 
     @classmethod
     def load(cls, source: str | Path, *, is_encoder_decoder: bool, revision: str | None = None) -> TextCodec:
-        """The tokenizer of a model folder or hub id, of which `revision` is a branch, a tag or a commit."""
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        """The tokenizer of a model folder or hub id, of which `revision` is a branch, a tag or a commit.
+
+        ValueError where it needs code of its own: that is never run. Unless told so, transformers asks whoever sits
+        at the terminal.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
         return cls(tokenizer, is_encoder_decoder=is_encoder_decoder)
 
     def speaking(self, vocabulary: Vocabulary, *, vocab_size: int, with_template: bool) -> TextCodec:

@@ -40,7 +40,7 @@ class Oracle:
         location = locate(model)
         base = _base(location, task)
         self._model = _adapted(base, files, model)
-        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(location)
+        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         self._own_eos = _add(self._tokenizer, vocabulary)
         self._is_encoder_decoder = bool(base.config.is_encoder_decoder)
         self._knows_segments = "token_type_ids" in inspect.signature(base.forward).parameters
@@ -96,7 +96,7 @@ def _told(task_id: int | None) -> dict[str, Any]:
 
 
 def _base(location: str, task: Task) -> Any:
-    config = transformers.AutoConfig.from_pretrained(location)
+    config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
     more: dict[str, Any] = {}
     auto: Any
     if task.head is not None:
