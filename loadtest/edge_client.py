@@ -29,11 +29,13 @@ class Asked:
     end_s: float
 
 
-def wire(path: str, body: dict[str, Any] | None) -> bytes:
-    """A request as it is sent; a GET without a body."""
+def wire(path: str, body: dict[str, Any] | None, *, max_wait_s: float | None = None) -> bytes:
+    """A request as it is sent; a GET without a body. With `max_wait_s` it asks to be refused rather than wait longer."""
     content = b"" if body is None else json.dumps(body).encode()
     method = "GET" if body is None else "POST"
     head = f"{method} {path} HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    if max_wait_s is not None:
+        head += f"x-max-wait: {max_wait_s:.4f}\r\n"
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
