@@ -139,6 +139,26 @@ def test_an_adapter_that_does_more_runs_spelled_out_and_the_others_keep_their_bi
     assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]
 
 
+def test_what_a_layer_is_told_of_adapters_holds_for_all_that_act_alike() -> None:
+    bases = (_base("qwen2"), _base("qwen2"))
+    _spelled_out(bases[1])
+    made = [0, 0]
+    for number, layer in enumerate(_whole(bases[0])):
+        layer._made = _counting(layer._made, made, number)  # type: ignore[method-assign]
+    jobs = [_served(base, _adapters(base, "scales", *["lora"] * 11), _jobs(26)) for base in bases]
+    # nobody; low-rank terms; scales; both: whoever's they are, and whichever slots a step uses
+    assert all(0 < count <= 4 for count in made), made
+    assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]
+
+
+def _counting(inner: Callable[..., Any], counts: list[int], at: int) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        counts[at] += 1
+        return inner(*args)
+
+    return call
+
+
 def test_adapters_that_change_hands_are_seen() -> None:
     base, plain = _base("llama"), _base("llama")
     _spelled_out(plain)

@@ -13,7 +13,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,30 @@ DTYPES: Final = (torch.float32, torch.bfloat16)
 Add = Callable[[Tensor, Tensor], object]
 """(y [.., O], x [.., I]) -> y changed in place."""
 
+
+class Factors(Protocol):
+    """The factors of one layer's adapters by slot, and the ops that read them; on a CPU and on a GPU."""
+
+    @property
+    def fuses_vectors(self) -> bool:
+        """Whether ops take tables of vectors by slot, [S, O]: y = out_scale * y + B A x + shift in one call."""
+        ...
+
+    def put(self, slot: int, a_RI: Tensor, b_OR: Tensor) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
+
+    def op(self, segments: Segments, out_scale: Tensor | None = None, shift: Tensor | None = None) -> Add: ...
+
+
+class LowRankKernels(Protocol):
+    """Who makes them. Layers of one parent, a module's path, may be given the same inputs."""
+
+    def serves(self, like: Tensor) -> bool: ...
+
+    def layer(self, num_in: int, num_out: int, dtype: torch.dtype, parent: str | None = None) -> Factors: ...
+
+
 _HEADER = 2  # numbers in front of a layer's factors: in and out features
 _EACH = 3  # numbers of one slot: the addresses of A and B, and the rank
 
@@ -35,11 +59,13 @@ class Segments:
     Made once for a step; serves every layer.
     """
 
-    def __init__(self, each: Iterable[tuple[int, int, int]], num_tokens: int) -> None:
+    def __init__(self, each: Iterable[tuple[int, int, int]], num_tokens: int, *, num_slots: int = 0) -> None:
+        """`num_slots`: for so many slots at least a layer's table has room behind this."""
         rows = tuple(each)
         assert all(0 <= first < last <= num_tokens for _, first, last in rows), (rows, num_tokens)
+        self.each = rows
         self.num_tokens = num_tokens
-        self.num_slots = 1 + max((slot for slot, _, _ in rows), default=0)
+        self.num_slots = max(num_slots, 1 + max((slot for slot, _, _ in rows), default=0))
         self._numbers = array("q", (len(rows), *(number for row in rows for number in row)))
         self.address = self._numbers.buffer_info()[0]
 
@@ -57,6 +83,8 @@ class SlotFactors:
 
 class LayerFactors:
     """The factors of one layer's adapters by slot, and where they lie."""
+
+    fuses_vectors: Final = False
 
     def __init__(self, kernel: LowRankKernel, num_in: int, num_out: int, dtype: torch.dtype) -> None:
         self._run = kernel.function(dtype)
@@ -80,8 +108,9 @@ class LayerFactors:
         if self._kept.pop(slot, None) is not None:
             self._write(slot, 0, 0, 0)
 
-    def op(self, segments: Segments) -> Add:
+    def op(self, segments: Segments, out_scale: Tensor | None = None, shift: Tensor | None = None) -> Add:
         """Adds the terms of a step's adapters; those that have none here are passed over."""
+        assert out_scale is None and shift is None, "vectors are terms of their own here"  # noqa: PT018
         self._reach(segments.num_slots)
         numbers, run = self._numbers, self._run
         layer, steps = numbers.buffer_info()[0], segments.address
@@ -135,7 +164,11 @@ class LowRankKernel:
         """What `LayerFactors` calls: (layer, segments, y, x), addresses all."""
         return self._functions[dtype]
 
-    def layer(self, num_in: int, num_out: int, dtype: torch.dtype) -> LayerFactors:
+    def serves(self, like: Tensor) -> bool:
+        """Whether it computes with tensors of this kind."""
+        return like.dtype in DTYPES and like.device.type == "cpu"
+
+    def layer(self, num_in: int, num_out: int, dtype: torch.dtype, parent: str | None = None) -> LayerFactors:  # noqa: ARG002  # inputs are shared by `layer.cpp` here
         """A layer without factors yet."""
         return LayerFactors(self, num_in, num_out, dtype)
 

@@ -135,7 +135,11 @@ class Route:
         places: Places,
         device: torch.device,
         extents: tuple[Extent, ...] = (),
+        *,
+        num_slots: int = 0,
     ) -> None:
+        """`num_slots` is one more than the largest slot that holds an adapter, whether it is of this route or not:
+        tables by slot reach that far, so that what is told of them holds for other routes too."""
         runs, first = [], 0
         for slot, num_tokens in division:
             if slot in adapted and num_tokens:
@@ -145,6 +149,7 @@ class Route:
         self.num_tokens = first
         self.runs = tuple(runs)
         self.active = frozenset(run.slot for run in runs)
+        self.num_slots = max(num_slots, 1 + max(self.active, default=0))
         self.extents = Extents(extents, device)
         self._places = {slot: places[slot] for slot in self.active if slot in places}
         self._device = device
@@ -163,7 +168,8 @@ class Route:
 
     def moved(self, places: Places) -> Route:
         """The same division over other places."""
-        return Route(self.division, self.active, places, self._device, self.extents.each)
+        each = self.extents.each
+        return Route(self.division, self.active, places, self._device, each, num_slots=self.num_slots)
 
     @property
     def slot_of_token(self) -> Tensor:
@@ -178,7 +184,8 @@ class Route:
     @cached_property
     def segments(self) -> Segments:
         """The runs as a kernel reads them."""
-        return Segments(((run.slot, run.first, run.last) for run in self.runs), self.num_tokens)
+        each = ((run.slot, run.first, run.last) for run in self.runs)
+        return Segments(each, self.num_tokens, num_slots=self.num_slots)
 
     def runs_of(self, slots: Collection[int]) -> tuple[Run, ...]:
         """The runs of some of the adapters."""
@@ -236,11 +243,13 @@ class Lane:
         places: Places,
         device: torch.device,
         extents: tuple[Extent, ...] = (),
+        *,
+        num_slots: int = 0,
     ) -> None:
         """Make the route of this division, and of these extents where somebody asks for them, the current one."""
         kept = self._kept
         if kept is None or (kept.division, kept.extents.each) != (division, extents) or not kept.holds(places):
-            self._kept = Route(division, adapted, places, device, extents)
+            self._kept = Route(division, adapted, places, device, extents, num_slots=num_slots)
         self.route = self._kept
 
     def move(self, places: Places) -> None:

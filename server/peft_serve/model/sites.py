@@ -22,12 +22,13 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Adapter, Edit, is_finite
 from peft_serve.adapters.sublayer_primitives import Intervention
 from peft_serve.core import BASE_SLOT
-from peft_serve.kernels.low_rank import LowRankKernel
+from peft_serve.kernels.low_rank import LowRankKernels
 from peft_serve.kernels.row_ops import RowOps
 from peft_serve.model.attention_site import AttentionSite, attention_spec
 from peft_serve.model.edit_check import check_edit
 from peft_serve.model.expert_site import ExpertsSite, expert_spec
 from peft_serve.model.extents import Extent
+from peft_serve.model.manner import Act, Manner, Manners, acts_of
 from peft_serve.model.packing import FEWEST_WEIGHTS, Pack, packed_linear
 from peft_serve.model.quantised import logical_shapes
 from peft_serve.model.router_site import RouterSite, router_spec
@@ -49,6 +50,7 @@ class _Installed:
     streams: frozenset[Stream]
     max_rank: int
     has_extents: bool  # it asks where in their sequences its tokens stand
+    acts: frozenset[Act]  # adapters with the same acts differ in their numbers alone
 
 
 class AdaptedSites:
@@ -73,6 +75,8 @@ class AdaptedSites:
         self._layout = StackLayout()
         self._installed: dict[int, _Installed] = {}
         self._acting: tuple[Route | None, frozenset[Site]] = (None, frozenset())
+        self._manner: tuple[Route | None, Manner | None] = (None, None)
+        self._manners = Manners()
         self._vetted: WeakSet[Adapter] = WeakSet()
         self._shared_paths: dict[Stream, set[str]] = {}  # beside each path's own stream
         self._factors = SharedFactors()
@@ -126,6 +130,13 @@ class AdaptedSites:
             self._acting = route, frozenset(site for sites in slots for site in sites)
         return self._acting[1]
 
+    def manner(self, route: Route | None) -> Manner | None:
+        """What the adapters of a route do to the sites; None without a route."""
+        if self._manner[0] is not route:
+            acts = () if route is None else (self._installed[slot].acts for slot in route.active)
+            self._manner = route, None if route is None else self._manners.of(acts)
+        return self._manner[1]
+
     @property
     def beside_attention(self) -> Mapping[nn.Module, AttentionSite]:
         """The sites that want to see what their attention sees; for `RaggedAttention.watched`."""
@@ -144,7 +155,7 @@ class AdaptedSites:
             if isinstance(site, NormSite):
                 site.run_by(ops)
 
-    def run_low_rank_by(self, kernel: LowRankKernel) -> None:
+    def run_low_rank_by(self, kernel: LowRankKernels) -> None:
         """Run low-rank terms by a kernel from now on, where it can. No adapter is installed yet."""
         for delta in self._deltas:
             delta.use(kernel)
@@ -190,7 +201,9 @@ class AdaptedSites:
         streams = frozenset(stream for path, stream in self._streams.items() if self._sites[path] in edits)
         streams |= {stream for stream, paths in self._shared_paths.items() if not paths.isdisjoint(adapter.sites)}
         has_extents = any(isinstance(edit, Intervention) for edit in edits.values())
-        self._installed[slot] = _Installed(tuple(edits), streams, adapter.max_rank, has_extents)
+        given = acts_of(adapter.sites)
+        acts = next((each.acts for each in self._installed.values() if each.acts == given), given)  # compared by object
+        self._installed[slot] = _Installed(tuple(edits), streams, adapter.max_rank, has_extents, acts)
 
     def remove(self, slot: int) -> None:
         """Empty a slot. Routes end here."""
@@ -223,7 +236,7 @@ class AdaptedSites:
         self._make_hot(adapted.union(*others))
         asking = {slot for slot in adapted if self._installed[slot].has_extents}
         found = tuple(extent for extent in extents() if extent.slot in asking) if asking else ()
-        lane.enter(division, adapted, self._layout.places, self._device, found)
+        lane.enter(division, adapted, self._layout.places, self._device, found, num_slots=1 + max(self._installed))
 
     def share(self, path: str, stream: Stream) -> Callable[[Stream], None]:
         """Have a site serve the tokens of another stream too; what is given says whose tokens come next."""
@@ -269,7 +282,8 @@ class AdaptedSites:
                     delta.write(slot, self._layout.places[slot], self._layout.capacity)
 
     def _forget_routes(self) -> None:
-        self._acting = (None, frozenset())
+        self._acting, self._manner = (None, frozenset()), (None, None)
+        self._manners.forget()
         for lane in self._lanes.values():
             lane.forget()
 

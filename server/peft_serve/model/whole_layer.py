@@ -2,7 +2,7 @@
 
 The forwards of transformers and of the sites around them cross from Python to a kernel some fifteen times a layer, and
 beside a small product that is what costs (docs/decisions/0013-whole-layers.md). Here a layer's parts are told to the
-kernel once, a step's tokens once a step, and what adapters add once a route.
+kernel once, a step's tokens once a step, and what adapters add once for each manner in which they act.
 
 The same kernels run in the same order, so the bits are those of the layer spelled out. That one stays in use wherever
 something else happens inside the layer: adapters that do more than low-rank terms, scales and shifts, an unusual pass.
@@ -39,6 +39,7 @@ from peft_serve.kernels.row_ops import Norm
 from peft_serve.model.attention import Kind, RaggedAttention, Work
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.gated_mlp import is_silu
+from peft_serve.model.manner import Manner
 from peft_serve.model.paged import PagedDecode
 from peft_serve.model.pools import KVPool, KVShape
 from peft_serve.model.ragged import Span, plan_self
@@ -54,6 +55,7 @@ _PROJECTIONS: Final = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 )
+_MOST_MANNERS: Final = 64  # that a layer remembers
 _NO_TERMS: Final = (SiteTerms(),) * NUM_PROJECTIONS
 
 
@@ -108,8 +110,8 @@ class WholeLayer:
         self._inside = inside
         self._adapted = adapted
         self._book = book
-        self._here: Here | None = None
-        self._here_of: tuple[Route | None, KVPool] | None = None
+        self._pool: KVPool | None = None
+        self._heres: dict[Manner | None, Here | None] = {}  # in this pool, since adapters last came or went
 
     def forward(
         self,
@@ -152,13 +154,22 @@ class WholeLayer:
         )
 
     def _in_pass(self, work: Work) -> Here | None:
-        """The layer's memory and adapters under the current route; None where they do more than the kernel."""
+        """The layer's memory and adapters under the current route; None where they do more than the kernel.
+
+        Tables by slot are told of, and they reach to the last slot in use: whose tokens a step has is told with the
+        step, so that all routes of one manner share what is made for the first.
+        """
         route, pool = self._inside.lane.route, work.pool
         assert pool is not None, "the attention has seen it"
-        of = self._here_of
-        if of is None or of[0] is not route or of[1] is not pool:
-            self._here, self._here_of = self._made(route, pool), (route, pool)
-        return self._here
+        manner = self._adapted.manner(route)
+        if pool is not self._pool:
+            self._heres, self._pool = {}, pool
+        if manner not in self._heres:
+            if manner is not None:
+                kept = (each for each in self._heres if each is None or each.generation == manner.generation)
+                self._heres = {each: self._heres[each] for each in list(kept)[:_MOST_MANNERS]}
+            self._heres[manner] = self._made(route, pool)
+        return self._heres[manner]
 
     def _made(self, route: Route | None, pool: KVPool) -> Here | None:
         terms = _NO_TERMS if route is None else self._terms(route)

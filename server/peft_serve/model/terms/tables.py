@@ -44,5 +44,5 @@ class SlotTable:
         """The row of every token, or None if no active adapter has a row."""
         if self.slots.isdisjoint(route.active):
             return None
-        self._reach(max(route.active))
+        self._reach(route.num_slots - 1)
         return route.slot_of_token
