@@ -21,7 +21,7 @@ struct Kernels {
   void (*scale)(void* y, const void* x, const void* table, const int64_t* slots, long tokens, long size);
   void (*shift)(void* y, const void* table, const int64_t* slots, long tokens, long size);
   void (*products)(const void* const* layers, long count, const void* x, void* const* ys, long rows);
-  void (*low_rank)(const void* layer, const void* segments, void* y, const void* x);
+  void (*low_rank)(const void* const* layers, long count, const void* segments, void* const* ys, const void* x);
   void (*attend)(const void* pages, const void* rows, const void* q, long q_row, long q_head, void* out, long heads,
                  float scale);
 };
@@ -67,6 +67,8 @@ struct Here {
 
 namespace {
 
+constexpr int MOST_PRODUCTS = 3;  // of the same inputs
+
 struct Run {
   const Layer& layer;
   const Pass& pass;
@@ -103,6 +105,9 @@ struct Run {
     bool is_scaled = false;
     for (long i = 0; i < count; ++i) is_scaled |= here.terms[first + i].in_scale != nullptr;
     if (!is_scaled) run.products(layer.products + first, count, x, ys, pass.tokens);
+    const void* low_rank[MOST_PRODUCTS];
+    void* low_rank_ys[MOST_PRODUCTS];
+    long num_low_rank = 0;
     for (long i = 0; i < count; ++i) {
       const long p = first + i;
       const Terms& terms = here.terms[p];
@@ -111,9 +116,15 @@ struct Run {
         run.products(layer.products + p, 1, terms.in_scale ? scaled() : x, ys + i, pass.tokens);
       }
       if (terms.out_scale) run.scale(ys[i], ys[i], terms.out_scale, pass.slots, pass.tokens, size_out(p));
-      if (terms.low_rank) run.low_rank(terms.low_rank, pass.segments, ys[i], x);
-      if (terms.shift) run.shift(ys[i], terms.shift, pass.slots, pass.tokens, size_out(p));
+      if (terms.low_rank) {
+        low_rank[num_low_rank] = terms.low_rank;
+        low_rank_ys[num_low_rank++] = ys[i];
+      }
     }
+    if (num_low_rank) run.low_rank(low_rank, num_low_rank, pass.segments, low_rank_ys, x);
+    for (long i = 0; i < count; ++i)
+      if (const Terms& terms = here.terms[first + i]; terms.shift)
+        run.shift(ys[i], terms.shift, pass.slots, pass.tokens, size_out(first + i));
   }
 
   void before(const void* x) const {

@@ -134,7 +134,7 @@ class LayerKernel:
         self._kernels = {
             dtype: _Kernels(
                 *(_address(each) for each in (ops.rms_norm, ops.rotate, ops.gate, ops.add, ops.scale, ops.shift)),
-                *(_address(each) for each in (few_rows.each, low_rank.function(dtype), attention.function)),
+                *(_address(each) for each in (few_rows.each, low_rank.each(dtype), attention.function)),
             )
             for dtype, ops in row_ops.functions.items()
         }

@@ -212,8 +212,24 @@ struct Terms {
   const Segments& segments;
   T* y;
   const T* x;
-  float* low;
-  long low_step;
+  float* low = nullptr;
+  long low_step = 0, num_tokens = 0, num_shrink = 0, num_expand = 0, cost = 0;
+
+  Terms(const void* layer, const void* segments, void* y, const void* x)
+      : layer(*static_cast<const Layer*>(layer)),
+        segments(*static_cast<const Segments*>(segments)),
+        y(static_cast<T*>(y)),
+        x(static_cast<const T*>(x)) {
+    for (long i = 0; i < this->segments.count; ++i) {
+      const Segment& s = this->segments.each[i];
+      const long rank = factors(s).rank;
+      low_step = rank > low_step ? rank : low_step;
+      num_tokens = s.last > num_tokens ? s.last : num_tokens;
+      num_shrink += shrink_units(s);
+      num_expand += expand_units(s);
+      cost += rank * s.size() * (this->layer.num_in + this->layer.num_out);
+    }
+  }
 
   const Factors& factors(const Segment& s) const { return layer.of_slot[s.slot]; }
   static long width(const Segment& s) { return s.size() <= STREAMED ? WIDE : NARROW; }
@@ -259,8 +275,32 @@ struct Terms {
       at += count;
     }
   }
+};
 
-  void run(long num_shrink, long num_expand, long cost) const {
+// The terms of layers with the same inputs, side by side: one team shares the work of all of them.
+template <class T>
+struct Together {
+  const Terms<T>* each;
+  long count;
+
+  // Units [first, last) of either kind, counted through all layers.
+  void units(long first, long last, bool is_shrink) const {
+    for (long i = 0; i < count && last > 0; ++i) {
+      const long here = is_shrink ? each[i].num_shrink : each[i].num_expand;
+      const long from = first > 0 ? first : 0, to = least(last, here);
+      if (from < to) each[i].units(from, to, is_shrink);
+      first -= here;
+      last -= here;
+    }
+  }
+
+  void run() const {
+    long num_shrink = 0, num_expand = 0, cost = 0;
+    for (long i = 0; i < count; ++i) {
+      num_shrink += each[i].num_shrink;
+      num_expand += each[i].num_expand;
+      cost += each[i].cost;
+    }
     const int threads = team::num_threads();
     if (threads <= 1 || cost < WORTH_TEAM) {
       units(0, num_shrink, true);
@@ -284,39 +324,58 @@ struct Terms {
       }
     });
   }
-
-  void add_all() {
-    static thread_local Kept kept;
-    long most = 0, num_tokens = 0, num_shrink = 0, num_expand = 0, cost = 0;
-    for (long i = 0; i < segments.count; ++i) {
-      const Segment& s = segments.each[i];
-      const long rank = factors(s).rank;
-      most = rank > most ? rank : most;
-      num_tokens = s.last > num_tokens ? s.last : num_tokens;
-      num_shrink += shrink_units(s);
-      num_expand += expand_units(s);
-      cost += rank * s.size() * (layer.num_in + layer.num_out);
-    }
-    if (!most) return;
-    low_step = most;
-    low = kept.of(num_tokens * most);
-    run(num_shrink, num_expand, cost);
-  }
 };
+
+// The memory between shrinking and expanding is one for all of them.
+template <class T>
+void add_all(Terms<T>* each, long count) {
+  static thread_local Kept kept;
+  long wanted = 0;
+  for (long i = 0; i < count; ++i) wanted += each[i].num_tokens * each[i].low_step;
+  if (!wanted) return;
+  float* low = kept.of(wanted);
+  for (long i = 0; i < count; ++i) {
+    each[i].low = low;
+    low += each[i].num_tokens * each[i].low_step;
+  }
+  Together<T>{each, count}.run();
+}
+
+template <class T>
+void add_each(const void* const* layers, long count, const void* segments, void* const* ys, const void* x) {
+  switch (count) {
+    case 1: {
+      Terms<T> terms[] = {{layers[0], segments, ys[0], x}};
+      return add_all(terms, 1);
+    }
+    case 2: {
+      Terms<T> terms[] = {{layers[0], segments, ys[0], x}, {layers[1], segments, ys[1], x}};
+      return add_all(terms, 2);
+    }
+    default: {
+      Terms<T> terms[] = {
+          {layers[0], segments, ys[0], x}, {layers[1], segments, ys[1], x}, {layers[2], segments, ys[2], x}};
+      return add_all(terms, 3);
+    }
+  }
+}
 
 }  // namespace
 
 extern "C" {
 
-// y [tokens, outputs] += the terms of the segments' adapters on x [tokens, inputs], both without gaps.
+// y [tokens, outputs] += the terms of the segments' adapters on x [tokens, inputs], both without gaps; one to three
+// layers that read the same x, each with a y of its own.
+void low_rank_each_f32(const void* const* layers, long count, const void* segments, void* const* ys, const void* x) {
+  add_each<float>(layers, count, segments, ys, x);
+}
+void low_rank_each_bf16(const void* const* layers, long count, const void* segments, void* const* ys, const void* x) {
+  add_each<Half>(layers, count, segments, ys, x);
+}
 void low_rank_f32(const void* layer, const void* segments, void* y, const void* x) {
-  Terms<float>{*static_cast<const Layer*>(layer), *static_cast<const Segments*>(segments), static_cast<float*>(y),
-               static_cast<const float*>(x), nullptr, 0}
-      .add_all();
+  add_each<float>(&layer, 1, segments, &y, x);
 }
 void low_rank_bf16(const void* layer, const void* segments, void* y, const void* x) {
-  Terms<Half>{*static_cast<const Layer*>(layer), *static_cast<const Segments*>(segments), static_cast<Half*>(y),
-              static_cast<const Half*>(x), nullptr, 0}
-      .add_all();
+  add_each<Half>(&layer, 1, segments, &y, x);
 }
 }

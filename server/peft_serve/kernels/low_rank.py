@@ -153,6 +153,7 @@ class LowRankKernel:
     def __init__(self, code: NativeCode) -> None:
         library = code.library("low_rank")
         self._functions = {torch.float32: library.low_rank_f32, torch.bfloat16: library.low_rank_bf16}
+        self._each = {torch.float32: library.low_rank_each_f32, torch.bfloat16: library.low_rank_each_bf16}
         for function in self._functions.values():
             function.argtypes = [ctypes.c_void_p] * 4
             function.restype = None
@@ -163,6 +164,10 @@ class LowRankKernel:
     def function(self, dtype: torch.dtype) -> Any:
         """What `LayerFactors` calls: (layer, segments, y, x), addresses all."""
         return self._functions[dtype]
+
+    def each(self, dtype: torch.dtype) -> Any:
+        """For a caller in C++: (layers, their number, segments, ys, x), one to three layers that read the same x."""
+        return self._each[dtype]
 
     def serves(self, like: Tensor) -> bool:
         """Whether it computes with tensors of this kind."""
