@@ -1,6 +1,8 @@
 """A draft: one step while it is being planned, with what is left of its budgets.
 
-It turns requests into rows; which requests, and in which order, is the planner's business.
+It turns requests into rows; which requests, and in which order, is the planner's business. A token of each row that
+decodes is always in it. Parts of prompts are as long as `max_step_tokens` allows, and where the time of a step is known
+by now (see `step_time`) no longer than `max_step_s` does: everybody else's next token waits for them.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from typing import Final
 from peft_serve.core import BASE, AdapterId, Draw, Install, Reading, Request, Row, Step
 from peft_serve.scheduling.beams import num_candidates
 from peft_serve.scheduling.limits import Limits
-from peft_serve.scheduling.step_time import StepLoad
+from peft_serve.scheduling.step_time import StepLoad, StepTimeModel
 from peft_serve.scheduling.tracked import Branch, Tracked
 
 MAX_SCORED: Final = 256
 """Prompt tokens of one step whose log-probabilities are wanted: each costs the logits of the whole vocabulary."""
+
+SHORTEST_PART: Final = 16
+"""Tokens of prompts that a step has at least, however long it takes, and no fewer than tokens of those that decode: a
+server whose steps are long without any prompt still reads half of the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +37,17 @@ class Flight:
 class StepDraft:
     """Rows, copies and budgets of one step."""
 
-    def __init__(self, limits: Limits, step_id: int) -> None:
+    def __init__(self, limits: Limits, step_id: int, steps: StepTimeModel) -> None:
         self._limits = limits
+        self._steps = steps
         self._step_id = step_id
         self._rows: list[tuple[int, int, int, Row, Tracked]] = []
         self._copies: list[tuple[int, int]] = []
         self._ranks: dict[AdapterId, int] = {}
         self._num_tokens = 0
+        self._num_positions = 0
         self._num_scored = 0
+        self._num_of_prompts = 0  # of these tokens
         self._has_source = False
 
     @property
@@ -48,6 +57,17 @@ class StepDraft:
     @property
     def tokens_left(self) -> int:
         return self._limits.max_step_tokens - self._num_tokens
+
+    @property
+    def prompt_tokens_left(self) -> int:
+        """Tokens that the step has room and time for."""
+        limit_s = self._limits.max_step_s
+        each_s = self._steps.coefficients["token"] if limit_s is not None else 0.0
+        if limit_s is None or each_s <= 0 or self._limits.is_encoder:
+            return self.tokens_left
+        spare_s = limit_s - self._steps.predict(self._load())
+        least = max(SHORTEST_PART, self._num_tokens - self._num_of_prompts) - self._num_of_prompts
+        return min(self.tokens_left, max(0, least, int(spare_s / each_s)))
 
     @property
     def is_full(self) -> bool:
@@ -73,17 +93,17 @@ class StepDraft:
 
     def has_tokens_for(self, tracked: Tracked) -> bool:
         """Whether the request's next row fits; a source always fits as the step's first one."""
-        if self.is_full:
+        if self.is_full or self.prompt_tokens_left <= 0:
             return False
         if not tracked.source_is_pending or not self._has_source:
             return True
-        return len(tracked.request.prompt) < self.tokens_left
+        return len(tracked.request.prompt) < self.prompt_tokens_left
 
     def add_row(self, tracked: Tracked) -> None:
         """The request's next row: as much of its tokens as the step has room for, one at least."""
         source = tracked.request.prompt if tracked.source_is_pending else ()
         start = tracked.num_computed
-        room = self.tokens_left - len(source)
+        room = (self.tokens_left if tracked.is_decoding else self.prompt_tokens_left) - len(source)
         if tracked.wants_prompt:
             room = min(room, MAX_SCORED - self._num_scored)
         num_tokens = min(len(tracked.tokens) - start, max(1, room))
@@ -111,6 +131,7 @@ class StepDraft:
         self._append(tracked, row, num_tokens + len(source))
         self._num_scored += len(row.wanted) if tracked.wants_prompt else 0
         self._has_source = self._has_source or bool(source)
+        self._num_of_prompts += 0 if tracked.is_decoding else num_tokens + len(source)
         self._copies.extend(tracked.copies)
         tracked.copies = ()
 
@@ -170,16 +191,16 @@ class StepDraft:
             installs=installs,
             copies=tuple(self._copies),
         )
-        load = StepLoad(
-            num_tokens=step.num_tokens,
-            sum_rank=sum(self._ranks.values()),
-            num_positions=sum(row.start + len(row.tokens) for row in step.rows),
-        )
-        return Flight(step=step, owners=tuple(entry[4] for entry in rows), load=load)
+        return Flight(step=step, owners=tuple(entry[4] for entry in rows), load=self._load())
+
+    def _load(self) -> StepLoad:
+        ranks = sum(self._ranks.values())
+        return StepLoad(num_tokens=self._num_tokens, sum_rank=ranks, num_positions=self._num_positions)
 
     def _append(self, tracked: Tracked, row: Row, num_tokens: int) -> None:
         self._rows.append((row.slot, tracked.seq, row.branch, row, tracked))
         self._num_tokens += num_tokens
+        self._num_positions += row.start + len(row.tokens)
         tracked.last_step = self._step_id
 
 

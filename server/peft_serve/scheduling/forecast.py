@@ -29,12 +29,18 @@ class Forecast:
     def first_token_s(self, tracked: Tracked, queue: WaitingQueue, *, num_running: int, now_s: float) -> float:
         """Seconds from now until the request, put behind all others, would have its first token."""
         num_tokens = queue.num_tokens + len(tracked.tokens)
-        num_steps = -(-num_tokens // self._limits.max_step_tokens)
+        num_steps = -(-num_tokens // self._tokens_of_a_step())
         load = StepLoad(num_tokens=num_tokens, sum_rank=tracked.rank * num_steps, num_positions=num_tokens)
         whole = self._steps.predict(load)
         first = self._steps.coefficients["step"]
         num_before = len(queue) + 1 - max(0, self._limits.max_rows - num_running)
         return whole + max(0.0, first) * max(0, num_steps - 1) + max(0, num_before) * queue.gap_s(now_s)
+
+    def _tokens_of_a_step(self) -> int:
+        limit, limit_s, known = self._limits.max_step_tokens, self._limits.max_step_s, self._steps.coefficients
+        if limit_s is None or known["token"] <= 0:
+            return limit
+        return max(1, min(limit, int((limit_s - known["step"]) / known["token"])))
 
     def require_in_time(self, tracked: Tracked, queue: WaitingQueue, *, num_running: int, now_s: float) -> None:
         """Raise `DeadlineMissed` for a request that is not going to make it."""

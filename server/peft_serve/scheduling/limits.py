@@ -21,6 +21,7 @@ class Limits:
     pad_id: int | None = None  # a sequence is read at its last token that is not this one (a decoder's heads)
     affinity_age_s: float = 0.5  # a waiting request is overtaken by ones of the step's adapters until this age
     prefix_caching: bool = True  # full KV blocks are found again by the tokens and the adapter they hold
+    max_step_s: float | None = None  # parts of prompts are made so short that a step is expected to take no longer
     max_loads: int = 16  # adapters asked for, or ready on the host, that are not in a slot yet
 
     def __post_init__(self) -> None:
@@ -28,6 +29,8 @@ class Limits:
             self._require_positive(name)
         for name in ("block_size", "max_context", "max_loads"):
             self._require_positive(name)
+        if self.max_step_s is not None and self.max_step_s <= 0:
+            raise ValueError(f"max_step_s is {self.max_step_s}: a step takes some time; leave it out for no limit")
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)

@@ -21,6 +21,7 @@ from peft_serve.scheduling.memory import Memory
 from peft_serve.scheduling.order import Order
 from peft_serve.scheduling.residency import Residency
 from peft_serve.scheduling.roster import Roster
+from peft_serve.scheduling.step_time import StepTimeModel
 from peft_serve.scheduling.tracked import Tracked
 
 
@@ -34,8 +35,10 @@ class Planner:
         memory: Memory,
         residency: Residency,
         order: Order,
+        steps: StepTimeModel,
         clock: Callable[[], float],
     ) -> None:
+        self._steps = steps
         self._limits = limits
         self._roster = roster
         self._memory = memory
@@ -51,7 +54,7 @@ class Planner:
         may_admit = self._secure_running()
         if may_admit and self._order.is_by_arrival:
             self._start_overdue(now_s, failures)
-        draft = StepDraft(self._limits, self._num_steps)
+        draft = StepDraft(self._limits, self._num_steps, self._steps)
         self._serve_running(draft)
         if may_admit:
             self._admit(draft, now_s, failures)

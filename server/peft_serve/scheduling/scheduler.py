@@ -68,7 +68,7 @@ class Scheduler:
         order = order or ArrivalOrder()
         forecast = Forecast(limits, self._step_time)
         self._roster = Roster(limits, self._memory, self._residency, order, forecast, clock)
-        self._planner = Planner(limits, self._roster, self._memory, self._residency, order, clock)
+        self._planner = Planner(limits, self._roster, self._memory, self._residency, order, self._step_time, clock)
         self._outcome = Outcome(limits, self._roster, self._memory, self._residency, clock)
         self._flight: Flight | None = None
         self._landed: Flight | None = None
