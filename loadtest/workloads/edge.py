@@ -12,6 +12,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import inf, nan
 from pathlib import Path
 
@@ -30,6 +31,8 @@ ROWS = 4
 TOKENS = 16
 OVERLOAD_TOKENS = 128  # long enough that the engine is what is short, and not the reading of requests
 FACTOR = 5.0
+LONGEST_WAIT = 0.25
+"""What a request in a hurry asks for in X-Max-Wait, in times that an answer takes on an idle server."""
 MOST_REQUESTS = 3000
 HEAVY_TIMES = 50.0
 NUM_LIGHT = 4
@@ -81,31 +84,53 @@ def _overload(stage: Stage, _: int | None) -> list[Figure]:
 
 
 async def _overloaded(server: RunningServer, seconds: float) -> list[Figure]:
-    port, sent = _port(server), wire("/generate", _body(tokens=OVERLOAD_TOKENS))
-    await closed_loop(port, sent, connections=ROWS, seconds=min(2.0, seconds))
-    alone = await closed_loop(port, sent, connections=1, seconds=seconds / 4)
-    full = await closed_loop(port, sent, connections=ROWS, seconds=seconds / 4)
+    """Twice the same flood: of requests that wait as long as the queue lets them, and of ones that say how long."""
+    port, body = _port(server), _body(tokens=OVERLOAD_TOKENS)
+    patient = wire("/generate", body)
+    await closed_loop(port, patient, connections=ROWS, seconds=min(2.0, seconds))
+    alone = await closed_loop(port, patient, connections=1, seconds=seconds / 4)
+    full = await closed_loop(port, patient, connections=ROWS, seconds=seconds / 4)
     rate = FACTOR * ratio(len(full), seconds / 4)
+    unloaded_s = percentile([each.end_s for each in alone], 99)
+    most_s = LONGEST_WAIT * percentile([each.end_s for each in alone], 50)
     before = _resident_bytes(server.pid)
+    queued = await _flooded(server, "overload", patient, rate, seconds)
+    timely = await _flooded(server, "overload, X-Max-Wait", wire("/generate", body, max_wait_s=most_s), rate, seconds)
+    return [
+        *queued.figures,
+        ("overload", "200 p99 over unloaded p99", ratio(queued.accepted_p99_s, unloaded_s), inf),
+        ("overload", "200 p99 over p99 with all rows busy", _over([queued.accepted_p99_s], full, 99), inf),
+        *timely.figures,
+        ("overload, X-Max-Wait", "200 p99 over unloaded p99", ratio(timely.accepted_p99_s, unloaded_s), 2.0),
+        ("overload, X-Max-Wait", "answered 200, over those without it", ratio(timely.num_taken, queued.num_taken), inf),
+        ("overload", "memory grown, MB", (_resident_bytes(server.pid) - before) / 1e6, 50.0),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flood:
+    figures: tuple[Figure, ...]
+    accepted_p99_s: float
+    num_taken: int
+
+
+async def _flooded(server: RunningServer, phase: str, sent: bytes, rate: float, seconds: float) -> _Flood:
     waiting: list[float] = []
     watch = asyncio.create_task(_watch_queue(server, waiting))
-    async with probing(port, "/livez") as probes:
-        answers = await open_loop(port, sent, rate_per_s=rate, count=min(MOST_REQUESTS, int(rate * seconds)))
+    async with probing(_port(server), "/livez") as probes:
+        answers = await open_loop(_port(server), sent, rate_per_s=rate, count=min(MOST_REQUESTS, int(rate * seconds)))
     watch.cancel()
     taken = [each.end_s for each in answers if each.status == 200]
     refused = [each.end_s for each in answers if each.status == 429]
-    unloaded_s = percentile([each.end_s for each in alone], 99)
-    return [
-        ("overload", "requests", float(len(answers)), inf),
-        ("overload", "answered 200", float(len(taken)), inf),
-        ("overload", "answered neither 200 nor 429", float(len(answers) - len(taken) - len(refused)), 0.0),
-        ("overload", f"longest queue seen (cap {ROWS})", max(waiting, default=nan), float(ROWS)),
-        ("overload", "429 p99, ms", 1e3 * percentile(refused, 99), 50.0),
-        ("overload", "200 p99 over unloaded p99", ratio(percentile(taken, 99), unloaded_s), 2.0),
-        ("overload", "200 p99 over p99 with all rows busy", _over(taken, full, 99), inf),
-        ("overload", "/livez p99, ms", 1e3 * percentile(probes.times_s, 99), 100.0),
-        ("overload", "memory grown, MB", (_resident_bytes(server.pid) - before) / 1e6, 50.0),
-    ]
+    figures: tuple[Figure, ...] = (
+        (phase, "requests", float(len(answers)), inf),
+        (phase, "answered 200", float(len(taken)), inf),
+        (phase, "answered neither 200 nor 429", float(len(answers) - len(taken) - len(refused)), 0.0),
+        (phase, f"longest queue seen (cap {ROWS})", max(waiting, default=nan), float(ROWS)),
+        (phase, "429 p99, ms", 1e3 * percentile(refused, 99), 50.0),
+        (phase, "/livez p99, ms", 1e3 * percentile(probes.times_s, 99), 100.0),
+    )
+    return _Flood(figures=figures, accepted_p99_s=percentile(taken, 99), num_taken=len(taken))
 
 
 def _over(times_s: Sequence[float], others: Sequence[Asked], rank: float) -> float:
