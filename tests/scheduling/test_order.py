@@ -73,6 +73,23 @@ def test_who_was_away_has_saved_nothing_up() -> None:
     world.drain()
 
 
+def test_an_adapter_that_comes_when_nobody_waits_has_saved_nothing_up() -> None:
+    order = FairOrder()
+    world = a_world(order)
+    for _ in range(20):
+        world.submit(FLOOD, (1, 2, 3), sampling=FOUR)
+    world.load_all()
+    world.drain_requests()
+    num_done = len(order_of_first_steps(world))
+    for adapter in (CALM, FLOOD):
+        for _ in range(12):
+            world.submit(adapter, (1, 2, 3), sampling=FOUR)
+    world.load_all()
+    world.drain()
+    num_new = order_of_first_steps(world)[num_done:][:12].count(CALM)
+    assert 5 <= num_new <= 8, "and not its twelve before all the others"
+
+
 def test_counters_do_not_pile_up() -> None:
     order = FairOrder()
     world = World(some_limits(), footprints={adapter_id(i): Footprint(num_bytes=1) for i in range(5000)}, order=order)

@@ -115,6 +115,23 @@ def test_who_was_away_has_saved_nothing_up() -> None:
     world.drain()
 
 
+def test_who_comes_when_nobody_waits_has_saved_nothing_up() -> None:
+    """It begins where the one that was served last stood, and the two share from then on."""
+    order = FairOrder()
+    world = a_world(order)
+    for _ in range(20):
+        world.submit(ONE, (1, 2, 3), sampling=FOUR, tenant="busy")
+    world.load_all()
+    world.drain_requests()
+    num_done = len(first_steps(world))
+    new = {world.submit(ONE, (1, 2, 3), sampling=FOUR, tenant="new") for _ in range(12)}
+    for _ in range(12):
+        world.submit(ONE, (1, 2, 3), sampling=FOUR, tenant="busy")
+    world.drain()
+    num_new = len(new.intersection(first_steps(world)[num_done:][:12]))
+    assert 5 <= num_new <= 8, "and not its twelve before all the others"
+
+
 def test_counters_of_tenants_do_not_pile_up() -> None:
     order = FairOrder()
     world = a_world(order)

@@ -99,11 +99,18 @@ class StepDraft:
             return True
         return len(tracked.request.prompt) < self.prompt_tokens_left
 
-    def add_row(self, tracked: Tracked) -> None:
-        """The request's next row: as much of its tokens as the step has room for, one at least."""
+    def room_for(self, num_tokens: int) -> int:
+        """What the part of a prompt leaves to the next one, which wants so many tokens: half of the room at most."""
+        return 0 if self._limits.is_encoder else min(num_tokens, self.prompt_tokens_left // 2)
+
+    def add_row(self, tracked: Tracked, *, leaves: int = 0) -> None:
+        """The request's next row: as much of its tokens as the step has room for, one at least.
+
+        A prompt `leaves` so many tokens of that room to others, unless it is an encoder's, which is read whole.
+        """
         source = tracked.request.prompt if tracked.source_is_pending else ()
         start = tracked.num_computed
-        room = (self.tokens_left if tracked.is_decoding else self.prompt_tokens_left) - len(source)
+        room = (self.tokens_left if tracked.is_decoding else self.prompt_tokens_left - leaves) - len(source)
         if tracked.wants_prompt:
             room = min(room, MAX_SCORED - self._num_scored)
         num_tokens = min(len(tracked.tokens) - start, max(1, room))

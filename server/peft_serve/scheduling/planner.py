@@ -1,9 +1,9 @@
 """The planner: who runs in the next step.
 
-Order of service: requests that decode, one token each or one for each beam; requests in the middle of their
-prompt or of scoring their choices, oldest first; then the queue in its `Order`. A waiting request that cannot start
-yet is overtaken only by requests whose adapter the step carries anyway, and only while it is younger than
-`affinity_age_s`. A request whose adapter is still on its way is overtaken by everyone.
+Order of service: requests that decode, one token each or one for each beam; requests in the middle of their prompt
+(each leaves room for the next one) or of scoring their choices, oldest first; then the queue in its `Order`. A waiting
+request that cannot start yet is overtaken only by requests whose adapter the step carries anyway, and only while it is
+younger than `affinity_age_s`. A request whose adapter is still on its way is overtaken by everyone.
 
 When KV blocks run out, the youngest running request goes back to the queue. Knows no tokens' meaning and no
 results: that is `Outcome`.
@@ -97,13 +97,32 @@ class Planner:
                 draft.add_row(tracked)
             elif tracked.beams and tracked.is_read:
                 self._serve_beams(draft, tracked)
+        reading = [t for t in running if not t.is_decoding and not t.is_read]
+        followers = iter((*reading[1:], self._next_in_line() if reading else None))
         for tracked in running:
             if draft.is_full:
                 return
             if tracked.is_read:
                 self._serve_choices(draft, tracked)
-            elif not tracked.is_decoding and draft.has_tokens_for(tracked):
-                draft.add_row(tracked)
+            elif not tracked.is_decoding:
+                self._serve_prompt(draft, tracked, next(followers))
+
+    def _serve_prompt(self, draft: StepDraft, tracked: Tracked, following: Tracked | None) -> None:
+        """A part of a prompt. It leaves room for the next one, the last running for the first that waits: so a short
+        prompt is read beside a long one, and not behind it."""
+        if draft.has_tokens_for(tracked):
+            left = 0 if following is None else len(following.tokens) - following.num_computed
+            draft.add_row(tracked, leaves=draft.room_for(left))
+
+    def _next_in_line(self) -> Tracked | None:
+        """Who would be started next, if there is room."""
+        if len(self._roster.running) >= self._limits.max_rows:
+            return None
+        line = self._order.line(self._roster.queue)
+        return next((tracked for tracked in line if self._may_start(tracked)), None)
+
+    def _may_start(self, tracked: Tracked) -> bool:
+        return self._residency.footprint(tracked.adapter) is not None and self._roster.has_rows_for(tracked)
 
     def _choose_adapters(self, draft: StepDraft) -> None:
         """Spend the step's budget of adapters on those that were served longest ago."""
@@ -158,13 +177,17 @@ class Planner:
             if draft.is_full or len(self._roster.running) >= self._limits.max_rows:
                 return
             footprint = self._residency.footprint(tracked.adapter)
-            if footprint is None or (is_held and not draft.carries(tracked.adapter)):
+            if footprint is None:
+                continue
+            if is_held and not draft.carries(tracked.adapter):
+                if self._is_overdue(tracked, now_s):  # where age is not the order, it may be older than who is held
+                    return
                 continue
             fits = draft.has_tokens_for(tracked) and draft.allows(tracked.adapter, footprint.max_rank)
             fits = fits and self._roster.has_rows_for(tracked)
             if fits and self._start(tracked, failures):
                 draft.join(tracked.adapter, footprint.max_rank)
-                draft.add_row(tracked)
+                draft.add_row(tracked, leaves=draft.room_for(self._roster.queue.num_tokens))
             elif tracked.state is RequestState.FINISHED:
                 continue
             elif self._is_overdue(tracked, now_s):
