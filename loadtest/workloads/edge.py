@@ -222,13 +222,14 @@ async def _quiet(server: RunningServer) -> float:
 
 
 def _held(server: RunningServer) -> tuple[float, float]:
-    """What runs, waits or is leased, and open descriptors."""
+    """What runs, waits or is leased, and open descriptors: these first, for a question is a connection too."""
+    descriptors = float(len(os.listdir(f"/proc/{server.pid}/fd")))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{server.url}/adapters", timeout=10) as answer:
         adapters = json.loads(answer.read())
     entries = adapters["adapters"] if isinstance(adapters, dict) else adapters
     leased = sum(entry.get("in_flight") or 0 for entry in entries)
-    return server.num_running() + leased, float(len(os.listdir(f"/proc/{server.pid}/fd")))
+    return server.num_running() + leased, descriptors
 
 
 def _drain(stage: Stage, count: int | None) -> list[Figure]:
