@@ -21,6 +21,7 @@ from peft_serve.model.families.family import ReadsRows
 from peft_serve.model.passes import source_extents
 from peft_serve.model.ragged import Front, plan_source
 from peft_serve.model.routing import Stream
+from peft_serve.model.sending import sent
 
 
 class Fronts(Protocol):
@@ -109,4 +110,4 @@ class EncoderPass:
             self._base.adapted.route(Stream.POSITIONS, [(rows[0].slot, self._family.num_positions)])
 
     def _ids(self, values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.long, device=self._base.device)
+        return sent([list(values)], self._base.device)[0]

@@ -20,6 +20,7 @@ from peft_serve.model.families.family import ReadsPrompts, ReadsSources
 from peft_serve.model.pools import KVPool
 from peft_serve.model.ragged import Front, Span, plan_cross, plan_self, plan_source
 from peft_serve.model.routing import Stream, acting_runs
+from peft_serve.model.sending import sent
 
 
 class InFront(Protocol):
@@ -106,18 +107,19 @@ class Passes:
         runs = (run for row in rows for run in _runs_of_last(row, len(row.tokens)))
         self._route(Stream.TARGET, runs, lambda: _target_extents(rows))
         self._route(Stream.HEAD, (run for i, row in enumerate(rows) for run in _runs_of_last(row, keep.get(i, 0))))
-        tokens = self._ids(t for row in rows for t in row.tokens)
-        positions = self._ids(row.start - row.num_unplaced + i for row in rows for i in range(len(row.tokens)))
         kept: list[int] = []
         at = 0
         for i, row in enumerate(rows):
             at += len(row.tokens)
             kept.extend(range(at - keep.get(i, 0), at))
+        ids = [t for row in rows for t in row.tokens]
+        places = [row.start - row.num_unplaced + i for row in rows for i in range(len(row.tokens))]
+        tokens, positions, keep_N = sent([ids, places, kept], self._base.device)
         with self._base.runs.attention.running(self._works(rows, in_front)):
             if not kept:
                 self._base.runs.hidden(tokens, positions, source)
                 return None
-            return self._base.runs.logits(tokens, positions, self._ids(kept), source).float()
+            return self._base.runs.logits(tokens, positions, keep_N, source).float()
 
     def read_prompt(self, slot: int, embeddings_PD: Tensor, *, start: int, blocks: tuple[int, ...]) -> None:
         """Compute the keys and values of a soft prompt into blocks, from context position `start` on."""
@@ -182,7 +184,7 @@ class Passes:
         self._base.adapted.route(stream, counts, extents)
 
     def _ids(self, values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.long, device=self._base.device)
+        return sent([list(values)], self._base.device)[0]
 
 
 def _runs_of_last(row: Row, num_tokens: int) -> tuple[tuple[int, int], ...]:

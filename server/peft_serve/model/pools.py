@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peft_serve.core import PADDING_BLOCK
+from peft_serve.model.sending import sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class KVPool:
         too, and what a stranger left there, were it not finite, would come through the mask.
         """
         if blocks:
-            index = torch.tensor(blocks, device=self.device)
+            (index,) = sent([blocks], self.device)
             self._k_LNSHD.index_fill_(1, index, 0)
             self._v_LNSHD.index_fill_(1, index, 0)
 
@@ -94,8 +95,7 @@ class KVPool:
         """Copy blocks: (from, to). No block is both a source and a target of one call."""
         if not pairs:
             return
-        sources = torch.tensor([a for a, _ in pairs], device=self.device)
-        targets = torch.tensor([b for _, b in pairs], device=self.device)
+        sources, targets = sent([[a for a, _ in pairs], [b for _, b in pairs]], self.device)
         assert PADDING_BLOCK not in {b for _, b in pairs}, "block 0 is padding and is never written"
         self._k_LNSHD[:, targets] = self._k_LNSHD[:, sources]
         self._v_LNSHD[:, targets] = self._v_LNSHD[:, sources]

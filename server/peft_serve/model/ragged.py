@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_serve.core import PADDING_BLOCK
 from peft_serve.model.pools import places_of
+from peft_serve.model.sending import sent
 
 _MAX_PADDING_BLOCKS = 32
 """Rows share a group while padding costs each of them less than this, or less than its own context."""
@@ -212,11 +213,12 @@ def plan_self(spans: Sequence[Span], *, block_size: int, device: torch.device) -
     fresh = [(at, s) for at, s in _placed(spans) if s.start == 0 and s.num_tokens > 1]
     cached = [(at, s, s.stop) for at, s in _placed(spans) if s.start > 0 or s.num_tokens == 1]
     writes = [p for s in spans for p in places_of(s.blocks, s.start, s.num_tokens, block_size)]
+    writes_T, groups = _cached(cached, writes, block_size, device, is_causal=True)
     return Plan(
         spans=tuple(spans),
         fresh=tuple(_fresh(fresh, is_causal=True, device=device)),
-        cached=tuple(_cached(cached, block_size, device, is_causal=True)),
-        writes_T=torch.tensor(writes, device=device),
+        cached=groups,
+        writes_T=writes_T,
         clears=tuple(b for s in spans for b in _begun(s, block_size)),
     )
 
@@ -236,10 +238,11 @@ def plan_cross(spans: Sequence[Span], new: Sequence[Span], *, block_size: int, d
     """
     cached = [(at, s, s.num_source) for at, s in _placed(spans)]
     writes = [p for s in new for p in places_of(s.blocks, s.start, s.num_tokens, block_size)]
+    writes_T, groups = _cached(cached, writes, block_size, device, is_causal=False)
     return Plan(
         spans=tuple(spans),
-        cached=tuple(_cached(cached, block_size, device, is_causal=False)),
-        writes_T=torch.tensor(writes, device=device) if new else None,
+        cached=groups,
+        writes_T=writes_T if new else None,
         clears=tuple(b for s in new for b in _begun(s, block_size)),
     )
 
@@ -274,33 +277,42 @@ def _fresh(placed: Sequence[tuple[int, Span]], *, is_causal: bool, device: torch
 
 
 def _cached(
-    placed: Sequence[tuple[int, Span, int]], block_size: int, device: torch.device, *, is_causal: bool
-) -> Iterator[Cached]:
-    for members in _alike(placed, block_size):
-        length = members[0][1].num_tokens
-        width = max(_ceil(context, block_size) for _, _, context in members)
-        table: list[int] = []
-        last: list[int] = []
-        for _, span, context in members:
-            used = _ceil(context, block_size)
-            table.extend(span.blocks[:used])
-            table.extend([PADDING_BLOCK] * (width - used))
-            last.extend(range(span.start, span.stop) if is_causal else [context - 1] * length)
-        yield Cached(
-            where=_where([at for at, _, _ in members], length, device),
+    placed: Sequence[tuple[int, Span, int]], writes: list[int], block_size: int, device: torch.device, is_causal: bool
+) -> tuple[Tensor, tuple[Cached, ...]]:
+    """The places that are written, on the device, and the groups; their numbers travel together."""
+    groups = list(_alike(placed, block_size))
+    numbers = [each for members in groups for each in _numbers(members, block_size, is_causal)]
+    writes_T, *each = sent([writes, *numbers], device)
+    return writes_T, tuple(
+        Cached(
+            where=_where([at for at, _, _ in members], members[0][1].num_tokens, device),
             num_rows=len(members),
-            num_tokens=length,
-            blocks=torch.tensor(table, device=device),
-            last_RM=torch.tensor(last, device=device).view(len(members), length),
+            num_tokens=members[0][1].num_tokens,
+            blocks=blocks,
+            last_RM=last.view(len(members), -1),
             block_size=block_size,
             unplaced_R=_unplaced([span for _, span, _ in members], device),
             absent=_absent([span for _, span, _ in members]),
         )
+        for members, blocks, last in zip(groups, each[::2], each[1::2], strict=True)
+    )
+
+
+def _numbers(members: Sequence[tuple[int, Span, int]], block_size: int, is_causal: bool) -> tuple[list[int], list[int]]:
+    """The block table of a group's rows, padded to the longest, and the last position that each token reads."""
+    width = max(_ceil(context, block_size) for _, _, context in members)
+    table: list[int] = []
+    last: list[int] = []
+    for _, span, context in members:
+        used = _ceil(context, block_size)
+        table.extend((*span.blocks[:used], *[PADDING_BLOCK] * (width - used)))
+        last.extend(range(span.start, span.stop) if is_causal else [context - 1] * span.num_tokens)
+    return table, last
 
 
 def _unplaced(spans: Sequence[Span], device: torch.device) -> Tensor | None:
     counts = [span.num_unplaced for span in spans]
-    return torch.tensor(counts, device=device) if any(counts) else None
+    return sent([counts], device)[0] if any(counts) else None
 
 
 def _absent(spans: Sequence[Span]) -> tuple[frozenset[int], ...]:
@@ -331,7 +343,7 @@ def _where(starts: Sequence[int], length: int, device: torch.device) -> slice | 
     """The tokens of rows of one length: a slice if they follow each other, which costs no copy."""
     if all(b - a == length for a, b in pairwise(starts)):
         return slice(starts[0], starts[-1] + length)
-    return torch.tensor([at + i for at in starts for i in range(length)], device=device)
+    return sent([[at + i for at in starts for i in range(length)]], device)[0]
 
 
 def _ceil(value: int, step: int) -> int:

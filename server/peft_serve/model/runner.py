@@ -29,6 +29,7 @@ from peft_serve.model.pools import KVPool, KVShape
 from peft_serve.model.prefixes import VirtualTokens
 from peft_serve.model.readings import Ask, Rows, read
 from peft_serve.model.sampler import Chosen, Sampler, score
+from peft_serve.model.sending import sent
 
 _log = logging.getLogger(__name__)
 
@@ -261,7 +262,7 @@ def _told(error: Exception) -> str:
 def _rows_of(logits_NV: Tensor, places: Sequence[int]) -> Tensor:
     if len(places) == len(logits_NV):
         return logits_NV
-    return logits_NV[torch.tensor(places, device=logits_NV.device)]
+    return logits_NV[sent([places], logits_NV.device)[0]]
 
 
 def _pool(base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int) -> KVPool:
