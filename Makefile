@@ -11,7 +11,7 @@ PORT ?= 8000
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types floors lock audit sbom planted fuzz-api clients loadtest bench clean
+.PHONY: help serve test check format lint types floors lock audit sbom planted fuzz-api clients loadtest bench gpu-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ serve: $(VENV)/.ready ## start the server on the demo base with the shipped adap
 	$(BIN)/peft-serve serve $(MODEL) --port $(PORT) $(ARGS)
 
 # Many tests start commands and servers: they read the bytecode that the first one wrote.
-test: $(VENV)/.ready ## run every test
+test: $(VENV)/.interpreter ## run every test
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= \
 	    $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
@@ -48,8 +48,12 @@ loadtest: $(VENV)/.ready ## a short load test of the demo server (ARGS= picks an
 bench: $(VENV)/.ready ## the short load test of this machine, under ten minutes on two cores, with a page about it (ARGS=)
 	$(BIN)/python -m loadtest bench $(ARGS)
 
+# A GPU machine may have no network and a Python of its own with torch in it: nothing is set up here.
+gpu-check: ## check this GPU, correctness and then speed, in under ten minutes (ARGS=, see docs/how-to/gpu.md)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m loadtest gpu-check $(ARGS)
+
 lock: $(VENV)/.ready $(LOCKER)/.ready ## write requirements.lock and requirements.hashes from what is installed
-	$(BIN)/pip freeze --all --exclude-editable | sed 's/+cpu$$//' | grep -viE '^(peft-serve|pip|wheel)==|^-e' > requirements.lock
+	$(BIN)/pip freeze --all --exclude-editable | sed 's/+cpu$$//' | grep -viE '^(peft-serve|pip|wheel|triton)==|^-e' > requirements.lock
 	grep -v '^torch==' requirements.lock | $(LOCKER)/bin/uv pip compile - --quiet --no-deps --generate-hashes \
 	    --no-header --no-annotate --output-file requirements.hashes
 
@@ -78,6 +82,12 @@ $(VENV)/.ready: requirements.lock requirements.hashes pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.hashes
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# The tests alone need it: GPU kernels run in Triton's interpreter there.
+$(VENV)/.interpreter: $(VENV)/.ready requirements.interpreter
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+	    $(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.interpreter
 	@touch $@
 
 $(LOCKER)/.ready:

@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, and torch._dynamo does
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST = ("tests/parity/test_parity_http.py", "tests/documents/test_pages.py", "tests/api/test_api_lifecycle.py")

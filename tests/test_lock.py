@@ -24,3 +24,9 @@ def test_no_package_stands_without_hashes() -> None:
     assert len(entries) > 100
     for entry in entries:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
+
+
+def test_what_tests_alone_need_has_hashes_too_and_is_no_pin_of_the_servers() -> None:
+    assert pins("requirements.interpreter").keys() == {"triton"}
+    assert "--hash=sha256:" in (ROOT / "requirements.interpreter").read_text()
+    assert "triton" not in pins("requirements.lock"), "a torch for GPUs needs the very Triton it names"

@@ -38,6 +38,10 @@ class Settings(BaseSettings):
     cpu_kernels: Literal["auto", "on", "off"] = Field(
         default="auto", description="kernels compiled for this CPU at the first start; on = refuse to start without"
     )
+    gpu_kernels: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Triton kernels of our own on a GPU, tried out at start; on = refuse to start without",
+    )
     num_threads: int | None = Field(default=None, ge=1, description="torch threads for the forward pass")
 
     # adapters
@@ -85,6 +89,9 @@ class Settings(BaseSettings):
     # scheduling
     max_rows: int = Field(default=64, ge=1, description="requests that run at the same time")
     max_step_tokens: int = Field(default=1024, ge=16, description="tokens computed in one step")
+    max_step_s: float = Field(
+        default=0.5, gt=0, description="prompts are computed in parts so short that a step takes no longer, if it can"
+    )
     scheduling_policy: Literal["fcfs", "affinity", "fair"] = Field(
         default="affinity",
         description="who is let in next: the oldest; the oldest, soon overtaken by those whose adapter runs anyway; "

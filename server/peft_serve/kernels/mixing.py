@@ -1,12 +1,39 @@
-"""Mixers of features, many adapters in one call. Pure functions of tensors, none of them in place.
+"""Mixers of features, many adapters in one call: pure functions of tensors, none of them in place; and what a kernel
+that takes their place looks like.
 
 Shapes: `G` runs of one length, `P` tokens of each, `n` blocks of size `k`, `D` = n k features, `N` tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from peft_serve.kernels.low_rank import Segments
+
+Mix = Callable[[Tensor, Tensor], object]
+"""(y [T, D], x [T, D], other memory) -> y has the mixed x of every token whose adapter mixes; the others stay."""
+
+
+class Blocks(Protocol):
+    """The block-diagonal maps of one layer's adapters by slot, and the ops of a kernel that reads them."""
+
+    def put(self, slot: int, blocks_NKK: Tensor) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
+
+    def op(self, segments: Segments) -> Mix: ...
+
+
+class MixingKernels(Protocol):
+    """Who makes them."""
+
+    def serves(self, like: Tensor) -> bool: ...
+
+    def layer(self, num_features: int, dtype: torch.dtype) -> Blocks: ...
 
 
 def mixed_by_blocks(x_GPD: Tensor, blocks_GNKK: Tensor) -> Tensor:

@@ -68,6 +68,20 @@ class DecodeKernel(Protocol):
         ...
 
 
+class PlanKernel(Protocol):
+    """Attention of all rows of a plan together, where it is covered."""
+
+    def forget(self) -> None:
+        """The pass is over."""
+        ...
+
+    def attend(
+        self, plan: Plan, pool: KVPool | None, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: int, terms: Terms
+    ) -> Tensor | None:
+        """[T, H, D], or None where it covers not what is asked. With a pool, k and v are in it already."""
+        ...
+
+
 class RaggedAttention:
     """Attention over rows side by side, called by the model's own layers.
 
@@ -80,6 +94,7 @@ class RaggedAttention:
         self._work: Mapping[Kind, Work] = {}
         self.is_reference = is_reference
         self.paged: DecodeKernel | None = None
+        self.whole: PlanKernel | None = None
         self.watched: Mapping[nn.Module, Watcher] = {}
         self.name = f"peft_serve_{id(self):x}"
 
@@ -125,8 +140,9 @@ class RaggedAttention:
             yield
         finally:
             self._work = {}
-            if self.paged is not None:
-                self.paged.forget()
+            for kernel in (self.paged, self.whole):
+                if kernel is not None:
+                    kernel.forget()
 
     def _attend(
         self,
@@ -181,6 +197,10 @@ class RaggedAttention:
         plan, pool = work.plan, work.pool
         if self.is_reference:
             return attend_reference(plan, q, k, v, pool, layer, terms)
+        if self.whole is not None:
+            out = self.whole.attend(plan, pool, q, k, v, layer, terms)
+            if out is not None:
+                return out
         if plan.is_one_group:  # the common step, all rows decode: nothing to put together
             assert pool is not None, "rows with blocks need a pool"
             return self._cached(plan.cached[0], q, pool, layer, terms)

@@ -50,4 +50,4 @@ def acts_of(edits: Mapping[str, Edit]) -> frozenset[Act]:
 
 def _given(edit: Edit) -> tuple[str, ...]:
     values = ((field.name, getattr(edit, field.name)) for field in fields(edit))
-    return tuple(name for name, value in values if not (value is None or isinstance(value, tuple) and not value))
+    return tuple(name for name, value in values if not (value is None or (isinstance(value, tuple) and not value)))

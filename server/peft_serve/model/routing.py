@@ -157,6 +157,7 @@ class Route:
         self._spans: dict[frozenset[int], Span] = {}
         self._subsets: dict[frozenset[int], Subset] = {}
         self._batches: dict[frozenset[int], tuple[Batch, ...]] = {}
+        self._segments: dict[frozenset[int], Segments] = {}
 
     @property
     def device(self) -> torch.device:
@@ -184,8 +185,14 @@ class Route:
     @cached_property
     def segments(self) -> Segments:
         """The runs as a kernel reads them."""
-        each = ((run.slot, run.first, run.last) for run in self.runs)
-        return Segments(each, self.num_tokens, num_slots=self.num_slots)
+        return self.segments_of(self.active)
+
+    def segments_of(self, slots: frozenset[int]) -> Segments:
+        """The runs of some of the adapters as a kernel reads them."""
+        if slots not in self._segments:
+            each = ((run.slot, run.first, run.last) for run in self.runs_of(slots))
+            self._segments[slots] = Segments(each, self.num_tokens, num_slots=self.num_slots)
+        return self._segments[slots]
 
     def runs_of(self, slots: Collection[int]) -> tuple[Run, ...]:
         """The runs of some of the adapters."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.model.quantised import is_quantised
+from peft_serve.model.routing import Route
 from peft_serve.model.terms.bases import BasesMaps
 from peft_serve.model.terms.low_rank import LowRankDelta
 from peft_serve.model.terms.maps import Maps
@@ -22,7 +23,7 @@ from peft_serve.model.terms.own import OwnParameters
 from peft_serve.model.terms.rescaled import RescaledMaps
 from peft_serve.model.terms.rows import HeadRows, LookupRows
 from peft_serve.model.terms.shared import SharedFactors
-from peft_serve.model.terms.term import InTerm, OutTerm, Term
+from peft_serve.model.terms.term import InTerm, OutOp, OutTerm, Term
 from peft_serve.model.terms.vectors import IdScale, InScale, OutScale, Shift, VectorTerm
 
 
@@ -41,6 +42,18 @@ class DenseTerms:
 
     def all(self) -> tuple[Term, ...]:
         return (*self.before, self.own, self.rows, *self.after)
+
+    def ops_after(self, route: Route) -> tuple[tuple[OutTerm, OutOp], ...]:
+        """What the terms of `after` do. Vectors go with the low-rank term in one op, where its kernel takes them and
+        nothing else acts."""
+        ops = tuple((term, op) for term in self.after if (op := term.op(route)) is not None)
+        acting = {id(term) for term, _ in ops}
+        fusable = {id(self.delta), id(self.out_scale), id(self.shift)}
+        if len(ops) < 2 or id(self.delta) not in acting or not acting <= fusable or not self.delta.fuses_vectors:
+            return ops
+        fused = self.delta.op(route, self.out_scale.table(route), self.shift.table(route))
+        assert fused is not None, "the low-rank term acts"
+        return ((self.delta, fused),)
 
 
 def dense_terms(spec: SiteSpec, module: nn.Module, shared: SharedFactors, like: Tensor) -> DenseTerms:

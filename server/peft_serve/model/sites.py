@@ -37,6 +37,7 @@ from peft_serve.model.sites_forward import DenseSite, NormSite, Site
 from peft_serve.model.stacks import Moves, StackLayout, width_of
 from peft_serve.model.sublayers import bind_sublayer, close_sublayer, sublayers_of
 from peft_serve.model.terms.shared import SharedFactors
+from peft_serve.model.terms.term import OtherKernels, UsesOthers
 
 Bind = Callable[[SiteSpec, nn.Module, Lane], Site]
 """Makes the site of a module."""
@@ -159,6 +160,11 @@ class AdaptedSites:
         """Run low-rank terms by a kernel from now on, where it can. No adapter is installed yet."""
         for delta in self._deltas:
             delta.use(kernel)
+
+    def run_others_by(self, kernels: OtherKernels) -> None:
+        """Run mixers and bottlenecks by kernels from now on, where they can. No adapter is installed yet."""
+        for term in {term for site in self._sites.values() for term in site.terms if isinstance(term, UsesOthers)}:
+            term.use_others(kernels)
 
     def close(self) -> None:
         """Give every module its own forward back."""

@@ -129,7 +129,7 @@ class DenseSite:
 
     def _plan_of(self, route: Route) -> _DensePlan | None:
         before = tuple(op for op in (term.op(route) for term in self.dense.before) if op is not None)
-        ops = tuple((term, op) for term in self.dense.after if (op := term.op(route)) is not None)
+        ops = self.dense.ops_after(route)
         after = tuple(op for _, op in ops)
         own_runs = self.dense.own.runs(route)
         rows = self.dense.rows.op(route)

@@ -19,12 +19,12 @@ from peft_serve.adapters.adapterhub.places import AFTER_LAYER, FAMILIES, Stack, 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Edit, mapped
 from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling, Reads, TwoLayers
-from peft_serve.kernels.subsets import Batch
+from peft_serve.kernels.subsets import Subset
 from peft_serve.model.interventions import InterventionSite
 from peft_serve.model.routing import Lane, Route
 from peft_serve.model.sites_forward import expect_tokens
-from peft_serve.model.terms.bottlenecks import BottleneckPart, activation_of, parts_of
-from peft_serve.model.terms.term import Term
+from peft_serve.model.terms.bottlenecks import Bottlenecks, Part, activation_of
+from peft_serve.model.terms.term import OtherKernels, Term
 
 Forward = Callable[..., Any]
 _FROM_RESIDUAL = frozenset({Reads.RESIDUAL, Reads.SUMMED, Reads.NORMED})
@@ -145,24 +145,27 @@ class SublayerSite:
         self.lane = lane
         self.terms: tuple[Term, ...] = (self,)
         self._around = around
-        self._like = like
-        self._edits: dict[int, Bottleneck] = {}
+        self._bottlenecks = Bottlenecks(like)
         self._output: Wrapping | None = None
         self._residual: Wrapping | None = None
         self._norm: Wrapping | None = None
         self._planned: Route | None = None
-        self._parts: tuple[BottleneckPart, ...] = ()
+        self._parts: tuple[Part, ...] = ()
         self._residual_TD: Tensor | None = None
-        self._finals: list[tuple[Batch, Tensor]] = []
+        self._finals: list[tuple[Subset, Tensor]] = []
+
+    def use_others(self, kernels: OtherKernels) -> None:
+        self._bottlenecks.use(kernels.bottlenecks)
 
     def put(self, slot: int, edit: Edit) -> None:
         if isinstance(edit, Bottleneck):
-            if not self._edits:
+            self._bottlenecks.put(slot, edit)
+            if self._output is None:
                 self._wrap()
-            self._edits[slot] = mapped(edit, lambda tensor: tensor.to(self._like))
 
     def drop(self, slot: int) -> None:
-        if self._edits.pop(slot, None) is not None and not self._edits:
+        self._bottlenecks.drop(slot)
+        if not self._bottlenecks:
             self._unwrap()
 
     def forget(self) -> None:
@@ -170,7 +173,7 @@ class SublayerSite:
 
     def close(self) -> None:
         """Leave the model's modules as they were."""
-        self._edits.clear()
+        self._bottlenecks.clear()
         self._unwrap()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,12 +203,12 @@ class SublayerSite:
         self._residual_TD = None
         self.forget()
 
-    def _active(self) -> tuple[BottleneckPart, ...]:
+    def _active(self) -> tuple[Part, ...]:
         route = self.lane.route
         if route is None:
             return ()
         if route is not self._planned:
-            self._parts, self._planned = parts_of(self._edits, route), route
+            self._parts, self._planned = self._bottlenecks.parts(route), route
         return self._parts
 
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,12 +226,12 @@ class SublayerSite:
         normed: Tensor = self._norm.inner(x)
         if self._finals:
             normed = normed.clone()
-            for batch, result in self._finals:
-                batch.subset.put_(normed.view(-1, normed.shape[-1]), result)
+            for subset, result in self._finals:
+                subset.put_(normed.view(-1, normed.shape[-1]), result)
             self._finals.clear()
         return normed
 
-    def _changed(self, output: Tensor, parts: tuple[BottleneckPart, ...]) -> Tensor:
+    def _changed(self, output: Tensor, parts: tuple[Part, ...]) -> Tensor:
         assert self._planned is not None, "parts belong to a route"
         h_TD = output.reshape(-1, output.shape[-1])
         expect_tokens(self._around.spec.path, h_TD.shape[0], self._planned.num_tokens)
@@ -237,16 +240,16 @@ class SublayerSite:
         for part in parts:
             result = part.of(streams)
             if part.is_final and self._norm is not None:
-                self._finals.append((part.batch, result))
+                self._finals.append((part.subset, result))
                 continue
             if part.is_final:  # the model adds the residual once more
                 assert self._residual_TD is not None, "the residual comes before the output"
-                result = result - part.batch.subset.take(self._residual_TD)
-            part.batch.subset.put_(changed_TD, result)
+                result = result - part.subset.take(self._residual_TD)
+            part.subset.put_(changed_TD, result)
         self._residual_TD = None
         return changed_TD.view(output.shape)
 
-    def _streams(self, output: Tensor, h_TD: Tensor, parts: tuple[BottleneckPart, ...]) -> dict[Reads, Tensor]:
+    def _streams(self, output: Tensor, h_TD: Tensor, parts: tuple[Part, ...]) -> dict[Reads, Tensor]:
         """The streams that the parts look at, [T, D] each."""
         wanted = frozenset().union(*(part.streams for part in parts))
         streams = {Reads.SUBLAYER: h_TD}

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, leaky_relu
 from transformers.activations import ACT2FN
 
+from peft_serve.adapters.primitives import mapped
 from peft_serve.adapters.sublayer_primitives import Bottleneck, LearnedNorm, Reads
-from peft_serve.kernels.subsets import Batch
+from peft_serve.kernels.bottleneck import BottleneckKernels
+from peft_serve.kernels.subsets import Batch, Subset
 from peft_serve.model.routing import Route
+from peft_serve.model.terms.lifted import Lifted, LiftedPart
 
 Activation = Callable[[Tensor], Tensor]
 _Form = tuple[object, ...]
@@ -31,6 +35,21 @@ def activation_of(name: str) -> Activation:
         return leaky_relu
     function: Activation = ACT2FN[name]
     return function
+
+
+class Part(Protocol):
+    """Some adapters' tokens, and what becomes of them."""
+
+    @property
+    def subset(self) -> Subset: ...
+
+    @property
+    def is_final(self) -> bool: ...
+
+    @property
+    def streams(self) -> frozenset[Reads]: ...
+
+    def of(self, streams: Mapping[Reads, Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,11 @@ class BottleneckPart:
     is_final: bool
 
     @property
+    def subset(self) -> Subset:
+        """Its tokens."""
+        return self.batch.subset
+
+    @property
     def streams(self) -> frozenset[Reads]:
         """What of the sublayer it has to see."""
         return frozenset({self.reads, self.keeps})
@@ -82,6 +106,44 @@ class BottleneckPart:
         else:
             y_GPD = self.norm_after.of(y_GPD) + kept_GPD
         return y_GPD.flatten(0, 1)
+
+
+class Bottlenecks:
+    """Those of the installed adapters at one sublayer: with a kernel where there is one that can, see `lifted`."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._edits: dict[int, Bottleneck] = {}
+        self._lifted = Lifted(like)
+
+    def __bool__(self) -> bool:
+        return bool(self._edits) or bool(self._lifted)
+
+    def use(self, kernel: BottleneckKernels) -> None:
+        """Run by the kernel from now on, where it can. No adapter is here yet."""
+        assert not self, "the choice is made before adapters are installed"
+        self._lifted.kernel = kernel
+
+    def put(self, slot: int, edit: Bottleneck) -> None:
+        """Keep an adapter's bottleneck."""
+        if self._lifted.serves(edit):
+            self._lifted.put(slot, edit)
+        else:
+            self._edits[slot] = mapped(edit, lambda tensor: tensor.to(self._like))
+
+    def drop(self, slot: int) -> None:
+        """Forget the slot, if it has something here."""
+        self._edits.pop(slot, None)
+        self._lifted.drop(slot)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._edits.clear()
+        self._lifted.clear()
+
+    def parts(self, route: Route) -> tuple[BottleneckPart | LiftedPart, ...]:
+        """What the bottlenecks of the active slots do."""
+        return (*parts_of(self._edits, route), *self._lifted.parts(route))
 
 
 def parts_of(edits: Mapping[int, Bottleneck], route: Route) -> tuple[BottleneckPart, ...]:

@@ -8,7 +8,7 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit, LowRank
 from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import add_low_rank_grids_
-from peft_serve.kernels.low_rank import DTYPES, LayerFactors, LowRankKernel, SlotFactors
+from peft_serve.kernels.low_rank import Factors, LayerFactors, LowRankKernels, SlotFactors
 from peft_serve.model.routing import Route, Way
 from peft_serve.model.stacks import Place, SiteStack
 from peft_serve.model.terms.term import OutOp
@@ -24,10 +24,11 @@ class LowRankDelta:
     def __init__(self, spec: SiteSpec, like: Tensor) -> None:
         self._like = like
         self._spec = spec
-        self._direct: LayerFactors | None = None
+        self._direct: Factors | None = None
         self._is_lookup = spec.kind is SiteKind.EMBEDDING
         self._width = spec.out_features + (1 if self._is_lookup else spec.in_features)
-        self._factors: dict[int, LowRank] = {}
+        self._slots: set[int] = set()
+        self._factors: dict[int, LowRank] = {}  # by slot, for the stacks
         self._stack = SiteStack(spec.in_features, spec.out_features)
 
     @property
@@ -35,24 +36,34 @@ class LowRankDelta:
         """Whether a kernel runs it, which takes x and y of any number of axes."""
         return self._direct is not None
 
-    def use(self, kernel: LowRankKernel) -> None:
+    @property
+    def fuses_vectors(self) -> bool:
+        """Whether the kernel that runs it takes the vectors beside it too."""
+        return self._direct is not None and self._direct.fuses_vectors
+
+    def use(self, kernel: LowRankKernels) -> None:
         """Run by the kernel from now on, where it can. No adapter is here yet."""
-        assert not self._factors, "the choice is made before adapters are installed"
-        if not self._is_lookup and self._like.dtype in DTYPES and self._like.device.type == "cpu":
-            self._direct = kernel.layer(self._spec.in_features, self._spec.out_features, self._like.dtype)
+        assert not self._slots, "the choice is made before adapters are installed"
+        if not self._is_lookup and kernel.serves(self._like):
+            spec, parent = self._spec, self._spec.path.rpartition(".")[0]
+            self._direct = kernel.layer(spec.in_features, spec.out_features, self._like.dtype, parent)
 
     def by_slot(self, route: Route) -> SlotFactors | None:
         """The factors as the kernel reads them for the adapters of a route, if a kernel runs them."""
-        return None if self._direct is None else self._direct.by_slot(route.segments)
+        return self._direct.by_slot(route.segments) if isinstance(self._direct, LayerFactors) else None
 
     def put(self, slot: int, edit: Edit) -> None:
-        if isinstance(edit, Affine) and edit.delta is not None:
-            a_RI, b_OR = (t.to(self._like) for t in (edit.delta.a_RI, edit.delta.b_OR))
-            self._factors[slot] = LowRank(a_RI, b_OR)
-            if self._direct is not None:
-                self._direct.put(slot, a_RI, b_OR)
+        if not isinstance(edit, Affine) or edit.delta is None:
+            return
+        a_RI, b_OR = edit.delta.a_RI, edit.delta.b_OR
+        if self._direct is not None:
+            self._direct.put(slot, a_RI, b_OR)
+        else:
+            self._factors[slot] = LowRank(a_RI.to(self._like), b_OR.to(self._like))
+        self._slots.add(slot)
 
     def drop(self, slot: int) -> None:
+        self._slots.discard(slot)
         self._factors.pop(slot, None)
         if self._direct is not None:
             self._direct.drop(slot)
@@ -71,12 +82,13 @@ class LowRankDelta:
         else:
             self._stack.blank(place)
 
-    def op(self, route: Route) -> OutOp | None:
-        slots = route.active.intersection(self._factors)
+    def op(self, route: Route, out_scale: Tensor | None = None, shift: Tensor | None = None) -> OutOp | None:
+        """With tables of vectors by slot, for a kernel that takes them: y = out_scale * y + B A x + shift."""
+        slots = route.active.intersection(self._slots)
         if not slots:
             return None
         if self._direct is not None:
-            return self._direct.op(route.segments)
+            return self._direct.op(route.segments, out_scale, shift)
         span = route.span(slots)
         a_RI, b_RO = self._stack.rows(span.first, span.last)
         way = span.way(self._width)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from peft_serve.adapters.primitives import Affine, BlockDiagonal, Edit, Paired
-from peft_serve.kernels.mixing import mixed_by_blocks, mixed_in_pairs
+from peft_serve.kernels.mixing import Blocks, Mix, MixingKernels, mixed_by_blocks, mixed_in_pairs
 from peft_serve.kernels.subsets import Batch, Subset
 from peft_serve.model.routing import Route
 from peft_serve.model.terms.tables import SlotTable
-from peft_serve.model.terms.term import InOp, OutOp
+from peft_serve.model.terms.term import InOp, OtherKernels, OutOp
 
 _BlockPart = tuple[Batch, Tensor]
 """Runs of one length, and their blocks [G, n, k, k]."""
@@ -22,20 +22,48 @@ _BlockPart = tuple[Batch, Tensor]
 class _Blocks:
     """The blocks of the installed adapters.
 
-    For a route, adapters with blocks of one shape and runs of one length are stacked, for one batched product:
-    a copy of their blocks that lives as long as the route. A single run reads its own.
+    With a kernel they are read where they lie. Else, for a route, adapters with blocks of one shape and runs of one
+    length are stacked, for one batched product: a copy of their blocks that lives as long as the route. A single run
+    reads its own.
     """
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._blocks: dict[int, Tensor] = {}
+        self._kernel: MixingKernels | None = None
+        self._direct: Blocks | None = None  # made for the first adapter
+        self._slots: set[int] = set()  # of the kernel
+
+    def use_others(self, kernels: OtherKernels) -> None:
+        """Run by a kernel from now on, where it can. No adapter is here yet."""
+        assert not self._blocks, "the choice is made before adapters are installed"
+        if kernels.mixing.serves(self._like):
+            self._kernel = kernels.mixing
 
     def keep(self, slot: int, mixer: object) -> None:
-        if isinstance(mixer, BlockDiagonal):
+        if not isinstance(mixer, BlockDiagonal):
+            return
+        if self._kernel is None:
             self._blocks[slot] = mixer.blocks_NKK.to(self._like)
+            return
+        if self._direct is None:
+            num_blocks, size = mixer.blocks_NKK.shape[:2]
+            self._direct = self._kernel.layer(num_blocks * size, self._like.dtype)
+        self._direct.put(slot, mixer.blocks_NKK)
+        self._slots.add(slot)
 
     def drop(self, slot: int) -> None:
         self._blocks.pop(slot, None)
+        if self._direct is not None:
+            self._direct.drop(slot)
+            self._slots.discard(slot)
+
+    def mix(self, route: Route) -> Mix | None:
+        """What the active adapters do, from x to y, where some of them mix."""
+        if self._direct is not None:
+            return None if self._slots.isdisjoint(route.active) else self._direct.op(route.segments)
+        parts = self.parts(route)
+        return (lambda y_TD, x_TD: _mix_(y_TD, x_TD, parts)) if parts else None
 
     def parts(self, route: Route) -> list[_BlockPart]:
         by_shape: dict[torch.Size, set[int]] = {}
@@ -54,9 +82,9 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
-def _mix_(x_TD: Tensor, parts: Sequence[_BlockPart]) -> None:
+def _mix_(y_TD: Tensor, x_TD: Tensor, parts: Sequence[_BlockPart]) -> None:
     for batch, blocks_GNKK in parts:
-        batch.subset.put_(x_TD, mixed_by_blocks(batch.take(x_TD), blocks_GNKK).flatten(0, 1))
+        batch.subset.put_(y_TD, mixed_by_blocks(batch.take(x_TD), blocks_GNKK).flatten(0, 1))
 
 
 class InMix(_Blocks):
@@ -67,16 +95,16 @@ class InMix(_Blocks):
             self.keep(slot, edit.in_mix)
 
     def op(self, route: Route) -> InOp | None:
-        parts = self.parts(route)
-        if not parts:
+        mix = self.mix(route)
+        if mix is None:
             return None
 
-        def mix(x_TI: Tensor) -> Tensor:
+        def mixed(x_TI: Tensor) -> Tensor:
             own_TI = x_TI.clone()
-            _mix_(own_TI, parts)
+            mix(own_TI, x_TI)
             return own_TI
 
-        return mix
+        return mixed
 
 
 class OutMix(_Blocks):
@@ -87,8 +115,11 @@ class OutMix(_Blocks):
             self.keep(slot, edit.out_mix)
 
     def op(self, route: Route) -> OutOp | None:
-        parts = self.parts(route)
-        return (lambda y_TO, _: _mix_(y_TO, parts)) if parts else None
+        parts = () if self._direct is not None else self.parts(route)
+        if parts:  # each is read whole before it is written
+            return lambda y_TO, _: _mix_(y_TO, y_TO, parts)
+        mix = self.mix(route)
+        return None if mix is None else (lambda y_TO, _: mix(y_TO, y_TO.clone()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,14 @@ of some of the adapters. At an embedding x is the ids [T] and `I` counts the voc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from peft_serve.adapters.primitives import Edit
+from peft_serve.kernels.bottleneck import BottleneckKernels
+from peft_serve.kernels.mixing import MixingKernels
 from peft_serve.model.routing import Route
 
 InOp = Callable[[Tensor], Tensor]
@@ -42,3 +45,20 @@ class InTerm(Term, Protocol):
 
 class OutTerm(Term, Protocol):
     def op(self, route: Route) -> OutOp | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherKernels:
+    """Kernels for terms that are not low-rank."""
+
+    mixing: MixingKernels
+    bottlenecks: BottleneckKernels
+
+
+@runtime_checkable
+class UsesOthers(Protocol):
+    """A term that such a kernel may run."""
+
+    def use_others(self, kernels: OtherKernels) -> None:
+        """Run by a kernel from now on, where it can. No adapter is here yet."""
+        ...

@@ -1,0 +1,80 @@
+"""Mixers and bottlenecks on a GPU: the kernels, in the memory of those for low-rank terms, and their trial.
+
+Triton is imported here only where it is used. Who gets the kernels is decided by `gpu_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from peft_serve.kernels.bottleneck import Squeeze
+from peft_serve.kernels.low_rank import Segments
+from peft_serve.model.base import ResidentBase
+from peft_serve.model.terms.term import OtherKernels
+
+if TYPE_CHECKING:
+    from peft_serve.kernels.triton.memory import DeviceMemory
+
+_RUNS: Final = ((1, 0, 1), (2, 1, 9), (3, 10, 13))
+_NUM_TOKENS: Final = 13
+_SIZE: Final = 48
+_SIDES: Final = (16, 24, 6)  # of the blocks, and features of the bottlenecks, of slots 1 to 3
+
+
+def other_kernels(memory: DeviceMemory) -> OtherKernels:
+    """The kernels for mixers and bottlenecks; nothing is compiled yet."""
+    from peft_serve.kernels.triton.bottleneck import BottleneckKernel
+    from peft_serve.kernels.triton.mixing import MixingKernel
+
+    return OtherKernels(mixing=MixingKernel(memory), bottlenecks=BottleneckKernel(memory))
+
+
+@torch.inference_mode()
+def others_error(memory: DeviceMemory, base: ResidentBase) -> float:
+    """The largest error of a few adapters' mixers and bottlenecks, over the largest number."""
+    kernels, generator = other_kernels(memory), torch.Generator().manual_seed(2)
+    mixing = kernels.mixing.layer(_SIZE, base.dtype)
+    bottlenecks = kernels.bottlenecks.layer(_SIZE, base.dtype)
+
+    def small(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(base.dtype)
+
+    x_TD = small(_NUM_TOKENS, _SIZE)
+    mixed_TD, lifted_TD = x_TD.double(), torch.zeros(_NUM_TOKENS, _SIZE, dtype=torch.float64)
+    for (slot, first, last), side in zip(_RUNS, _SIDES, strict=True):
+        blocks_NKK, squeeze = small(_SIZE // side, side, side), _squeeze(small, side)
+        mixing.put(slot, blocks_NKK)
+        bottlenecks.put(slot, squeeze)
+        own_ND = x_TD[first:last].double()
+        own_in_blocks = own_ND.view(last - first, -1, side)
+        mixed_TD[first:last] = torch.einsum("tnk,nkj->tnj", own_in_blocks, blocks_NKK.double()).flatten(1)
+        low_NB = torch.relu(own_ND @ squeeze.down_BD.double().t() + squeeze.down_bias_B.double())
+        high_ND = low_NB @ squeeze.up_DB.double().t() + squeeze.up_bias_D.double()
+        lifted_TD[first:last] = squeeze.scale_D.double() * high_ND
+    segments, given_TD = Segments(_RUNS, _NUM_TOKENS), x_TD.to(base.device)
+    ours_TD = given_TD.clone()
+    mixing.op(segments)(ours_TD, given_TD)
+    own_T = torch.tensor([token for _, first, last in _RUNS for token in range(first, last)])
+    ours_ND = bottlenecks.op(segments, "relu")(given_TD).cpu()[own_T]
+    for slot, _, _ in _RUNS:
+        mixing.drop(slot)
+        bottlenecks.drop(slot)
+    return max(_over_largest(ours_TD, mixed_TD), _over_largest(ours_ND, lifted_TD[own_T]))
+
+
+def _squeeze(small: Callable[..., Tensor], size: int) -> Squeeze:
+    return Squeeze(
+        down_BD=small(size, _SIZE),
+        down_bias_B=small(size),
+        up_DB=small(_SIZE, size),
+        up_bias_D=small(_SIZE),
+        scale_D=small(_SIZE),
+    )
+
+
+def _over_largest(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.cpu().double() - exact).abs().max() / exact.abs().max())

@@ -1,0 +1,66 @@
+"""A step's x A^T for the adapters of one layer or of several that read one x: how its launch is cut into programs."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_serve.kernels.triton.entries import Entries
+from peft_serve.kernels.triton.low_rank_kernels import shrink
+from peft_serve.kernels.triton.near import near
+from peft_serve.kernels.triton.tiles import Tiles
+
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+_GRAIN: Final = 16  # ranks that are multiplied at once, at least
+_MOST_PARTS: Final = 16
+_ENOUGH_PROGRAMS: Final = 256  # that keep a large GPU busy: no need to divide the inputs among more
+
+
+def width_for(rank: int) -> int:
+    """Room for the numbers of one token."""
+    return max(1, -(-rank // _GRAIN)) * _GRAIN
+
+
+def shrunk(x_TI: Tensor, layers_M: Tensor, entries: Entries, tiles: Tiles, *, width: int, part: int) -> Tensor:
+    """[parts, M, T, width] float32, the parts yet to be added up, of x without gaps; what has no adapter is not set.
+
+    Inputs are summed up `part` at a time, or more where there are very many; that and their number fix the order.
+    """
+    entries.publish()
+    num_tokens, num_in = tiles.num_tokens, x_TI.shape[-1]
+    step = 64 if x_TI.dtype is torch.float32 else 128
+    part = -(-max(part, num_in // _MOST_PARTS) // step) * step
+    is_whole = len(tiles) * len(layers_M) >= _ENOUGH_PROGRAMS
+    shape = 1 if is_whole else -(-num_in // part), len(layers_M), num_tokens, width
+    low = torch.empty(shape, dtype=torch.float32, device=x_TI.device)
+    with near(x_TI):
+        shrink[len(tiles), shape[0], shape[1]](
+            x_TI,
+            low,
+            entries.table,
+            tiles.table_N3,
+            layers_M,
+            entries.num_layers,
+            num_in,
+            num_tokens,
+            width,
+            HEIGHT=tiles.height,
+            STEP=step,
+            PART=part,
+            IS_WHOLE=is_whole,
+            OPERAND=operand(x_TI.dtype),
+        )
+    return low
+
+
+def operand(dtype: torch.dtype) -> Any:
+    """What factors are multiplied as: as they are, but for bfloat16 under Triton's interpreter, which multiplies
+    none."""
+    if dtype is torch.float32 or (dtype is torch.bfloat16 and not isinstance(shrink, triton.JITFunction)):
+        return tl.float32
+    return tl.bfloat16 if dtype is torch.bfloat16 else tl.float16
