@@ -13,6 +13,7 @@ from rich.markup import escape
 from loadtest import bench, cache_replay, compare
 from loadtest.arguments import above_zero, popularity, whole_from
 from loadtest.filing import new_folder
+from loadtest.gpu import command as gpu_check
 from loadtest.machine import Provenance, command_line, commit, machine, others_cores, software
 from loadtest.options import add_common, read_options
 from loadtest.page import find_results, page
@@ -149,6 +150,9 @@ def _parser() -> ArgumentParser:
     bench_ = commands.add_parser("bench", help="the short honest subset, and a page about it")
     bench.add_options(bench_)
     bench_.set_defaults(act=bench.run_parsed)
+    checked = commands.add_parser("gpu-check", help=gpu_check.ABOUT, description=gpu_check.ABOUT)
+    gpu_check.add_options(checked)
+    checked.set_defaults(act=lambda parsed, _: gpu_check.run(parsed, sys.argv[1:]))
     made = commands.add_parser("trace", help="make a trace and save it, to be replayed")
     made.add_argument("path", type=Path)
     add_common(made, least_adapters=0, adapters="0, traffic of the base alone")

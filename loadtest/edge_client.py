@@ -30,7 +30,7 @@ class Asked:
 
 
 def wire(path: str, body: dict[str, Any] | None, *, max_wait_s: float | None = None) -> bytes:
-    """A request as it is sent; a GET without a body. With `max_wait_s` it asks to be refused rather than wait longer."""
+    """A request as it is sent; a GET without a body. With `max_wait_s` it would be refused rather than wait longer."""
     content = b"" if body is None else json.dumps(body).encode()
     method = "GET" if body is None else "POST"
     head = f"{method} {path} HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\ncontent-type: application/json\r\n"

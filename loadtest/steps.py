@@ -16,6 +16,7 @@ from peft_serve.adapters.primitives import Adapter
 from peft_serve.config import Settings
 from peft_serve.core import BASE_SLOT, AdapterId, Draw, Install, RequestId, Row, SamplingParams, Step
 from peft_serve.engine.cpu_kernels import speed_up
+from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.runner import StepRunner
 
@@ -118,4 +119,5 @@ def load_base(folder: Path, *, dtype: torch.dtype, device: str, num_threads: int
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     base = ResidentBase(model, name=folder.name)
     speed_up(Settings(prepack="on"), base, os.environ, print)
+    speed_up_on_gpu("auto", base, print)
     return base

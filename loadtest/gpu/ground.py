@@ -1,0 +1,73 @@
+"""What every part stands on: the device, the clock, how much time is left, and the bases that parts share."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from loadtest.bound import MachineRates
+from loadtest.gpu.shapes import Shape, make
+from peft_serve.engine.gpu_kernels import speed_up
+from peft_serve.model.base import ResidentBase
+
+
+@dataclass(slots=True, kw_only=True)
+class Bases:
+    """The large bases of one process, made on the device; one at a time, since two may not fit."""
+
+    device: torch.device
+    _kept: tuple[Shape, ResidentBase, str] | None = field(default=None)
+
+    def get(self, shape: Shape) -> ResidentBase:
+        """A base of this shape with random weights, run by the kernels that a server would use."""
+        if self._kept is None or self._kept[0] != shape:
+            self.drop()
+            base, said = ResidentBase(make(shape, self.device), name=shape.name), list[str]()
+            speed_up("auto", base, said.append)
+            self._kept = shape, base, "; ".join(said) or "plain torch"
+        return self._kept[1]
+
+    @property
+    def runs_by(self) -> str:
+        """What runs the base that is there, in words."""
+        assert self._kept is not None, "a base is there"
+        return self._kept[2]
+
+    def drop(self) -> None:
+        """Give its memory back."""
+        self._kept = None
+        if self.device.type == "cuda":
+            gc.collect()  # a base and its sites refer to each other
+            torch.cuda.empty_cache()
+
+
+@dataclass(slots=True, kw_only=True)
+class Ground:
+    """One part's view of it all. With `is_quick` shapes are tiny and figures mean nothing."""
+
+    device: torch.device
+    is_quick: bool
+    until_s: float = float("inf")
+    clock: Callable[[], float] = time.perf_counter
+    rates: MachineRates | None = None  # measured by the first part that asks for them
+    bases: Bases = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bases = Bases(device=self.device)
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is one."""
+        return self.device.type == "cuda"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that the part still has."""
+        return self.until_s - self.clock()
+
+    def settle(self) -> None:
+        """Wait until the device has done everything."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
