@@ -2,14 +2,17 @@
 
 uvicorn waits without end for the head of a first request, for whoever does not read its answer, and lets a head grow
 without limit. Here a head has a size and a time, what is written has to be taken, and where too many connections are
-open those that idle make room. Bodies are bounded where they are read, in `api.middleware`.
+open those that idle make room. Whom a head may name is `commands.request_line`'s business; bodies are bounded where
+they are read, in `api.middleware`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,13 +22,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from peft_serve.api.problems import PROBLEM_TYPE, Family, Problem, body_of
+from peft_serve.commands.request_line import NoSuchHost, read_line
 
 OTHER_FILES: Final = 256
 """Descriptors that are kept for everything that is no connection."""
 
 _TOO_LARGE: Final = "the head of this request is too large; send shorter headers, and what is long in the body"
 _MALFORMED: Final = "this is no request in HTTP/1.1"
+_UNKNOWN: Final = "this is no request in HTTP/1.1, or its method is none that HTTP has"
 _TOO_MANY: Final = "every connection of this server is in use; try again in a moment"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +59,14 @@ def room_for(max_connections: int) -> int:
 
 
 class Connections:
-    """Makes the connections of one server (uvicorn's `http` class), and knows which of them idle."""
+    """Makes the connections of one server (uvicorn's `http` class), and knows which of them idle.
 
-    def __init__(self, limits: ConnectionLimits) -> None:
+    `new_id` gives an id for what is refused before it is a request of the application's.
+    """
+
+    def __init__(self, limits: ConnectionLimits, *, new_id: Callable[[], str]) -> None:
         self.limits = limits
+        self.new_id = new_id
         self._idle: dict[Connection, None] = {}  # those that idle longest come first
 
     def __call__(
@@ -102,6 +113,7 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = False
         self._is_leaving = False  # for another protocol
         self._is_too_large = False
+        self._complaint = _MALFORMED
         self._was_heard = False  # whether the parser said anything of what it was just given
         self._num_quiet = 0  # bytes that the parser has been given since it said something
         self._num_head = 0
@@ -138,8 +150,8 @@ class Connection(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._stay(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse_head()
+        except httptools.HttpParserError as error:
+            self._refuse_head(error)
         self._num_quiet = 0 if self._was_heard else self._num_quiet + len(data)
         if self._num_quiet > self._limits.max_head_bytes:  # in one field of a head, or of a trailer
             self._is_too_large = True
@@ -184,11 +196,20 @@ class Connection(HttpToolsProtocol):
         self._is_leaving = self.parser.should_upgrade()
         if self._is_leaving:
             return
+        self._settle_line()
         self._stop_head_timer()
         super().on_headers_complete()
         self._line.works(self)
         self._cycles = [each for each in self._cycles if not each.response_complete]
         self._cycles.append(self.cycle)
+
+    def _settle_line(self) -> None:
+        try:
+            line = read_line(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
+        except NoSuchHost as error:
+            self._complaint = str(error)
+            raise  # the parser stops, as above
+        self.url, self.headers[:] = line.target, line.headers
 
     def on_body(self, body: bytes) -> None:
         self._was_heard = True
@@ -272,11 +293,13 @@ class Connection(HttpToolsProtocol):
 
     # what is refused before there is a request
 
-    def _refuse_head(self) -> None:
+    def _refuse_head(self, error: httptools.HttpParserError | None = None) -> None:
         if self._is_too_large:
             self._refuse(431, "head_too_large", _TOO_LARGE)
+        elif isinstance(error, httptools.HttpParserInvalidMethodError):
+            self._refuse(400, "bad_request", _UNKNOWN)
         else:
-            self._refuse(400, "bad_request", _MALFORMED)
+            self._refuse(400, "bad_request", self._complaint)
 
     def _refuse(self, status: int, code: str, message: str, *, retry_after: bool = False) -> None:
         """Answer, unless an answer is being given to an earlier request, and close."""
@@ -286,10 +309,13 @@ class Connection(HttpToolsProtocol):
         if any(each.response_started and not each.response_complete for each in self._cycles):
             self.transport.abort()
             return
+        request_id = self._line.new_id()
+        _log.debug("request %s was refused before it was read: %s", request_id, message)
         problem = Problem(status=status, code=code, message=message)
-        content = json.dumps(body := body_of(problem, Family.NATIVE)).encode()
+        content = json.dumps(body := body_of(problem, Family.NATIVE, request_id)).encode()
         head = f"HTTP/1.1 {status} {body['title']}\r\ncontent-type: {PROBLEM_TYPE}\r\nconnection: close\r\n"
         head += "retry-after: 1\r\n" if retry_after else ""
+        head += f"x-request-id: {request_id}\r\n"
         self.transport.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         self._stop_head_timer()
         self.transport.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import uuid
 
 import typer
 import uvicorn
@@ -115,7 +116,8 @@ def run_server(
 ) -> None:
     """Serve until told to stop; running requests get `drain_s` to end. Ends the command with 1 if the engine died."""
     settings = parts.settings
-    connections = Connections(ConnectionLimits(max_connections=room_for(settings.max_connections)))
+    limits = ConnectionLimits(max_connections=room_for(settings.max_connections))
+    connections = Connections(limits, new_id=lambda: uuid.uuid4().hex)
     server = Listener(
         uvicorn.Config(
             create_app(parts, tracer=tracer, keyring=keyring),
