@@ -24,6 +24,7 @@ ServeError
 |-- FetchFailed           502  a source of adapters did not give what it should
 |-- Unavailable           503  starting, draining or dead, with Retry-After
 |   `-- AdapterUnavailable 503 this adapter's files are corrupt, missing or do not load
+|       `-- AdapterDamaged 503 they do not match their digest, or are not there: an upload mends that
 `-- StoreFull             507
 
 A message names the thing, the rule and the way out, and never a path, a traceback or an address.
@@ -162,6 +163,10 @@ class Unavailable(ServeError):
 
 class AdapterUnavailable(Unavailable):
     code = "adapter_unavailable"
+
+
+class AdapterDamaged(AdapterUnavailable):
+    """Its files do not match their digest or are not there, until the same files are uploaded again."""
 
 
 class StoreFull(ServeError):

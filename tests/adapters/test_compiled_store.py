@@ -147,6 +147,52 @@ def test_without_a_folder_nothing_is_kept() -> None:
     assert not store.has(digest(1))
 
 
+# ---- uploads
+
+
+def test_what_is_made_of_an_upload_is_found_and_written_when_it_took_place(opened: Store) -> None:
+    task = AdapterId(f"{digest(1)}#2")
+    opened.store.withhold(digest(1))
+    opened.keep(adapter(1), adapter(9, id=task), adapter(2))
+    assert len(opened.files()) == 1, "the one of another checkpoint"
+    for id in (digest(1), task):
+        assert opened.store.has(id)
+        assert opened.store.get(id) is not None
+    opened.store.settle_upload(digest(1), took_place=True)
+    assert opened.store.settle(10)
+    assert len(opened.files()) == 3
+    assert_same_bits(Store(opened.root).store.get(task), adapter(9, id=task))
+    opened.keep(adapter(1, id=AdapterId(f"{digest(1)}*0.5")))
+    assert len(opened.files()) == 4, "it is an upload no more"
+
+
+def test_what_is_made_of_a_refused_upload_goes_with_the_last_that_brings_these_files(tmp_path: Path) -> None:
+    opened = Store(tmp_path, max_waiting_bytes=10 * KIB)
+    for _ in range(2):
+        opened.store.withhold(digest(1))
+    opened.keep(adapter(1, kib=100))
+    opened.store.settle_upload(digest(1), took_place=False)
+    assert opened.store.get(digest(1)) is not None, "the other one needs it"
+    opened.store.settle_upload(digest(1), took_place=False)
+    assert opened.store.get(digest(1)) is None
+    assert not opened.store.has(digest(1))
+    opened.keep(adapter(2, kib=100))
+    opened.keep(adapter(1))
+    assert opened.events[CompiledEvent.PASSED_OVER] == 0, "it takes no room among those that wait"
+    assert opened.store.has(digest(1))
+
+
+def test_an_upload_that_took_place_is_written_while_the_same_files_are_uploaded_again(opened: Store) -> None:
+    for _ in range(2):
+        opened.store.withhold(digest(1))
+    opened.keep(adapter(1))
+    opened.store.settle_upload(digest(1), took_place=True)
+    assert opened.store.settle(10)
+    assert len(opened.files()) == 1
+    opened.store.settle_upload(digest(1), took_place=False)
+    assert_same_bits(opened.store.get(digest(1)), adapter(1))
+
+
 # ---- shared factors
 
 

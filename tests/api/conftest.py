@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -134,7 +135,8 @@ def reading_url(encoder: World) -> Iterator[str]:
 @contextmanager
 def served(world: World, limits: ConnectionLimits | None = None) -> Iterator[str]:
     """A real server, with the connections of a real one."""
-    connections = Connections(limits or ConnectionLimits(max_connections=1000))
+    ids = itertools.count(1)
+    connections = Connections(limits or ConnectionLimits(max_connections=1000), new_id=lambda: f"refused-{next(ids)}")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(

@@ -20,6 +20,7 @@ from peft_serve.adapters.alias_record import Target
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.folders import CheckpointFolders
+from peft_serve.adapters.ownership import Publisher
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.api.app import create_app
 from peft_serve.api.principal import ANYONE
@@ -28,7 +29,7 @@ from peft_serve.api.resolving import Resolver
 from peft_serve.api.splitting import Draws
 from peft_serve.api.store_threads import StoreThreads
 from peft_serve.core import AdapterId
-from peft_serve.errors import Unavailable
+from peft_serve.errors import Forbidden, Unavailable, UnknownAdapter
 from tests.api.api_fakes import BASE_NAME, World, checkpoint, fake_gate, make_world, zipped
 from tests.api.conftest import running
 
@@ -204,27 +205,51 @@ async def test_a_server_starts_on_a_read_only_store_and_serves(troubled: Trouble
         assert (await client.post("/adapters/warm/pin")).status_code == 202, "until the server stops"
 
 
-async def test_of_a_change_that_cannot_be_made_the_store_is_told_first(troubled: Troubled) -> None:
-    """Whoever did as a 409 or a 412 says would only hear the next reason."""
-    async with served(troubled.world) as client:
+@pytest.mark.parametrize("is_at_start", [True, False], ids=["at the start", "since"])
+async def test_of_a_change_that_cannot_be_made_the_store_is_told_first(troubled: Troubled, is_at_start: bool) -> None:
+    """Whoever did as a 409, a 412 or a 422 says would only hear the next reason."""
+    async with served(troubled.world):
         troubled.world.catalog.aliases.put("best", [Target(adapter="warm")])
+    troubled.disk.error = errno.EROFS if is_at_start else None
+    world = troubled.restarted()
+    async with served(world) as client:
         troubled.disk.error = errno.EROFS
-    async with served(troubled.restarted()) as client:
-        moved = {"if-match": '"sha256-00"'}
+        moved, upload = {"if-match": '"sha256-00"'}, zipped(checkpoint("v2"))
+        targets = {"targets": [{"adapter": "warm"}]}
         refusals = [
             await client.delete("/adapters/warm"),
             await client.delete("/adapters/warm?force=1"),
             await client.delete("/adapters/cold", headers=moved),
-            await client.put("/adapters/cold", content=zipped(checkpoint("v2")), headers=ZIP | moved),
-            await client.put("/adapters/cold", content=zipped(checkpoint("v2")), headers=ZIP | {"if-none-match": "*"}),
+            await client.put("/adapters/cold", content=upload, headers=ZIP | moved),
+            await client.put("/adapters/cold", content=upload, headers=ZIP | {"if-none-match": "*"}),
+            await client.put("/adapters/best", content=upload, headers=ZIP),
             await client.put("/adapters/new", content=zipped(checkpoint("v2", peft_type="NO")), headers=ZIP),
+            await client.put("/aliases/cold", json=targets),
+            await client.put("/aliases/best", json=targets, headers=moved),
+            await client.delete("/aliases/best", headers=moved),
         ]
         for refusal in refusals:
             assert (refusal.status_code, "is read-only" in refusal.json()["detail"]) == (503, True), refusal.text
-        assert (await client.delete("/adapters/nobody")).status_code == 404
-        assert (
-            await client.put("/adapters/cold?dry_run=1", content=zipped(checkpoint("v2")), headers=ZIP | moved)
-        ).status_code == 412, "what changes nothing is looked at all the same"
+            assert refusal.headers["retry-after"] == "30"
+        for path in ("/adapters/nobody", "/aliases/nobody"):
+            assert (await client.delete(path)).status_code == 404, "there is nothing to be changed"
+        with pytest.raises(UnknownAdapter):
+            world.catalog.changes.rollback("nobody", 1)
+        with pytest.raises(Forbidden):
+            world.catalog.changes.publish("warm", checkpoint("v2"), publisher=Publisher(tenant="t", is_operator=False))
+        for path, status in (("cold", 412), ("best", 409)):
+            looked = await client.put(f"/adapters/{path}?dry_run=1", content=upload, headers=ZIP | moved)
+            assert looked.status_code == status, "what changes nothing is looked at all the same"
+    assert sorted(path.name for path in (troubled.root / "tmp").iterdir()) == []
+
+
+async def test_a_store_that_can_be_written_is_not_blamed(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    upload = zipped(checkpoint("v2"))
+    assert (await client.put("/aliases/best", json={"targets": [{"adapter": "warm"}]})).status_code == 201
+    assert (await client.put("/adapters/best", content=upload, headers=ZIP)).status_code == 409
+    assert (await client.put("/adapters/cold", content=upload, headers=ZIP | {"if-match": '"x"'})).status_code == 412
+    assert (await client.delete("/adapters/warm")).status_code == 409
+    assert list((tmp_path / "troubled" / "tmp").iterdir()) == []
 
 
 async def test_pins_come_back_with_the_server(client: httpx.AsyncClient, world: World) -> None:

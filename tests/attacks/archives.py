@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import random
 import struct
 import tarfile
 import warnings
@@ -293,6 +294,14 @@ REFUSED: Final[Mapping[str, Build]] = MappingProxyType(
 )
 """MalformedUpload or PayloadTooLarge, each."""
 
+WHOLE: Final = {WEIGHTS_FILE: WEIGHTS}
+
+
+def mostly_zeros() -> bytes:
+    """32 MiB that pack to less than a tenth, and to more than a twentieth."""
+    return random.Random(1).randbytes(2 << 20) + bytes(30 << 20)
+
+
 BOMBS: Final[Mapping[str, Build]] = MappingProxyType(
     {
         "zip: zeros": lambda: zipped({CONFIG_FILE: CONFIG, WEIGHTS_FILE: bytes(40 << 20)}, zipfile.ZIP_DEFLATED),
@@ -300,7 +309,15 @@ BOMBS: Final[Mapping[str, Build]] = MappingProxyType(
             {CONFIG_FILE: b" " * (4 << 20), WEIGHTS_FILE: b""}, zipfile.ZIP_DEFLATED
         ),
         "gzip: zeros": lambda: gzip.compress(tarred({CONFIG_FILE: CONFIG, WEIGHTS_FILE: bytes(40 << 20)})),
+        "zip: zeros that are not wanted": lambda: zipped({**GOOD, "x": bytes(40 << 20)}, zipfile.ZIP_DEFLATED),
+        "zip: a member that says it is large": lambda: (
+            lambda z: patched(z, central(z) + 24, struct.pack("<I", 1 << 30))
+        )(zipped({"x": b"", **GOOD})),
         "gzip: zeros that are not wanted": lambda: gzip.compress(tarred({**GOOD, "x": bytes(40 << 20)})),
+        "zip: a config as large as weights": lambda: zipped(
+            {CONFIG_FILE: mostly_zeros(), **WHOLE}, zipfile.ZIP_DEFLATED
+        ),
+        "gzip: a config as large as weights": lambda: gzip.compress(tarred({CONFIG_FILE: mostly_zeros(), **WHOLE})),
         "gzip: zeros behind the end": lambda: gzip.compress(tarred() + bytes(40 << 20)),
         "gzip: a header of zeros": lambda: gzip.compress(header(b"x", 1 << 32) + bytes(40 << 20)),
         "deflate: zeros of zeros": lambda: zipped({"z": zlib.compress(bytes(8 << 20)), CONFIG_FILE: bytes(2 << 20)}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,25 @@ import pytest
 from torch import Tensor
 
 from peft_serve.adapters.bounded_folder import BoundedFolder
+from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.combined import Part, combined_id
 from peft_serve.adapters.compiled_store import CompiledStore
+from peft_serve.adapters.findings import Inspection, Proof
+from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.limits import GateLimits
+from peft_serve.adapters.ownership import Publisher
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
 from peft_serve.engine.loading import Loading, num_load_threads
-from peft_serve.errors import AdapterInvalid, InvalidParameter, Refusal, Unavailable
+from peft_serve.errors import AdapterInvalid, InvalidParameter, Refusal, ServeError, Unavailable
 from tests.adapters.checkpoints import make_base, make_checkpoint
 from tests.adapters.fake_base import FakeBase
 from tests.adapters.same_bits import assert_same_bits
-from tests.adapters.store.store_fakes import UnsyncedFileSystem
+from tests.adapters.store.store_fakes import NOON, UnsyncedFileSystem
 from tests.parity.bases import save_tiny_base, words
 from tests.parity.served import ServedModel
 from tests.parity.test_parity_http import as_zip
@@ -47,7 +53,7 @@ class CountingBase(FakeBase):
 class Process:
     """Loading as one process has it, over a store that others may have written."""
 
-    def __init__(self, root: Path | None, files: dict[AdapterId, CheckpointFiles]) -> None:
+    def __init__(self, root: Path | None, files: dict[AdapterId, CheckpointFiles], *, max_bytes: int = 1 << 30) -> None:
         self.base = CountingBase(make_base("llama"))
         self.read: list[AdapterId] = []
         self.refusal: Exception | None = None
@@ -57,7 +63,7 @@ class Process:
         if root is not None:
             names = map(str, range(1000))
             folder = BoundedFolder(
-                root, UnsyncedFileSystem(), max_bytes=1 << 30, new_name=lambda: next(names), now_s=lambda: 0.0
+                root, UnsyncedFileSystem(), max_bytes=max_bytes, new_name=lambda: next(names), now_s=lambda: 0.0
             )
         self.compiled = CompiledStore(folder, compiled_for="this base", min_shared_bytes=0)
         self.loading = Loading(self.base, LIMITS, self.compiled, speech=self._speech, stand_aside=self._begin)
@@ -194,6 +200,89 @@ def test_a_check_that_finds_no_memory_may_come_again(files: dict[str, Checkpoint
 def test_threads_that_load_are_as_many_as_asked_for() -> None:
     assert num_load_threads(Settings(load_threads=5)) == 5
     assert num_load_threads(Settings()) in (1, 2)
+
+
+# ---- uploads
+
+
+class BoundedDisk(UnsyncedFileSystem):
+    """A disk for checkpoints, apart from that for what is made of them."""
+
+    free = 1 << 40
+
+    def free_bytes(self, path: Path) -> int:
+        return self.free
+
+
+class Uploads:
+    """Two adapters that are there, with room for what two are compiled to, and a third one to upload."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "compiled"
+        self.disk = BoundedDisk()
+        self.files = [make_checkpoint("lora", "llama", seed)[0] for seed in range(3)]
+        measured = Process(root / "measured", {})
+        measured.loading.check(self.files[0])
+        assert measured.compiled.settle(10)
+        num_bytes = sum(path.stat().st_size for path in (root / "measured").rglob("*") if path.is_file())
+        self.process = Process(self.root, {}, max_bytes=2 * num_bytes + num_bytes // 2)
+        self.changes = Catalog(
+            AdapterStore(root / "store", self.disk),
+            CheckpointFolders([], self.disk, base_name="base"),
+            self.process.loading.check,
+            checked_for="this base",
+            base_name="base",
+            now=lambda: NOON,
+            drafts=self.process.loading,
+        ).changes
+        for name, files in zip("ab", self.files, strict=False):
+            self.changes.publish(name, files)
+        assert len(self.compiled()) == 2
+
+    def compiled(self) -> set[str]:
+        assert self.process.compiled.settle(10)
+        return {path.name for path in self.root.rglob("*") if path.is_file()}
+
+    def prove(self, found: Inspection) -> Proof:
+        assert self.process.load(found.id).id == found.id
+        assert self.process.read == [], "what the gate compiled is what is tried"
+        return Proof(is_tried=True)
+
+    def refuse(self, found: Inspection) -> Proof:
+        self.prove(found)
+        raise AdapterInvalid([Refusal("weights", "do not run")])
+
+
+@pytest.mark.parametrize("why", ["the disk is full", "the trial", "its owner has no room", "it moved", "a dry run"])
+def test_an_upload_that_is_refused_takes_nobodys_place(why: str, tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path)
+    before, owner = uploads.compiled(), Publisher(tenant="t", is_operator=False, max_bytes=10)
+    if why == "the disk is full":
+        uploads.disk.free = 1000
+    options: dict[str, dict[str, Any]] = {
+        "the trial": {"prove": uploads.refuse},
+        "its owner has no room": {"publisher": owner},
+        "it moved": {"if_match": '"sha256-00"'},
+        "a dry run": {"dry_run": True},
+    }
+    with nullcontext() if why == "a dry run" else pytest.raises(ServeError):
+        uploads.changes.publish("c", uploads.files[2], **options.get(why, {}))
+    assert uploads.compiled() == before
+    uploads.disk.free = 1 << 40
+    uploads.changes.publish("c", uploads.files[2], prove=uploads.prove)
+    assert uploads.compiled() - before, "the upload that took place is there"
+    assert before - uploads.compiled(), "and what was not used for longest went for it"
+
+
+def test_what_the_gate_refuses_is_no_upload_any_more(files: dict[str, CheckpointFiles], tmp_path: Path) -> None:
+    process = Process(tmp_path, {})
+    process.refusal = AdapterInvalid([Refusal("tokenizer", "is another")])
+    with pytest.raises(AdapterInvalid):
+        process.loading.draft(files["lora"])
+    process.refusal = None
+    process.loading.check(files["lora"])
+    assert process.compiled.settle(10)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1, "it is written at once"
 
 
 # ---- a whole server

@@ -53,7 +53,7 @@ class Aliases:
     """Owner of what aliases point to. Thread-safe; `lock` is the one that orders every change of the records.
 
     `is_there` tells whether a reference names something that is served, `is_taken` whether a name is an adapter's,
-    `now` the time as RFC 3339.
+    `now` the time as RFC 3339; `told_first` is the store's: its own refusal of a change goes before another.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Aliases:
         is_there: Callable[[Target], bool],
         is_taken: Callable[[str], bool],
         now: Callable[[], str],
+        told_first: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._names = names
         self._lock = lock
@@ -72,6 +73,7 @@ class Aliases:
         self._is_there = is_there
         self._is_taken = is_taken
         self._now = now
+        self._told_first = told_first
 
     # asking
 
@@ -112,7 +114,7 @@ class Aliases:
         check_name(name, base_name=self._base_name)
         if not are_targets(targets):
             raise InvalidParameter("targets: 1 to 16, each once, with weights from 0 to 1e6 and not all 0")
-        with self._lock:
+        with self._told_first(), self._lock:
             record = self._own(name, publisher)
             before = _alias_of(record)
             _check_tag(name, before, if_match)
@@ -133,7 +135,7 @@ class Aliases:
 
         Raises NotFound for a revision that is not kept, and UnknownAdapter where one of its targets is gone.
         """
-        with self._lock:
+        with self._told_first(), self._lock:
             record, alias = self._existing(name, publisher)
             if number is None:
                 earlier = [each.number for each in alias.revisions.kept if each.number < alias.revisions.current]
@@ -146,7 +148,7 @@ class Aliases:
 
     def delete(self, name: str, *, publisher: Publisher = OPERATOR, if_match: str | None = None) -> None:
         """Forget an alias; its targets stay, and requests in flight end on theirs."""
-        with self._lock:
+        with self._told_first(), self._lock:
             record, alias = self._existing(name, publisher)
             _check_tag(name, alias, if_match)
             self._names.write(record.deleted())

@@ -18,7 +18,7 @@ from datetime import datetime
 from peft_serve.adapters.alias_record import Target
 from peft_serve.adapters.aliases import Aliases
 from peft_serve.adapters.changes import Changes
-from peft_serve.adapters.findings import FolderFindings, Inspect, StoreFindings, rfc3339
+from peft_serve.adapters.findings import Drafts, FolderFindings, Inspect, StoreFindings, Undrafted, rfc3339
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.holds import BlobHolds
 from peft_serve.adapters.listing import FOLDER_VERSION, Entry, Listing, Shelves
@@ -45,7 +45,9 @@ class Catalog:
         checked_for: str,
         base_name: str,
         now: Callable[[], datetime],
+        drafts: Drafts | None = None,
     ) -> None:
+        """`inspect` is the gate, `drafts` the gate for uploads if they are another matter to it."""
         self._store = store
         self._names = NameLedger(store)
         self._folders = FolderFindings(folders, inspect, checked_for)
@@ -64,9 +66,16 @@ class Catalog:
             is_there=self._is_served,
             is_taken=self._folders.__contains__,
             now=lambda: rfc3339(now()),
+            told_first=store.told_first,
         )
         self.changes = Changes(
-            shelves, self.aliases, writing, inspect, checked_for=checked_for, base_name=base_name, now=now
+            shelves,
+            self.aliases,
+            writing,
+            drafts or Undrafted(inspect),
+            checked_for=checked_for,
+            base_name=base_name,
+            now=now,
         )
 
     # asking

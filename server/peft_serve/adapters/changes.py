@@ -8,12 +8,12 @@ catalog's. Knows neither HTTP nor tensors; the gate is given to it. May be calle
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from peft_serve.adapters.aliases import Aliases
-from peft_serve.adapters.findings import Inspect, Inspection, Proof, Prove, manifest_of, rfc3339
+from peft_serve.adapters.findings import Drafts, Inspection, Proof, Prove, manifest_of, rfc3339
 from peft_serve.adapters.listing import Listing, Shelves
 from peft_serve.adapters.name_record import NameRecord
 from peft_serve.adapters.names import check_name, is_name, unknown
@@ -47,14 +47,15 @@ def etag(adapter: AdapterId) -> str:
 
 
 class Changes:
-    """Owner of every change to adapters' names. `lock` orders them; `inspect` is the gate."""
+    """Owner of every change to adapters' names. `lock` orders them; `drafts` is the gate, which is told of each upload
+    whether it took place."""
 
     def __init__(
         self,
         shelves: Shelves,
         aliases: Aliases,
         lock: AbstractContextManager[object],
-        inspect: Inspect,
+        drafts: Drafts,
         *,
         checked_for: str,
         base_name: str,
@@ -69,7 +70,7 @@ class Changes:
         self._ownership = Ownership(shelves.names)
         self._aliases = aliases
         self._lock = lock
-        self._inspect = inspect
+        self._drafts = drafts
         self._checked_for = checked_for
         self._base_name = base_name
         self._now = now
@@ -94,31 +95,51 @@ class Changes:
         and Unavailable.
         """
         check_name(name, base_name=self._base_name)
-        self.require_own(name, publisher)
-        if not dry_run:
-            self._store.require_writable()
-        found = self._inspect(files)
         condition = _Condition(if_match=if_match, create_only=create_only)
-        self._check(name, condition)
-        self._ownership.require_room(self._names.record(name), publisher, found.id, files.num_bytes)
-        created_at = rfc3339(self._now())
-        if dry_run:
-            return self._outcome(name, self._names.record(name), found.id, found.summary, created_at)
-        self._holds.hold(found.id)
+        with nullcontext() if dry_run else self._store.told_first():
+            self._require_own(name, publisher)
+            if not dry_run:
+                self._store.require_writable()
+            found = self._drafts.draft(files)
+            self._holds.hold(found.id)  # whoever deletes the name meanwhile takes what was made of the files too
+            is_named = False
+            try:
+                self._check(name, condition)
+                self._ownership.require_room(self._names.record(name), publisher, found.id, files.num_bytes)
+                created_at = rfc3339(self._now())
+                if dry_run:
+                    return self._outcome(name, self._names.record(name), found.id, found.summary, created_at)
+                published = self._kept(name, files, found, condition, created_at, prove, source, publisher)
+                is_named = True
+                return published
+            finally:
+                self._drafts.settle(found.id, is_named=is_named)
+                self._holds.release(found.id)
+
+    def _kept(
+        self,
+        name: str,
+        files: CheckpointFiles,
+        found: Inspection,
+        condition: _Condition,
+        created_at: str,
+        prove: Prove | None,
+        source: str,
+        publisher: Publisher,
+    ) -> Published:
+        """Keep files that are held, and let the name stand for them."""
         try:
             self._store.put_blob(found.id, files, manifest_of(found, self._checked_for))
             is_new = found.id not in self._names.record(name).ids
             proof = prove(found) if prove is not None and is_new else Proof()
             with self._lock:
-                self.require_own(name, publisher)
+                self._require_own(name, publisher)
                 self._check(name, condition)
                 outcome = self._recorded(name, found, files.num_bytes, created_at, source, publisher)
             return replace(outcome, proof=proof)
         except ServeError:
             self._forget({found.id})
             raise
-        finally:
-            self._holds.release(found.id)
 
     def _recorded(
         self, name: str, found: Inspection, num_bytes: int, created_at: str, source: str, publisher: Publisher
@@ -136,10 +157,15 @@ class Changes:
         return outcome
 
     def require_own(self, name: str, publisher: Publisher) -> None:
-        """Raise Forbidden where the name stands for something that `publisher` may not change."""
+        """Raise Forbidden where the name stands for something that `publisher` may not change, and Conflict where an
+        alias has it."""
+        with self._store.told_first():
+            self._require_own(name, publisher)
+
+    def _require_own(self, name: str, publisher: Publisher) -> None:
         if is_name(name):
-            self._aliases.require_free(name)
             self._ownership.require_own(self._names.record(name), publisher, is_folder=name in self._folders)
+            self._aliases.require_free(name)
 
     def kept(self, tenant: str) -> Kept:
         """What a tenant owns now; reads records."""
@@ -147,7 +173,7 @@ class Changes:
 
     def rollback(self, name: str, number: int) -> Version:
         """Make an earlier version what `name` stands for; raises as `Catalog.resolve` does, and what a write raises."""
-        with self._lock:
+        with self._store.told_first(), self._lock:
             record = self._names.record(name) if is_name(name) else NameRecord(name=name)
             version = record.numbered(number)
             if version is None:
@@ -163,7 +189,7 @@ class Changes:
         Their files go when nothing holds or names them. Raises UnknownAdapter, Forbidden for a folder's, what a write
         raises, PreconditionFailed, and Conflict for an alias' target, which `force` takes out of the alias.
         """
-        with self._lock:
+        with self._store.told_first(), self._lock:
             if self._listing.get(name).is_folder:
                 raise Forbidden(
                     f"adapter '{name}' is served from a read-only folder; "

@@ -5,6 +5,8 @@
 
 A cache: every file can be made again, is checked whole when it is read, and is deleted when anything about it is odd.
 What the disk refuses is told once and done without: nothing here raises. Writing is done on a thread of its own.
+What is made of a checkpoint that is being uploaded is a draft: it is found here, and nothing is written, and no other
+file deleted for it, before the upload took place.
 Files are read into memory and not mapped: a disk that fails then raises an error where a mapping would end the
 process, and what is in memory stays there, so that no step waits for a disk. How an adapter is made, and how the
 folder is kept within its budget, is not known here.
@@ -15,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -77,7 +81,9 @@ class CompiledStore:
         self._files = CompiledFiles(Adapter)
         self._lock = threading.Lock()
         self._waiting: dict[AdapterId, Adapter] = {}  # to be written
-        self._waiting_bytes = 0
+        self._drafts: dict[AdapterId, Adapter] = {}  # to be written if their uploads take place
+        self._waiting_bytes = 0  # of both
+        self._uploads: Counter[AdapterId] = Counter()  # that have not been settled, by checkpoint
         self._shared: WeakValueDictionary[Place, Tensor] = WeakValueDictionary()  # as long as an adapter has them
         self._is_failing = False
 
@@ -88,7 +94,7 @@ class CompiledStore:
         if self._folder is None:
             return None
         with self._lock:
-            found: object | None = self._waiting.get(adapter)
+            found: object | None = self._waiting.get(adapter) or self._drafts.get(adapter)
         if found is None:
             found = self._read(self._folder, self._name(adapter), self._label(adapter))
         if isinstance(found, Adapter):
@@ -100,7 +106,7 @@ class CompiledStore:
     def has(self, adapter: AdapterId) -> bool:
         """Whether a file of the adapter is here, or is about to be; it may turn out to be damaged."""
         with self._lock:
-            if adapter in self._waiting:
+            if adapter in self._waiting or adapter in self._drafts:
                 return True
         try:
             return self._folder is not None and self._name(adapter) in self._folder
@@ -146,18 +152,44 @@ class CompiledStore:
         folder = self._folder
         if folder is None:
             return
-        num_bytes = sum(tensor.nbytes for tensor in adapter.tensors())
+        num_bytes = _num_bytes(adapter)
         with self._lock:
-            if adapter.id in self._waiting:
+            if adapter.id in self._waiting or adapter.id in self._drafts:
                 return
-            has_room = not self._waiting or self._waiting_bytes + num_bytes <= self._max_waiting_bytes
+            has_room = not self._waiting_bytes or self._waiting_bytes + num_bytes <= self._max_waiting_bytes
+            is_draft = bool(self._uploads) and any(part.id in self._uploads for part in parts_of(adapter.id))
             if has_room:
-                self._waiting[adapter.id] = adapter
+                (self._drafts if is_draft else self._waiting)[adapter.id] = adapter
                 self._waiting_bytes += num_bytes
-        if has_room:
-            self._errands.put(lambda: self._write(folder, adapter, num_bytes))
-        else:
+        if not has_room:
             self._on_event(CompiledEvent.PASSED_OVER)
+        elif not is_draft:
+            self._errands.put(lambda: self._write(folder, adapter))
+
+    def withhold(self, checkpoint: AdapterId) -> None:
+        """From now on what is kept of a checkpoint is a draft, until as many `settle_upload` have come."""
+        with self._lock:
+            self._uploads[checkpoint] += 1
+
+    def settle_upload(self, checkpoint: AdapterId, *, took_place: bool) -> None:
+        """Have the drafts of a checkpoint written, or drop them when nobody else uploads it. Returns at once."""
+        folder = self._folder
+        with self._lock:
+            self._uploads[checkpoint] -= 1
+            is_last = not self._uploads[checkpoint]
+            if is_last:
+                del self._uploads[checkpoint]
+            due = {}
+            if took_place or is_last:
+                due = {id_: made for id_, made in self._drafts.items() if _is_of(checkpoint, id_)}
+            self._drafts = {id_: made for id_, made in self._drafts.items() if id_ not in due}
+            if took_place:
+                self._waiting |= due
+            else:
+                self._waiting_bytes -= sum(map(_num_bytes, due.values()))
+        if took_place and folder is not None:
+            for made in due.values():
+                self._errands.put(partial(self._write, folder, made))
 
     def forget(self, adapter: AdapterId) -> None:
         """Have everything deleted that was made of a checkpoint, whatever it was compiled for. Returns at once."""
@@ -171,7 +203,7 @@ class CompiledStore:
 
     # on the writing thread
 
-    def _write(self, folder: BoundedFolder, adapter: Adapter, num_bytes: int) -> None:
+    def _write(self, folder: BoundedFolder, adapter: Adapter) -> None:
         try:
             places: dict[int, Place] = {}
             for key, factors in self._shared_factors(adapter):
@@ -188,7 +220,7 @@ class CompiledStore:
         finally:
             with self._lock:
                 del self._waiting[adapter.id]
-                self._waiting_bytes -= num_bytes
+                self._waiting_bytes -= _num_bytes(adapter)
 
     def _shared_factors(self, adapter: Adapter) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """The factors that are written apart, with a key that says what they are; the same ones may come twice."""
@@ -238,6 +270,14 @@ class CompiledStore:
 
 class _NotHereError(Exception):
     """A file names shared factors that are gone."""
+
+
+def _num_bytes(adapter: Adapter) -> int:
+    return sum(tensor.nbytes for tensor in adapter.tensors())
+
+
+def _is_of(checkpoint: AdapterId, adapter: AdapterId) -> bool:
+    return any(part.id == checkpoint for part in parts_of(adapter))
 
 
 def _mark(checkpoint: AdapterId) -> str:

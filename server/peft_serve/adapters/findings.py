@@ -45,6 +45,36 @@ Inspect = Callable[[CheckpointFiles], Inspection]
 """The gate: raises AdapterInvalid or MalformedUpload."""
 
 
+class Drafts(Protocol):
+    """The gate as uploads meet it: what it makes of one is a draft, until it is known whether a name stands for it."""
+
+    def draft(self, files: CheckpointFiles) -> Inspection:
+        """As `Inspect`; what does not raise owes one `settle`."""
+        ...
+
+    def settle(self, adapter: AdapterId, *, is_named: bool) -> None:
+        """Keep what was made of it, or drop it: nothing is given up for an upload that is refused."""
+        ...
+
+
+class Gate(Drafts, Protocol):
+    """The gate for all that comes."""
+
+    def check(self, files: CheckpointFiles) -> Inspection:
+        """As `Inspect`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Undrafted:
+    """A gate that makes nothing of an upload."""
+
+    draft: Inspect
+
+    def settle(self, adapter: AdapterId, *, is_named: bool) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
     """What came of trying a checkpoint out, when it is not refused for it."""

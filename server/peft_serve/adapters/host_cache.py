@@ -22,7 +22,7 @@ from peft_serve.adapters.lookups import Lookup, OnLookup, unobserved
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.core import AdapterId
-from peft_serve.errors import AdapterUnavailable, Unavailable
+from peft_serve.errors import AdapterDamaged, AdapterUnavailable, Unavailable
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ class HostCache:
     def _take_in(self, adapter_id: AdapterId, outcome: Adapter | Exception, num_bytes: int, *, num_leases: int) -> None:
         dropped = adapter_id in self._dropped
         if isinstance(outcome, Exception):
-            if not dropped:
+            if not (dropped or isinstance(outcome, AdapterDamaged)):  # an upload mends that, and the store is quick
                 self._failures.note(adapter_id, outcome)
             return
         keep = num_bytes <= self._max_bytes and not dropped

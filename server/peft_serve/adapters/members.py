@@ -33,7 +33,7 @@ _MAX_SHOWN: Final = 100
 class UploadLimits:
     """Bounds on an upload. The defaults go with the server's default `max_adapter_bytes`."""
 
-    max_bytes: int = 512 * MIB  # the upload as sent, the weights, and everything a stream unpacks to
+    max_bytes: int = 512 * MIB  # the upload as sent, the weights, and all that an archive unpacks to
     max_json_bytes: int = 1 * MIB  # each of the JSON files but a tokenizer's
     max_members: int = 1000
     max_ratio: int = 20  # unpacked to packed
@@ -49,14 +49,22 @@ class UploadLimits:
         if num_bytes > self.max_file_bytes(name):
             raise PayloadTooLarge(f"{name} has {num_bytes} bytes; this server accepts {self.max_file_bytes(name)}")
 
+    def max_archive_bytes(self, num_bytes: int) -> int:
+        """Bytes that an archive of `num_bytes` may unpack to, what is not read included: another reader would unpack
+        that too, and a stream is unpacked to its end to be checked."""
+        return min(self.max_bytes, num_bytes * self.max_ratio) + self.ratio_slack_bytes
+
+    def too_much(self) -> PayloadTooLarge:
+        """The refusal of an archive that unpacks to more."""
+        return PayloadTooLarge(
+            f"the archive unpacks to more than this server accepts, or more than {self.max_ratio} times its size; "
+            "send the checkpoint's files alone"
+        )
+
     def check_count(self, num_members: int) -> None:
         """Raise MalformedUpload when an archive has more members than a checkpoint needs."""
         if num_members > self.max_members:
             raise MalformedUpload(f"the upload has more than {self.max_members} members; send the checkpoint alone")
-
-    def max_unpacked(self, packed_bytes: int) -> int:
-        """Bytes that `packed_bytes` may unpack to."""
-        return packed_bytes * self.max_ratio + self.ratio_slack_bytes
 
 
 def split_member(path: str) -> tuple[str, str]:

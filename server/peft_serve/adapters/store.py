@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +39,7 @@ from peft_serve.adapters.store_folder import StoreFolder
 from peft_serve.adapters.store_words import damaged_record, told, unreadable_blob, unreadable_record
 from peft_serve.adapters.vocabulary import VOCABULARY_FILES
 from peft_serve.core import AdapterId
-from peft_serve.errors import AdapterUnavailable
+from peft_serve.errors import AdapterDamaged
 
 MANIFEST_FILE: Final = "manifest.json"
 PINS_FILE: Final = "pins.json"
@@ -88,6 +88,11 @@ class AdapterStore:
     def require_writable(self) -> None:
         """Raise Unavailable where this process may only read: before anything else is looked at for a change."""
         self._folder.require_writable()
+
+    def told_first(self) -> AbstractContextManager[None]:
+        """Whatever refuses a change in here, the store is asked first whether it can be written to; but where
+        it is about who may, or there is nothing of the name."""
+        return self._folder.told_first()
 
     def tell_of_detached(self, listener: Callable[[AdapterId], None]) -> None:
         """`listener` is told of each blob that is gone for good, and returns at once. To be said before the first."""
@@ -146,7 +151,7 @@ class AdapterStore:
         return [AdapterId(text) for text in ids if is_id(text)]
 
     def read_blob(self, adapter: AdapterId) -> CheckpointFiles:
-        """The files of a blob, checked against its digest; raises AdapterUnavailable.
+        """The files of a blob, checked against its digest; raises AdapterDamaged and AdapterUnavailable.
 
         A blob that does not match goes to quarantine, where the disk lets it: the same upload mends it.
         """
@@ -159,7 +164,7 @@ class AdapterStore:
             raise unreadable_blob() from error
         if is_damaged:
             self._give_up(adapter)
-        raise AdapterUnavailable("the adapter's files are damaged or missing; upload it again")
+        raise AdapterDamaged("the adapter's files are damaged or missing; upload it again")
 
     def read_manifest(self, adapter: AdapterId) -> Manifest | None:
         """The manifest of a blob; None when it is missing or damaged, or the blob is."""

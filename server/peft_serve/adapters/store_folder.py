@@ -18,9 +18,10 @@ from typing import Any, Final
 from peft_serve.adapters.filesystem import FileSystem
 from peft_serve.adapters.sealed import seal
 from peft_serve.adapters.store_words import NO_WRITING, told
-from peft_serve.errors import Unavailable
+from peft_serve.errors import Forbidden, NotFound, ServeError, Unavailable, UnknownAdapter
 
 _LOG: Final = logging.getLogger(__name__)
+_BEFORE_THE_STORE: Final = frozenset({Forbidden.code, UnknownAdapter.code, NotFound.code})  # who may, what there is
 
 
 class StoreFolder:
@@ -104,6 +105,21 @@ class StoreFolder:
         if self.is_read_only:
             with told("written"):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    @contextmanager
+    def told_first(self) -> Iterator[None]:
+        """What refuses a change in here gives way to what the disk refuses: whoever did as a 409 or a 412 says would
+        only hear of the disk next. A disk may have turned read-only since the start, so it is asked then."""
+        try:
+            yield
+        except ServeError as error:
+            if error.status < 500 and error.code not in _BEFORE_THE_STORE:
+                self._try()
+            raise
+
+    def _try(self) -> None:
+        with self.writing(), self.scratch() as file:
+            self._fs.write(file, b"")
 
     def replace(self, path: Path, body: Mapping[str, Any]) -> None:
         """Put a sealed document in the place of an earlier one: whole, and durable on return."""

@@ -29,7 +29,7 @@ def told(act: str) -> Iterator[None]:
         if error.errno in NO_WRITING and act == "written":
             raise Unavailable(
                 "the adapter store is read-only: its adapters are served, and none can be uploaded, changed or "
-                "deleted; let the server write to it, and start it again",
+                "deleted; let the server write to it (one that could not when it started has to be started again)",
                 retry_after_s=_RETRY_AFTER_S,
             ) from error
         raise Unavailable(

@@ -14,7 +14,7 @@ from typing import BinaryIO, Final, Protocol
 
 from peft_serve.adapters.gunzip import Gunzip
 from peft_serve.adapters.members import MIB, Member, UploadLimits, is_wanted, printable, split_member
-from peft_serve.errors import MalformedUpload, PayloadTooLarge
+from peft_serve.errors import MalformedUpload
 
 _BLOCK: Final = 512
 _ZERO_BLOCK: Final = bytes(_BLOCK)
@@ -50,11 +50,9 @@ def read_tar(source: BinaryIO, size: int, limits: UploadLimits) -> Iterator[Memb
     packed = is_gzip(source.read(2))
     source.seek(0)
     if not packed:
-        yield from _members(_Stream(source, size, "more than its own size"), limits)
+        yield from _members(_Stream(source, limits, size), limits)
         return
-    max_bytes = min(limits.max_bytes + limits.ratio_slack_bytes, limits.max_unpacked(size))
-    why = f"more than this server accepts, or more than {limits.max_ratio} times its size"
-    yield from _members(_Stream(Gunzip(source), max_bytes, why), limits)
+    yield from _members(_Stream(Gunzip(source), limits, limits.max_archive_bytes(size)), limits)
 
 
 class _Source(Protocol):
@@ -64,10 +62,10 @@ class _Source(Protocol):
 class _Stream:
     """A source that is read once, in order, up to a bound."""
 
-    def __init__(self, source: _Source, max_bytes: int, why: str) -> None:
+    def __init__(self, source: _Source, limits: UploadLimits, max_bytes: int) -> None:
         self._source = source
+        self._limits = limits
         self._left = max_bytes
-        self._why = why
         self._metadata_left = _MAX_METADATA_BYTES
 
     def take(self, num_bytes: int) -> bytes:
@@ -78,7 +76,7 @@ class _Stream:
             raise _bad("its gzip stream is damaged or cut short") from error
         self._left -= len(content)
         if self._left < 0:
-            raise PayloadTooLarge(f"the archive unpacks to {self._why}; send the checkpoint's files alone")
+            raise self._limits.too_much()
         return content
 
     def exactly(self, num_bytes: int) -> bytes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, Final
 
 from peft_serve.adapters.members import MIB, Member, UploadLimits, is_wanted, printable, split_member
-from peft_serve.errors import MalformedUpload, PayloadTooLarge
+from peft_serve.errors import MalformedUpload
 
 _LOCAL: Final = struct.Struct("<4s5H3I2H")
 _CENTRAL: Final = struct.Struct("<4s6H3I5H2I")
@@ -51,12 +51,25 @@ def is_zip(head: bytes) -> bool:
 
 
 def read_zip(source: BinaryIO, size: int, limits: UploadLimits) -> Iterator[Member]:
-    """Members in the order of the directory. Raises MalformedUpload and PayloadTooLarge."""
-    for entry in _entries(source, size, limits):
+    """Members in the order of the directory. Raises MalformedUpload and PayloadTooLarge.
+
+    What all of them say that they unpack to counts, as every byte of a .tar.gz does.
+    """
+    entries = _entries(source, size, limits)
+    _check_sizes(entries, size, limits)
+    for entry in entries:
         if entry.path.endswith("/"):
             continue
-        wanted = is_wanted(entry.path)
-        yield entry.path, _content(source, entry, limits) if wanted else None
+        yield entry.path, _content(source, entry) if is_wanted(entry.path) else None
+
+
+def _check_sizes(entries: list[_Entry], size: int, limits: UploadLimits) -> None:
+    """Whatever a member says here it is held to when it is read."""
+    for entry in entries:
+        if is_wanted(entry.path):
+            limits.check_file(split_member(entry.path)[1], entry.unpacked_bytes)
+    if sum(entry.unpacked_bytes for entry in entries) > limits.max_archive_bytes(size):
+        raise limits.too_much()
 
 
 def _entries(source: BinaryIO, size: int, limits: UploadLimits) -> list[_Entry]:
@@ -157,11 +170,8 @@ def _with_ends(entries: list[_Entry], directory_at: int) -> list[_Entry]:
     return placed
 
 
-def _content(source: BinaryIO, entry: _Entry, limits: UploadLimits) -> bytes:
+def _content(source: BinaryIO, entry: _Entry) -> bytes:
     name = split_member(entry.path)[1]
-    limits.check_file(name, entry.unpacked_bytes)
-    if entry.unpacked_bytes > limits.max_unpacked(entry.packed_bytes):
-        raise PayloadTooLarge(f"{name} unpacks to more than {limits.max_ratio} times its size in the archive")
     packed = _read_at(source, _data_offset(source, entry, name), entry.packed_bytes)
     content = packed if entry.method == _STORED else _inflated(packed, entry.unpacked_bytes, name)
     if len(content) != entry.unpacked_bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 import peft_serve
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.filesystem import DiskFileSystem
-from peft_serve.adapters.findings import Inspect
+from peft_serve.adapters.findings import Gate
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
@@ -43,7 +43,7 @@ def make_catalog(
     store: AdapterStore,
     root: Path,
     base_name: str,
-    check: Inspect,
+    gate: Gate,
     checked_for: str,
     say: Callable[[str], None],
 ) -> Catalog:
@@ -55,4 +55,12 @@ def make_catalog(
         say(f"adapters: {problem}")
     kept = "read from" if store.is_read_only else "kept in"
     say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are {kept} {root}")
-    return Catalog(store, folders, check, checked_for=checked_for, base_name=base_name, now=lambda: datetime.now(UTC))
+    return Catalog(
+        store,
+        folders,
+        gate.check,
+        checked_for=checked_for,
+        base_name=base_name,
+        now=lambda: datetime.now(UTC),
+        drafts=gate,
+    )

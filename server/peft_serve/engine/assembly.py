@@ -31,6 +31,7 @@ from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.cache_figures import CacheFigures
 from peft_serve.engine.cache_trace import CacheTrace, appender
 from peft_serve.engine.cpu_kernels import speed_up
+from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
 from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import BaseCard, ServerParts
@@ -98,6 +99,7 @@ def _built(
         on_progress=say,
     )
     speed_up(settings, base, os.environ, say)
+    speed_up_on_gpu(settings.gpu_kernels, base, say)
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
     say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
@@ -119,7 +121,7 @@ def _built(
     words = f"{codec.fingerprint()} {settings.allow_chat_templates}"
     checked_for = f"{peft_serve.__version__} {fingerprint} {words} {limits}"
     store.tell_of_detached(compiled.forget)
-    catalog = make_catalog(settings, store, root, card.name, loading.check, checked_for, say)
+    catalog = make_catalog(settings, store, root, card.name, loading, checked_for, say)
     engine = _make_engine(
         settings, base, lambda adapter: loading.load(adapter, catalog.files), metrics, num_threads, compiled.settle
     )
@@ -260,6 +262,7 @@ def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes, slo
         Limits(
             max_rows=settings.max_rows,
             max_step_tokens=settings.max_step_tokens,
+            max_step_s=settings.max_step_s,
             max_step_adapters=settings.max_step_adapters,
             max_step_rank=4 * settings.max_rank,
             max_queue=settings.max_queue,

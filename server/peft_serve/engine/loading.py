@@ -72,16 +72,36 @@ class Loading:
         Raises AdapterInvalid and MalformedUpload, and Unavailable where memory runs out: that is not the upload's
         fault. What was compiled before under the same rules compiles again.
         """
+        return self._in_memory(lambda: self._compiled_too(inspect(files, self._base, self._limits), keeps=keeps))
+
+    def draft(self, files: CheckpointFiles) -> Inspected:
+        """`check` of an upload. Nothing is written of it, and nothing that was is given up, before `settle` is told
+        that a name stands for it."""
+        return self._in_memory(lambda: self._drafted(inspect(files, self._base, self._limits)))
+
+    def settle(self, adapter: AdapterId, *, is_named: bool) -> None:
+        """What became of the upload that `draft` was asked about; once for each."""
+        self._compiled.settle_upload(adapter, took_place=is_named)
+
+    def _in_memory(self, make: Callable[[], Inspected]) -> Inspected:
+        """What `make` gives; raises Unavailable, without its frames and what they hold, where memory runs out."""
         self._stand_aside()
         try:
-            return self._checked(files, keeps=keeps)
+            return make()
         except Exception as error:
             if not is_short_of_memory(error):
                 raise
         raise Unavailable("memory ran out while the adapter was checked; try again later", retry_after_s=_RETRY_S)
 
-    def _checked(self, files: CheckpointFiles, *, keeps: bool) -> Inspected:
-        inspected = inspect(files, self._base, self._limits)
+    def _drafted(self, inspected: Inspected) -> Inspected:
+        self._compiled.withhold(inspected.id)
+        try:
+            return self._compiled_too(inspected, keeps=True)
+        except BaseException:
+            self.settle(inspected.id, is_named=False)
+            raise
+
+    def _compiled_too(self, inspected: Inspected, *, keeps: bool) -> Inspected:
         if self._compiled.has(inspected.id):
             return self._speech(inspected)
         compiled = compile_adapter(inspected, self._base, self._limits)

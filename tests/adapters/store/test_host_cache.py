@@ -13,7 +13,7 @@ from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.lookups import Lookup
 from peft_serve.adapters.primitives import Adapter, SoftPrompt
 from peft_serve.core import AdapterId
-from peft_serve.errors import AdapterUnavailable, Unavailable
+from peft_serve.errors import AdapterDamaged, AdapterUnavailable, Unavailable
 
 KIB = 1024
 
@@ -184,6 +184,13 @@ def test_a_failure_is_remembered_for_a_while(bench: Bench) -> None:
     bench.clock.now += 0.2
     assert isinstance(bench.fetch("a"), Adapter)
     assert bench.loader.loads == ["a", "a"]
+
+
+def test_damage_is_not_remembered_for_an_upload_mends_it(bench: Bench) -> None:
+    bench.loader.failing["a"] = AdapterDamaged("damaged; upload it again")
+    assert bench.fetch("a") is bench.loader.failing["a"]
+    del bench.loader.failing["a"]
+    assert isinstance(bench.fetch("a"), Adapter), "at once"
 
 
 def test_a_failure_fails_its_own_requests_only_and_holds_no_frames(bench: Bench) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import io
+import random
 import struct
 import tarfile
 import tracemalloc
@@ -7,6 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -272,6 +274,7 @@ TOO_LARGE: dict[str, Callable[[], bytes]] = {
     "a bomb": lambda: zipped({CONFIG_FILE: CONFIG, WEIGHTS_FILE: bytes(60_000)}),
     "a bomb in a .gz": lambda: targz({CONFIG_FILE: CONFIG, WEIGHTS_FILE: bytes(60_000)}),
     "a bomb that is ignored": lambda: targz({**GOOD, "x.txt": bytes(1_000_000)}),
+    "a bomb that is ignored in a zip": lambda: zipped({**GOOD, "x.txt": bytes(1_000_000)}),
 }
 
 
@@ -287,6 +290,35 @@ def test_a_hostile_archive_is_malformed(case: str) -> None:
 def test_what_is_too_large_says_so(case: str) -> None:
     with pytest.raises(PayloadTooLarge):
         read_upload(TOO_LARGE[case](), None, limits=SMALL)
+
+
+PACKED = {"zip": zipped, "tar.gz": targz}
+
+
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("name", ["notes.txt", "a/b/c.bin", WEIGHTS_FILE])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "last"])
+def test_what_an_archive_unpacks_to_counts_in_each_form_whether_it_is_read_or_not(
+    form: str, name: str, is_first: bool
+) -> None:
+    noise = random.Random(1).randbytes(2000)  # so that 20 times the archive's size is more than 40,000 bytes
+    others = {CONFIG_FILE: CONFIG, WEIGHTS_FILE: WEIGHTS, "noise": noise}
+    for num_bytes, is_taken in ((30_000, True), (60_000, False)):
+        large = {name: bytes(num_bytes)}
+        content = PACKED[form]({**large, **others, **large} if is_first else {**others, **large})
+        if is_taken:
+            assert len(read_upload(content, None, limits=SMALL).weights) in (len(WEIGHTS), num_bytes)
+        else:
+            with pytest.raises(PayloadTooLarge, match="20 times its size; send the checkpoint's files alone"):
+                read_upload(content, None, limits=SMALL)
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_more_than_the_server_accepts_is_refused_unread(form: str) -> None:
+    noise = [random.Random(seed).randbytes(1000) for seed in range(4)]
+    members = {**GOOD, **{f"{i}.bin": (noise[i] * 16)[:16_000] for i in range(4)}}  # 64,000 and the checkpoint
+    with pytest.raises(PayloadTooLarge, match="more than this server accepts"):
+        read_upload(PACKED[form](members), None, limits=replace(SMALL, max_ratio=10**6))
 
 
 REASONS = {

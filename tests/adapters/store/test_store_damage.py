@@ -11,7 +11,7 @@ import pytest
 
 from peft_serve.adapters.records import VersionState
 from peft_serve.adapters.store import AdapterStore
-from peft_serve.errors import AdapterUnavailable, StoreFull, Unavailable
+from peft_serve.errors import AdapterDamaged, AdapterUnavailable, StoreFull, Unavailable
 from tests.adapters.store.memory_disk import READS, MemoryDisk, Tree
 from tests.adapters.store.store_fakes import checkpoint
 from tests.adapters.store.test_store_power import FOUR, ONE, ROOT, THREE, TWO, UPLOAD, Server, begun
@@ -80,7 +80,7 @@ def test_damage_fails_its_own_version_and_an_upload_mends_it(kind: str, is_read_
     if kind != "nothing in it":
         assert server.catalog.resolve("a").id == ONE.digest(), "what is not read is not known to be damaged"
     for _ in range(2):
-        with pytest.raises(AdapterUnavailable, match="upload it again") as refusal:
+        with pytest.raises(AdapterDamaged, match="upload it again") as refusal:
             server.catalog.files(ONE.digest())
         assert refusal.value.retry_after_s is None, "waiting does not help"
         assert str(ROOT) not in refusal.value.message
