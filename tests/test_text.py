@@ -50,19 +50,19 @@ def test_special_tokens_are_not_text(codec: TextCodec) -> None:
 
 
 def test_a_choice_continues_the_prompt_after_a_space(codec: TextCodec) -> None:
-    assert codec.choice_ids("Label :", "no") == codec.encode(" no")
-    assert codec.choice_ids("Label : ", "no") == codec.encode("no")
+    assert codec.continuations("Label :").ids("no") == codec.encode(" no")
+    assert codec.continuations("Label : ").ids("no") == codec.encode("no")
 
 
 def test_a_choice_of_an_encoder_decoder_stands_alone(tiny_tokenizer: Any) -> None:
     codec = TextCodec(tiny_tokenizer, is_encoder_decoder=True)
-    assert codec.choice_ids("Label :", "no") == codec.encode("no", add_special_tokens=False)
+    assert codec.continuations("Label :").ids("no") == codec.encode("no", add_special_tokens=False)
 
 
 def test_an_empty_choice_is_refused_by_name(tiny_tokenizer: Any) -> None:
     codec = TextCodec(tiny_tokenizer, is_encoder_decoder=True)
     with pytest.raises(BadRequest, match="choices"):
-        codec.choice_ids("p", "")
+        codec.continuations("p").ids("")
 
 
 def test_chat_without_a_template_is_a_transcript(codec: TextCodec) -> None:

@@ -31,7 +31,7 @@ def test_new_tokens_are_read_and_written_and_the_base_does_not_know_them(codec: 
     assert own.decode([a, 262], skip_special_tokens=False) == "a<end>"
     assert (own.is_special(261), own.is_special(262), own.is_special(1)) == (False, True, True)
     assert own.token_text(262) == "<end>"
-    assert own.choice_ids("a", "<call>") == own.encode(" <call>")
+    assert own.continuations("a").ids("<call>") == own.encode(" <call>")
     detokenizer = own.detokenizer(own.encode("a"))
     assert [detokenizer.push(i) for i in (261, 262, b)] == ["<call>", "", "b"]
     assert own.encode_fully("a<call>").ids == (a, 261)

@@ -17,10 +17,12 @@ from transformers import AddedToken, AutoTokenizer
 
 from peft_serve.adapters.verdict import Verdict, quoted
 from peft_serve.adapters.vocabulary import Vocabulary
+from peft_serve.continuations import Continuations
 from peft_serve.detokenizing import Detokenizer
 from peft_serve.errors import BadRequest
 from peft_serve.fast_tokenizer import decoder_of, encoder_of
 from peft_serve.fewest_tokens import FewestTokens
+from peft_serve.seams import Seams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class TextCodec:
         self._encode_text = encoder_of(tokenizer)
         self._decode_ids = decoder_of(tokenizer)
         self._fewest = FewestTokens.of(tokenizer)
+        self._seams = None if is_encoder_decoder else Seams.of(tokenizer)
 
     @classmethod
     def load(cls, source: str | Path, *, is_encoder_decoder: bool, revision: str | None = None) -> TextCodec:
@@ -203,27 +206,12 @@ class TextCodec:
     def is_special(self, token: int) -> bool:
         return token in self._special_ids or token in self._own_special
 
-    def choice_ids(self, prompt: str, choice: str) -> tuple[int, ...]:
-        """Ids by which `choice` continues `prompt`.
-
-        On a decoder-only base the words are parted by a space unless the prompt ends in white space, and
-        tokenised together with the prompt, so that the ids are those the model would have to produce. On an
-        encoder-decoder base the choice is the whole answer. No end-of-sequence id is added.
-        """
-        if self._is_encoder_decoder:
-            ids = self.encode(choice, add_special_tokens=False)
-        else:
-            glue = "" if not prompt or prompt[-1].isspace() else " "
-            before = self.encode(prompt)
-            # A tokenizer that ends its prompts with a special token (a few add one) must not end the choice's so.
-            whole = self.encode(prompt + glue + choice)
-            while before and whole and before[-1] == whole[-1] and before[-1] in self._special_ids:
-                before, whole = before[:-1], whole[:-1]
-            same = whole[: len(before)] == before
-            ids = whole[len(before) :] if same else self.encode(choice, add_special_tokens=False)
-        if not ids:
-            raise BadRequest(f"choices: {choice!r} has no tokens; give a word the tokenizer knows", param="choices")
-        return ids
+    def continuations(self, prompt: str) -> Continuations:
+        """What tells the ids by which words continue `prompt`; on an encoder-decoder base they stand alone."""
+        alone = self._is_encoder_decoder
+        return Continuations(
+            None if alone else prompt, self._encode_text, special_ids=self._special_ids, seams=self._seams
+        )
 
     @property
     def chat_template(self) -> str | None:

@@ -6,6 +6,7 @@ submitted, or none. Knows no body and no response, and of an input only who plan
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -84,6 +85,8 @@ class Admission:
         plans: list[Plan] = []
         try:
             for ask in call.asks:
+                if plans:  # short texts are tokenised right here, on everybody's loop: one in a turn of it
+                    await asyncio.sleep(0)
                 plans += await planner.make(call, ask, served[ask.adapter])
             check_members(plans, call.num_members)
             longest_s = max_wait_s or self._parts.settings.max_wait_s

@@ -78,10 +78,10 @@ class ClassifyRoutes:
         plans = [generation.plan for generation in generations]
         n = wish.call.num_members
         work = [self._told(wish, plans[i : i + n], answers[i : i + n]) for i in range(0, len(answers), n)]
-        is_long = sum(len(answer.rows) for answer in answers) > MANY_TOKENS
+        num_rows = sum(len(answer.rows) for answer in answers)
         content = (
-            await self._service.text_threads.run(principal_of(request).tenant.name, _done, work)
-            if is_long
+            await self._service.text_threads.run(principal_of(request).tenant.name, num_rows, _done, work)
+            if num_rows > MANY_TOKENS
             else _done(work)
         )
         # Scores of a whole text stand in a list for each text, also where there is one; so do hub clients read them.

@@ -6,13 +6,14 @@ that any prompt may have: a text that cannot be so few is refused before it is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from peft_serve.adapters.records import Profile
 from peft_serve.api.plan import Ask, Call, Style
-from peft_serve.api.text_threads import TextThreads
+from peft_serve.api.text_threads import GIANT_CHARS, TextThreads
+from peft_serve.continuations import Continuations
 from peft_serve.errors import InvalidParameter, PromptTooLong
 from peft_serve.text import TextCodec
 
@@ -68,17 +69,62 @@ async def make_prompt(
     Raises BadRequest, InvalidParameter, PromptTooLong and QueueFull.
     """
     if ask.ids is not None:
-        if call.explicit.get("choices"):
-            raise InvalidParameter(
-                "choices: a prompt of token ids cannot be continued by words; send text", param="choices"
-            )
-        # Whoever sends ids has done the adapter's templating already.
-        ids = _truncated(ask.ids, asking.truncate)
+        return await _of_ids(codec, ask.ids, asking, call, threads)
+    words = tuple((asking.choices or {}).values())
+    num_chars = len(asking.template or "") + _size((chat, ask.text, ask.messages, ask.offered))
+    if num_chars * (1 + len(words)) + _size(words) <= LONG_TEXT_CHARS:
+        prompt = _tokenised(codec, ask, asking, chat)
+        return _with_choices(prompt, asking, _continued(codec.continuations(prompt.text), words) if words else [])
+    prompt = await threads.run(call.tenant, num_chars, _tokenised, codec, ask, asking, chat)
+    ids: list[tuple[int, ...]] = []
+    if words:
+        behind = await threads.run(call.tenant, num_chars, codec.continuations, prompt.text)
+        for lot, size in _lots(words, behind.num_chars):
+            ids += await threads.run(call.tenant, size, _continued, behind, lot)
+    return _with_choices(prompt, asking, ids)
+
+
+async def _of_ids(codec: TextCodec, ids: tuple[int, ...], asking: Asking, call: Call, threads: TextThreads) -> Prompt:
+    """The prompt of token ids. Whoever sends them has done the adapter's templating already."""
+    if call.explicit.get("choices"):
+        raise InvalidParameter(
+            "choices: a prompt of token ids cannot be continued by words; send text", param="choices"
+        )
+    ids = _truncated(ids, asking.truncate)
+    _check_fits(len(ids), asking)
+    if len(ids) <= LONG_TEXT_CHARS:
         return Prompt(text=codec.decode(ids), ids=ids)
-    num_chars = len(chat or "") + len(ask.text or "") + sum(len(m.get("content") or "") for m in ask.messages or ())
-    if num_chars * (1 + len(asking.choices or ())) > LONG_TEXT_CHARS:
-        return await threads.run(call.tenant, _tokenised, codec, ask, asking, chat)
-    return _tokenised(codec, ask, asking, chat)
+    return Prompt(text=await threads.run(call.tenant, len(ids), codec.decode, ids), ids=ids)
+
+
+def _size(value: Any) -> int:
+    """Characters of all the strings in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(name) + _size(each) for name, each in value.items())
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 1
+
+
+def _lots(words: Sequence[str], num_chars: int) -> Iterator[tuple[list[str], int]]:
+    """Words that are tokenised in one go, behind `num_chars` each, and how much that is: no giant but for one word."""
+    lot, size = list[str](), 0
+    for word in words:
+        more = num_chars + len(word)
+        if lot and size + more > GIANT_CHARS:
+            yield lot, size
+            lot, size = [], 0
+        lot.append(word)
+        size += more
+    yield lot, size
+
+
+def _continued(behind: Continuations, words: Sequence[str]) -> list[tuple[int, ...]]:
+    return [behind.ids(word) for word in words]
+
+
+def _with_choices(prompt: Prompt, asking: Asking, ids: Sequence[tuple[int, ...]]) -> Prompt:
+    return replace(prompt, choices=tuple(ids), labels=tuple(asking.choices or ()))
 
 
 def check_known(ids: Sequence[int], vocab_size: int, *, param: str = "prompt") -> None:
@@ -106,20 +152,20 @@ def _tokenised(codec: TextCodec, ask: Ask, asking: Asking, chat: str | None) -> 
     if not ids:
         name = asking.input_name
         raise InvalidParameter(f"{name}: the prompt has no tokens; send some text", param=name)
-    choices = asking.choices or {}
-    return Prompt(
-        text=text,
-        ids=ids,
-        choices=tuple(codec.choice_ids(text, words) for words in choices.values()),
-        labels=tuple(choices),
-    )
+    if asking.choices:  # of no use behind a prompt that does not fit
+        _check_fits(len(ids), asking)
+    return Prompt(text=text, ids=ids)
 
 
 def _check_length(codec: TextCodec, text: str, asking: Asking) -> None:
     """Raise PromptTooLong for what cannot fit; of a prompt that is cut only the end has to."""
     if asking.truncate is None:
-        way_out = f"Shorten the prompt (or set {asking.truncate_name})"
-        check_room(codec.fewest_tokens(text), asking.max_tokens, param=asking.input_name, way_out=way_out)
+        _check_fits(codec.fewest_tokens(text), asking)
+
+
+def _check_fits(fewest: int, asking: Asking) -> None:
+    way_out = f"Shorten the prompt (or set {asking.truncate_name})"
+    check_room(fewest, asking.max_tokens, param=asking.input_name, way_out=way_out)
 
 
 def check_room(fewest: int, max_tokens: int, *, param: str, way_out: str) -> None:

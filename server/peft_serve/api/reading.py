@@ -128,7 +128,7 @@ class ReadingPlans:
 
     async def _tokenised(self, call: Call, codec: TextCodec, text: str, pair: str | None) -> Encoded:
         if len(text) + len(pair or "") > LONG_TEXT_CHARS:
-            return await self._threads.run(call.tenant, codec.encode_fully, text, pair)
+            return await self._threads.run(call.tenant, len(text) + len(pair or ""), codec.encode_fully, text, pair)
         return codec.encode_fully(text, pair)
 
 

@@ -66,8 +66,8 @@ class TGIRoutes:
         )
         if len(body.inputs) <= LONG_TEXT_CHARS // TOKENIZE_COST:
             return json_response(tokens_of(codec, body, most))
-        tenant = principal_of(request).tenant.name
-        return json_response(await self._service.text_threads.run(tenant, tokens_of, codec, body, most))
+        tenant, cost = principal_of(request).tenant.name, len(body.inputs) * TOKENIZE_COST
+        return json_response(await self._service.text_threads.run(tenant, cost, tokens_of, codec, body, most))
 
     async def info(self) -> Response:
         parts = self._service.parts

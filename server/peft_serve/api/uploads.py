@@ -10,17 +10,20 @@ import base64
 import binascii
 import hashlib
 import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import BinaryIO, Final, cast
 
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from peft_serve.adapters.archive import files_from_parts, read_upload
 from peft_serve.adapters.members import WANTED, UploadLimits
 from peft_serve.adapters.records import CheckpointFiles
+from peft_serve.adapters.verdict import quoted
 from peft_serve.api.store_threads import StoreThreads
 from peft_serve.config import MIB
 from peft_serve.errors import BadRequest, MalformedUpload, UnsupportedMediaType
@@ -30,6 +33,7 @@ FLUSH_BYTES: Final = 1 * MIB
 ARCHIVE_PART: Final = "archive"
 NAME_PART: Final = "name"
 
+_CHARSETS: Final = frozenset({"utf-8", "utf8", "us-ascii"})
 _HASHES: Final = {"sha-256": "sha256", "sha-512": "sha512"}
 
 
@@ -94,14 +98,48 @@ def _content_digest(request: Request) -> tuple[str, bytes] | None:
 async def _from_form(request: Request, limits: UploadLimits, threads: StoreThreads) -> Upload:
     if request.headers.get("content-digest") is not None:
         raise BadRequest("content-digest: is checked for archives only; leave it out", param="content-digest")
+    _check_charset(request)
+    parser = _FormParser(request, max_part_size=limits.max_json_bytes)
     try:
-        form = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=limits.max_json_bytes)
-    except (HTTPException, FormParserError, ValueError, KeyError) as error:
+        form = await parser.parse()
+    except (MultiPartException, FormParserError, ValueError, KeyError) as error:
         raise MalformedUpload("the form cannot be read: not a complete multipart/form-data body") from error
     try:
         return await threads.run(_read_form, form, limits)
     finally:
         await form.close()
+
+
+class _FormParser(MultiPartParser):
+    """Sees to it that a form comes to its end: a part that is cut off would be left out, and not missed."""
+
+    def __init__(self, request: Request, *, max_part_size: int) -> None:
+        self._has_ended = False
+        super().__init__(
+            request.headers,
+            self._whole(request.stream()),
+            max_files=MAX_PARTS,
+            max_fields=MAX_PARTS,
+            max_part_size=max_part_size,
+        )
+
+    def on_end(self) -> None:
+        self._has_ended = True
+
+    async def _whole(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """The stream, of which each chunk is parsed by the time the next one is asked for."""
+        async for chunk in stream:
+            yield chunk
+        if not self._has_ended:
+            raise MalformedUpload("the form ends before its last boundary; send it again, and whole")
+
+
+def _check_charset(request: Request) -> None:
+    """Raise MalformedUpload for a form in another charset than UTF-8: some of Python's take a square of their time."""
+    _, options = parse_options_header(request.headers["content-type"])
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _CHARSETS:
+        raise MalformedUpload(f"the form's charset is {quoted(charset)}; forms are read as utf-8: leave charset out")
 
 
 def _read_form(form: FormData, limits: UploadLimits) -> Upload:
@@ -110,6 +148,8 @@ def _read_form(form: FormData, limits: UploadLimits) -> Upload:
     archive: UploadFile | None = None
     for key, value in form.multi_items():
         if key == NAME_PART and isinstance(value, str):
+            if name is not None:
+                raise MalformedUpload("the form holds name twice; send it once")
             name = value
         elif key == ARCHIVE_PART and isinstance(value, UploadFile):
             if archive is not None:
