@@ -9,7 +9,7 @@ nothing is held. `Watched` holds the order of the queue to its word while all th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -83,6 +83,11 @@ class Watched:
 
     def line(self, queue: WaitingQueue) -> Iterator[Tracked]:
         return self._order.line(queue)
+
+    def gives_way(
+        self, first: Tracked, queue: WaitingQueue, running: Collection[Tracked], max_rows: int
+    ) -> Tracked | None:
+        return self._order.gives_way(first, queue, running, max_rows)
 
     def note_arrival(self, tracked: Tracked, queue: WaitingQueue) -> None:
         self._queue = queue

@@ -3,12 +3,14 @@
 `ArrivalOrder` is first come, first served. `FairOrder` gives every tenant its share of the server's tokens as long as
 it has someone waiting, and within a tenant every adapter the same: who was given the fewest comes first (the virtual
 token counter of "Fairness in Serving Large Language Models", arXiv 2401.00588, with its weights for tenants). One
-tenant's flood then delays itself only, and in it one adapter's flood that adapter.
+tenant's flood then delays itself only, and in it one adapter's flood that adapter. Rows are shares too: a flood that
+was there first, and has them all, gives back what is more than its own.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Final, Protocol
 
@@ -33,6 +35,12 @@ class Order(Protocol):
 
     def line(self, queue: WaitingQueue) -> Iterator[Tracked]:
         """Those that wait, first to be served first. A request may be started while the line is read."""
+        ...
+
+    def gives_way(
+        self, first: Tracked, queue: WaitingQueue, running: Collection[Tracked], max_rows: int
+    ) -> Tracked | None:
+        """Whom to send back to the queue so that the first of the line may run, all rows being taken; None: nobody."""
         ...
 
     def note_arrival(self, tracked: Tracked, queue: WaitingQueue) -> None:
@@ -62,6 +70,9 @@ class ArrivalOrder:
 
     def line(self, queue: WaitingQueue) -> Iterator[Tracked]:
         return iter(tuple(queue))
+
+    def gives_way(self, *_: object) -> None:
+        return None
 
     def note_arrival(self, tracked: Tracked, queue: WaitingQueue) -> None:
         pass
@@ -96,6 +107,32 @@ class FairOrder:
             lines: dict[str, Iterator[Tracked]] = {adapter: iter(own) for adapter, own in waiting.items()}
             return _merged(lines, self._of(tenant))
         return iter(sorted((each for own in waiting.values() for each in own), key=lambda tracked: tracked.seq))
+
+    def gives_way(
+        self, first: Tracked, queue: WaitingQueue, running: Collection[Tracked], max_rows: int
+    ) -> Tracked | None:
+        """The youngest request of whoever holds more than its share of the rows, while `first` holds less of its own.
+
+        Shares of tenants are as their weights, those of a tenant's adapters equal; everybody's is one row at least.
+        """
+        tenant = first.request.tenant
+        weights = dict.fromkeys(queue.tenants, 1.0)
+        weights |= {t.request.tenant: t.request.tenant_weight for t in (*running, first)}
+        own = [t for t in running if t.request.tenant == tenant]
+        rows = Counter[str]()
+        for tracked in running:
+            rows[tracked.request.tenant] += tracked.num_rows
+        over = _over_share(rows, weights, tenant, max_rows)
+        if over is not None:
+            return max((t for t in running if t.request.tenant == over), key=lambda t: t.seq)
+        if not self._between_adapters:
+            return None
+        by_adapter = Counter[str]()
+        for tracked in own:
+            by_adapter[tracked.adapter] += tracked.num_rows
+        equal = dict.fromkeys((*queue.adapters_of(tenant), *by_adapter), 1.0)
+        over = _over_share(by_adapter, equal, first.adapter, by_adapter.total())
+        return None if over is None else max((t for t in own if t.adapter == over), key=lambda t: t.seq)
 
     def note_arrival(self, tracked: Tracked, queue: WaitingQueue) -> None:
         """Who comes back after a while has saved nothing up: it begins with the least of those that wait."""
@@ -170,6 +207,16 @@ class Counters:
             # those that would be lifted above their counter anyway
             kept = {*waiting, key}
             self._given = {each: given for each, given in self._given.items() if given > least or each in kept}
+
+
+def _over_share(rows: Mapping[str, int], weights: Mapping[str, float], mine: str, num_rows: int) -> str | None:
+    """Who has most rows for its weight among those that keep their share when they give one up, if `mine` gets no more
+    than its own with it. Both together hold in one direction only: nobody is sent back and forth."""
+    each = num_rows / sum(weights.values())
+    if rows.get(mine, 0) + 1 > max(1.0, each * weights[mine]):
+        return None
+    over = [key for key, count in rows.items() if key != mine and count > 1 and count - 1 >= each * weights[key]]
+    return max(over, key=lambda key: (rows[key] / weights[key], key), default=None)
 
 
 def _merged(lines: Mapping[str, Iterator[Tracked]], counters: Counters) -> Iterator[Tracked]:

@@ -5,7 +5,8 @@ Order of service: requests that decode, one token each or one for each beam; req
 request that cannot start yet is overtaken only by requests whose adapter the step carries anyway, and only while it is
 younger than `affinity_age_s`. A request whose adapter is still on its way is overtaken by everyone.
 
-When KV blocks run out, the youngest running request goes back to the queue. Knows no tokens' meaning and no
+When KV blocks run out, the youngest running request goes back to the queue; where shares are kept, one of whoever holds
+more rows than its own. Knows no tokens' meaning and no
 results: that is `Outcome`.
 """
 
@@ -54,6 +55,8 @@ class Planner:
         may_admit = self._secure_running()
         if may_admit and self._order.is_by_arrival:
             self._start_overdue(now_s, failures)
+        elif may_admit:
+            self._give_way()
         draft = StepDraft(self._limits, self._num_steps, self._steps)
         self._serve_running(draft)
         if may_admit:
@@ -169,6 +172,25 @@ class Planner:
                 if self._is_overdue(tracked, now_s) and self._roster.has_rows_for(tracked):
                     self._start(tracked, failures)
                 return
+
+    def _give_way(self) -> None:
+        """Send one request back to the queue if it runs beyond the share of its kind, and the first in line below.
+
+        What it has computed is found again where prefixes are cached, and computed again elsewhere.
+        """
+        queue, running = self._roster.queue, self._roster.running
+        if queue.head is None or self._roster.has_rows_for(queue.head):
+            return
+        line = self._order.line(queue)
+        first = next((t for t in line if self._residency.footprint(t.adapter) is not None), None)
+        if first is None or first.num_rows > 1:  # a search waits until as many rows are free
+            return
+        footprint = self._residency.footprint(first.adapter)
+        assert footprint is not None, "`first` has one"
+        if self._memory.has_room(first, footprint):
+            sent_back = self._order.gives_way(first, queue, running.values(), self._limits.max_rows)
+            if sent_back is not None:
+                self._roster.preempt(sent_back)
 
     def _admit(self, draft: StepDraft, now_s: float, failures: list[FinishEvent]) -> None:
         """Start waiting requests while the step has room, each with its first row."""
