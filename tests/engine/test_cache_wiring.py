@@ -65,3 +65,14 @@ def test_a_trace_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     settings = Settings(model="demo-llama", device="cpu", prepack="off", store=tmp_path, cache_trace=tmp_path)
     with pytest.raises(ValueError, match=r"--cache-trace .*cannot be written"):
         build(settings, lambda _line: None)
+
+
+async def test_what_a_step_may_hold_is_what_the_settings_say(tmp_path: Path) -> None:
+    said = {"max_rows": 5, "max_step_tokens": 48, "max_step_s": 0.125, "max_step_adapters": 3, "max_queue": 7}
+    store = tmp_path / "store"
+    settings = Settings(model="demo-llama", device="cpu", prepack="off", num_threads=1, store=store, **said)
+    _, engine = await asyncio.to_thread(build, settings, lambda _line: None)
+    limits = engine._scheduler._limits
+    assert {name: getattr(limits, name) for name in said} == said
+    engine.start()
+    await asyncio.to_thread(engine.stop)

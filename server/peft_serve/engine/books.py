@@ -36,6 +36,11 @@ class EngineBooks:
         """Requests that waited at the end of the last step."""
         return self._last.num_waiting
 
+    @property
+    def wait_s(self) -> float:
+        """Seconds that a request was expected to wait for its first token, at the end of the last step."""
+        return self._last.wait_s
+
     def has_on_device(self, adapter: AdapterId) -> bool:
         """Whether the adapter was on the device at the end of the last step."""
         return adapter in self._at_hand
@@ -76,6 +81,7 @@ class EngineBooks:
             host_bytes=host.num_bytes,
             num_slots=books.num_slots,
             kv_usage=books.kv_usage,
+            wait_s=books.wait_s,
             step_time=books.step_time,
             num_blocks=books.num_blocks,
             block_size=self._block_size,

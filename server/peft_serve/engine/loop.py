@@ -35,6 +35,7 @@ from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.engine.stepping import EngineError, Runner, Stepping
 from peft_serve.errors import InvalidParameter, QueueFull, ServeError, Unavailable
 from peft_serve.metrics import Metrics
+from peft_serve.scheduling.forecast import require_time
 from peft_serve.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -91,13 +92,14 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Admit a request. Raises `Unavailable` unless the engine runs, `QueueFull` when too many wait."""
+        """Admit a request. Raises `Unavailable` unless the engine runs, `QueueFull` and `DeadlineMissed` at once."""
         if self._state is not EngineState.RUNNING:
             way_out = "it must be restarted" if self._state is EngineState.DEAD else "try again shortly"
             raise Unavailable(f"the server is {self._state}; {way_out}", retry_after_s=_RETRY_S)
+        if request.deadline_s is not None:  # by what the last step left; the scheduler looks again behind the next
+            require_time(self._books.wait_s, request.deadline_s - self._clock())
         with self._lock:
-            num_waiting = self._num_arriving + self._books.num_waiting
-            if num_waiting >= self._max_queue:
+            if (num_waiting := self._num_arriving + self._books.num_waiting) >= self._max_queue:
                 raise QueueFull(
                     f"{num_waiting} requests are waiting, as many as this server queues (--max-queue); try again later",
                     retry_after_s=_RETRY_S,

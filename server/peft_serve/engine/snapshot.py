@@ -38,6 +38,7 @@ class EngineSnapshot:
     host_bytes: int = 0
     num_slots: int = 0
     kv_usage: float = 0.0  # share of KV blocks in use, 0 to 1
+    wait_s: float = 0.0  # expected of a request that comes now, until its first token
     step_time: Mapping[str, float] = field(default_factory=dict)  # fitted seconds of a step, token, rank, position
     num_blocks: int = 0
     block_size: int = 0

@@ -26,11 +26,13 @@ class Forecast:
         self._steps = steps
         self._deadlines: list[tuple[float, int, Tracked]] = []
 
-    def first_token_s(self, tracked: Tracked, queue: WaitingQueue, *, num_running: int, now_s: float) -> float:
-        """Seconds from now until the request, put behind all others, would have its first token."""
-        num_tokens = queue.num_tokens + len(tracked.tokens)
+    def first_token_s(
+        self, num_own: int, queue: WaitingQueue, *, num_running: int, now_s: float, rank: int = 0
+    ) -> float:
+        """Seconds from now until a request of `num_own` tokens, put behind all others, would have its first token."""
+        num_tokens = queue.num_tokens + num_own
         num_steps = -(-num_tokens // self._tokens_of_a_step())
-        load = StepLoad(num_tokens=num_tokens, sum_rank=tracked.rank * num_steps, num_positions=num_tokens)
+        load = StepLoad(num_tokens=num_tokens, sum_rank=rank * num_steps, num_positions=num_tokens)
         whole = self._steps.predict(load)
         first = self._steps.coefficients["step"]
         num_before = len(queue) + 1 - max(0, self._limits.max_rows - num_running)
@@ -47,13 +49,9 @@ class Forecast:
         deadline_s = tracked.request.deadline_s
         if deadline_s is None:
             return
-        expected_s = self.first_token_s(tracked, queue, num_running=num_running, now_s=now_s)
-        if now_s + expected_s > deadline_s:
-            raise DeadlineMissed(
-                f"the first token is expected in {expected_s:.3g} s, and the request is to wait "
-                f"{max(0.0, deadline_s - now_s):.3g} s at most: allow it more time, or try again later",
-                retry_after_s=max(_MIN_RETRY_S, expected_s),
-            )
+        num_own, rank = len(tracked.tokens), tracked.rank
+        expected_s = self.first_token_s(num_own, queue, num_running=num_running, now_s=now_s, rank=rank)
+        require_time(expected_s, deadline_s - now_s)
         heapq.heappush(self._deadlines, (deadline_s, tracked.seq, tracked))
 
     def expired(self, now_s: float) -> list[Tracked]:
@@ -64,6 +62,16 @@ class Forecast:
             if tracked.state is not RequestState.FINISHED and tracked.first_step_s is None:  # it may have a seat
                 late.append(tracked)
         return late
+
+
+def require_time(expected_s: float, left_s: float) -> None:
+    """Raise `DeadlineMissed` where the first token is expected later than a request is to wait."""
+    if expected_s > left_s:
+        raise DeadlineMissed(
+            f"the first token is expected in {expected_s:.3g} s, and the request is to wait {max(0.0, left_s):.3g} s "
+            "at most: allow it more time, or try again later",
+            retry_after_s=max(_MIN_RETRY_S, expected_s),
+        )
 
 
 def too_late(tracked: Tracked) -> DeadlineMissed:

@@ -66,6 +66,11 @@ class Roster:
         return self._num_rows + tracked.num_rows <= self._limits.max_rows
 
     @property
+    def wait_s(self) -> float:
+        """Seconds until a request that comes now would have its first token, as far as the others are to blame."""
+        return self._forecast.first_token_s(1, self.queue, num_running=self._num_rows, now_s=self._clock())
+
+    @property
     def by_arrival(self) -> list[Tracked]:
         """The running requests, oldest first."""
         return sorted(self.running.values(), key=lambda tracked: tracked.seq)

@@ -206,6 +206,7 @@ class Scheduler:
             num_blocks=self._blocks.capacity,
             num_free_blocks=self._blocks.num_free,
             kv_usage=self._blocks.usage,
+            wait_s=self._roster.wait_s,
             step_time=self._step_time.coefficients,
             cross_kv_usage=0.0 if cross is None else cross.usage,
         )

@@ -25,5 +25,6 @@ class Snapshot:
     num_blocks: int  # KV blocks that can be held
     num_free_blocks: int
     kv_usage: float  # share of the KV blocks that is held, 0 to 1
+    wait_s: float  # expected of a request that comes now, until its first token
     step_time: dict[str, float]  # the fitted seconds of a step, and of each token, rank and KV position in it
     cross_kv_usage: float  # the same for cross-attention blocks; 0 on a decoder-only base
