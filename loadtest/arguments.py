@@ -9,8 +9,6 @@ from math import isfinite
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from loadtest.popularity import parse_popularity
-
 T = TypeVar("T")
 
 
@@ -54,6 +52,8 @@ def in_words(read: Callable[[str], T]) -> Callable[[str], T]:
 
 def popularity(text: str) -> str:
     """The name of a popularity that there is."""
+    from loadtest.popularity import parse_popularity  # with numpy, which `gpu-check` may find missing
+
     in_words(parse_popularity)(text)
     return text
 

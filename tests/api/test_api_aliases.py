@@ -18,7 +18,7 @@ from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.api.app import create_app
 from peft_serve.errors import Conflict
-from tests.api.api_fakes import BASE_NAME, World, checkpoint, checkpoint_files, fake_gate, make_world
+from tests.api.api_fakes import BASE_NAME, World, checkpoint, checkpoint_files, fake_gate, make_world, zipped
 from tests.api.conftest import http, running
 from tests.api.keyed import bearer, entry, keyed_world
 
@@ -319,6 +319,50 @@ async def test_a_key_sees_an_alias_with_all_its_targets(tiny_tokenizer: Any, tmp
             assert (await ask("op", "DELETE", "/aliases/a-alias")).status_code == 204
             owners = [each["owner"] for each in (await ask("op", "GET", "/aliases")).json()["aliases"]]
             assert owners == ["a"]
+
+
+async def test_aliases_of_others_neither_hinder_an_owner_nor_are_taken_from_them(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    keys = [
+        entry("ann", "a", "infer", "upload", adapters=("a-*",)),
+        entry("bob", "b", "infer", "upload", adapters=("b-*", "a-open")),
+        entry("op", "ops", "admin"),
+    ]
+    world = keyed_world(tiny_tokenizer, tmp_path, keys, {})
+    with running(world):
+        async with http(world) as client:
+
+            async def ask(who: str, method: str, path: str, **body: Any) -> httpx.Response:
+                return await client.request(method, path, headers=bearer(who), **body)
+
+            for name in ("a-open", "a-two"):
+                content = zipped(checkpoint(name))
+                assert (await ask("ann", "PUT", f"/adapters/{name}", content=content)).status_code == 201
+            assert (await ask("bob", "PUT", "/aliases/b-x", json=to(("a-open", None, 1)))).status_code == 201
+            assert (await ask("ann", "PUT", "/aliases/a-x", json=to(("a-two", None, 1)))).status_code == 201
+            refused = await ask("ann", "DELETE", "/adapters/a-two")
+            assert (refused.status_code, "an alias points" in refused.json()["detail"]) == (409, True)
+            assert (await ask("ann", "DELETE", "/adapters/a-open")).status_code == 204
+            assert [alias.name for alias in world.catalog.aliases.all()] == ["a-x", "b-x"]
+            asked = {"inputs": "x", "parameters": {"max_new_tokens": 1}}
+            assert (await ask("bob", "POST", "/generate?adapter=b-x", json=asked)).status_code == 404
+            assert (await ask("bob", "DELETE", "/aliases/b-x")).status_code == 204
+            assert (await ask("ann", "DELETE", "/adapters/a-two?force=1")).status_code == 204
+            assert not world.catalog.aliases.all()
+
+
+async def test_an_operator_takes_an_adapter_out_of_everybodys_aliases(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    keys = [entry("ann", "a", "infer", "upload", adapters=("a-*", "shared")), entry("op", "ops", "admin")]
+    world = keyed_world(tiny_tokenizer, tmp_path, keys, {})
+    world.publish("shared", checkpoint("shared"))
+    with running(world):
+        async with http(world) as client:
+            made = await client.put("/aliases/a-x", json=to(("shared", None, 1)), headers=bearer("ann"))
+            assert made.status_code == 201
+            assert (await client.delete("/adapters/shared", headers=bearer("op"))).status_code == 409
+            assert (await client.delete("/adapters/shared?force=1", headers=bearer("op"))).status_code == 204
+            assert not world.catalog.aliases.all()
 
 
 def test_points_fall_into_targets_by_weight() -> None:

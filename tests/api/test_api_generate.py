@@ -16,6 +16,7 @@ from peft_serve.core import BASE, FinishReason
 from peft_serve.engine.snapshot import EngineState
 from peft_serve.errors import AdapterUnavailable
 from tests.api.api_fakes import BASE_NAME, EOS, World, checkpoint, make_world
+from tests.api.conftest import http, running
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -415,3 +416,13 @@ async def test_what_is_wrong_with_inputs_is_said_in_one_sentence(client: httpx.A
     long = await client.post("/generate", json={"inputs": "x" * 600})
     assert long.json()["param"] == "inputs"
     assert "(or set truncate)" in long.json()["detail"]
+
+
+async def test_more_than_can_ever_be_queued_is_no_matter_of_trying_again(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    world = make_world(tiny_tokenizer, tmp_path, max_queue=3)
+    with running(world):
+        async with http(world) as client:
+            for body in ({"inputs": ["a"] * 4}, {"inputs": "a", "parameters": {"best_of": 4, "do_sample": True}}):
+                answer = await client.post("/generate", json=body)
+                assert answer.status_code == 422, answer.text
+                assert "3 in one request" in answer.text

@@ -153,13 +153,19 @@ class Aliases:
             _check_tag(name, alias, if_match)
             self._names.write(record.deleted())
 
-    def let_go(self, adapter: str, *, force: bool) -> None:
+    def let_go(self, adapter: str, *, force: bool, publisher: Publisher = OPERATOR) -> None:
         """Before an adapter is deleted: raise Conflict if an alias points to it. With `force` take it out of each.
 
-        An alias that is left without a target that has weight is deleted.
+        An alias that is left without a target that has weight is deleted. A tenant's own aliases count, an operator's
+        are all: others neither stand in a tenant's way nor are changed by it, and point to nothing from now on.
         """
         with self._lock:
-            using = [alias for alias in self.all() if any(t.adapter == adapter for t in alias.now.targets)]
+            using = [
+                alias
+                for alias in self.all()
+                if any(t.adapter == adapter for t in alias.now.targets)
+                and (publisher.is_operator or alias.owner == publisher.tenant)
+            ]
             if using and not force:
                 number = "an alias points" if len(using) == 1 else f"{len(using)} aliases point"
                 raise Conflict(

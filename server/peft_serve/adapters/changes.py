@@ -183,11 +183,13 @@ class Changes:
                 self._names.write(record.rolled_back(number))
         return self._listing.version(name, version)
 
-    def delete(self, name: str, *, force: bool = False, if_match: str | None = None) -> int:
+    def delete(
+        self, name: str, *, force: bool = False, if_match: str | None = None, publisher: Publisher = OPERATOR
+    ) -> int:
         """Delete an upload with all its versions; gives how many requests still run on them.
 
         Their files go when nothing holds or names them. Raises UnknownAdapter, Forbidden for a folder's, what a write
-        raises, PreconditionFailed, and Conflict for an alias' target, which `force` takes out of the alias.
+        raises, PreconditionFailed, and Conflict for the target of an alias of the publisher's, which `force` takes out.
         """
         with self._store.told_first(), self._lock:
             if self._listing.get(name).is_folder:
@@ -197,7 +199,7 @@ class Changes:
                 )
             self._store.require_writable()
             self._check(name, _Condition(if_match=if_match))
-            self._aliases.let_go(name, force=force)
+            self._aliases.let_go(name, force=force, publisher=publisher)
             record = self._names.record(name)
             self._names.write(record.deleted())
             in_flight = sum(self._holds.count(adapter) for adapter in record.ids)

@@ -135,7 +135,8 @@ class AdapterRoutes:
     async def delete(self, name: str, request: Request) -> Response:
         name, force, if_match = _plain(name), _flag(request, "force"), request.headers.get("if-match")
         await self._threads.run(self._service.seen(request).require_own, name)
-        in_flight = await self._threads.run(self._service.intake.remove, name, force=force, if_match=if_match)
+        remove, publisher = self._service.intake.remove, principal_of(request).publisher
+        in_flight = await self._threads.run(remove, name, force=force, if_match=if_match, publisher=publisher)
         if in_flight == 0:
             return Response(status_code=204)
         return json_response({"name": name, "state": "draining", "in_flight": in_flight}, status=202)

@@ -126,7 +126,8 @@ class Admission:
             )
 
     def _check_number(self, call: Call) -> None:
-        limit, num_inputs, inputs = self._parts.settings.max_inputs, len(call.asks), call.style.name("inputs")
+        settings, num_inputs, inputs = self._parts.settings, len(call.asks), call.style.name("inputs")
+        limit = min(settings.max_inputs, settings.max_queue)  # what can never be queued is no matter of trying again
         if num_inputs * call.num_answers <= limit:
             return
         name, what = inputs, f"{num_inputs}"

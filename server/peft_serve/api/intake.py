@@ -118,13 +118,15 @@ class Intake:
             _log.info("adapter %s: version %d is from %s", name, published.version.number, source)
         return published
 
-    def remove(self, name: str, *, force: bool = False, if_match: str | None = None) -> int:
+    def remove(
+        self, name: str, *, force: bool = False, if_match: str | None = None, publisher: Publisher = OPERATOR
+    ) -> int:
         """Delete a name with all its versions, here and on the device; gives how many requests still run on them.
 
         Reads the disk; raises as the catalog does."""
         catalog, engine = self._parts.catalog, self._parts.engine
         ids = {version.id for version in catalog.versions(name)}
-        in_flight = catalog.changes.delete(name, force=force, if_match=if_match)
+        in_flight = catalog.changes.delete(name, force=force, if_match=if_match, publisher=publisher)
         with contextlib.suppress(ServeError):  # the name is gone; what is left of a pin goes with the next start
             catalog.pins.remove(ids)
         for adapter in ids | _made_of(ids, engine.snapshot()):

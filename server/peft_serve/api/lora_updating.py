@@ -90,7 +90,8 @@ class LoraUpdatingRoutes:
             if not name:
                 return _refused("'lora_name' needs to be provided to unload a LoRA adapter.", "InvalidUserInput")
             await self._threads.run(self._service.seen(request).require_own, name)
-            await self._threads.run(self._service.intake.remove, name)
+            publisher = principal_of(request).publisher
+            await self._threads.run(self._service.intake.remove, name, publisher=publisher)
         except UnknownAdapter:
             return _refused(f"The lora adapter {shown(name)} cannot be found.", "NotFoundError", HTTPStatus.NOT_FOUND)
         except ServeError as error:
