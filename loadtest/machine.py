@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -102,4 +103,4 @@ def _git(*arguments: str) -> str:
 def command_line(arguments: list[str]) -> str:
     """The command as it can be repeated from the repository root: paths under it are made relative."""
     here = f"{Path.cwd()}{os.sep}"
-    return " ".join(["python -m loadtest", *(argument.replace(here, "") for argument in arguments)])
+    return f"python -m loadtest {shlex.join(argument.replace(here, '') for argument in arguments)}".rstrip()

@@ -83,6 +83,13 @@ def test_a_store_in_use_is_found_before_the_base_is_loaded(tmp_path: Path) -> No
     other.close()
 
 
+def test_a_store_that_is_no_folder_is_told_with_its_path_and_why(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(Unavailable, match=r"--store .*store: .*; name a folder") as refusal:
+        open_store(Settings(store=tmp_path / "store"), tmp_path / "store")
+    assert "exists" in refusal.value.message.lower() or "not a directory" in refusal.value.message.lower()
+
+
 def test_a_base_that_is_not_there_gets_no_store(tmp_path: Path) -> None:
     settings = Settings(model=str(tmp_path / "typo"), store=tmp_path / "store")
     with pytest.raises(ValueError, match="no such folder"):

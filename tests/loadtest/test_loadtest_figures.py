@@ -121,6 +121,8 @@ def test_provenance_names_machine_and_commit(monkeypatch: pytest.MonkeyPatch, tm
     assert (
         command_line(["w1", "--base", f"{tmp_path}/loadtest/work/b"]) == "python -m loadtest w1 --base loadtest/work/b"
     )
+    again = "python -m loadtest w11 --term 'low rank 8'"
+    assert command_line(["w11", "--term", "low rank 8"]) == again, "to be pasted and run"
 
 
 def test_metrics_pages_are_read_and_compared() -> None:

@@ -16,6 +16,7 @@ from peft_serve.adapters.findings import Gate
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
+from peft_serve.errors import Unavailable
 from peft_serve.model.loader import DEMO_NAMES
 
 
@@ -34,8 +35,15 @@ def shipped_adapters(model: str) -> Path | None:
 
 
 def open_store(settings: Settings, root: Path) -> AdapterStore:
-    """The store of uploads in `root`, with its lock; raises Unavailable where another process holds that."""
-    return AdapterStore(root, DiskFileSystem(), min_free_bytes=settings.store_reserve_bytes)
+    """The store of uploads in `root`, with its lock; raises Unavailable where another process holds that, or where
+    the folder cannot be used: that is told to who starts the server, with the folder and why."""
+    try:
+        return AdapterStore(root, DiskFileSystem(), min_free_bytes=settings.store_reserve_bytes)
+    except Unavailable as error:
+        if not isinstance(error.__cause__, OSError) or "cannot be opened" not in error.message:
+            raise
+        why = error.__cause__.strerror or type(error.__cause__).__name__
+        raise Unavailable(f"--store {root}: {why}; name a folder that this user may read and write") from error
 
 
 def make_catalog(
