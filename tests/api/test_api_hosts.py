@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from peft_serve.commands.connections import ConnectionLimits
-from peft_serve.commands.request_line import NoSuchHost, read_line
+from peft_serve.commands.request_line import UnclearRequest, read_line
 from tests.api.api_fakes import World
 from tests.api.conftest import served
 from tests.api.test_api_connections import (
@@ -40,6 +40,18 @@ def detail_of(url: str, sent: bytes) -> str:
     assert f"x-request-id: {problem['request_id']}\r\n".encode() in head
     assert problem["code"] == "bad_request"
     return str(problem["detail"])
+
+
+def test_a_body_comes_chunked_or_as_it_is(url: str) -> None:
+    post = b"POST /generate HTTP/1.1\r\n" + HOST
+    for head in (
+        post + b"transfer-encoding: gzip, chunked\r\n",
+        post + b"transfer-encoding: identity, chunked\r\n",
+        post + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+        b"POST /generate HTTP/1.0\r\n" + HOST + CHUNKED,
+    ):
+        answer = answer_to(url, head + b"\r\n0\r\n\r\n")
+        assert status_of(answer) == 400, (head, answer[:200])
 
 
 def test_a_request_says_once_whom_it_is_for(url: str) -> None:
@@ -102,7 +114,7 @@ def test_the_path_and_the_query_of_a_url_are_kept() -> None:
     assert (line.target, line.headers) == (b"/p/q?r=s", ((b"host", b"b:8"), (b"x", b"y")))
     assert read_line(b"GET", b"http://b?r", "1.0", []).target == b"/?r"
     assert read_line(b"OPTIONS", b"*", "1.1", headers).target == b"*"
-    with pytest.raises(NoSuchHost):
+    with pytest.raises(UnclearRequest):
         read_line(b"GET", b"*", "1.1", headers)
 
 

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from peft_serve.api.problems import PROBLEM_TYPE, Family, Problem, body_of
-from peft_serve.commands.request_line import NoSuchHost, read_line
+from peft_serve.commands.request_line import UnclearRequest, read_line
 
 OTHER_FILES: Final = 256
 """Descriptors that are kept for everything that is no connection."""
@@ -206,7 +206,7 @@ class Connection(HttpToolsProtocol):
     def _settle_line(self) -> None:
         try:
             line = read_line(self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers)
-        except NoSuchHost as error:
+        except UnclearRequest as error:
             self._complaint = str(error)
             raise  # the parser stops, as above
         self.url, self.headers[:] = line.target, line.headers

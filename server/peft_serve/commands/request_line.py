@@ -1,4 +1,5 @@
-"""Whom a request is for: its target and its Host, brought into one form or refused (RFC 9112, 3.2).
+"""Whom a request is for: its target and its Host, brought into one form or refused (RFC 9112, 3.2); and whether its
+body comes in a form that everybody in between reads alike (6.1).
 
 httptools parses both and compares nothing: a request without Host, with two, or with one that is no host is answered,
 and one whose target names another host than its Host is taken for the latter's. Whoever stands in front may have
@@ -19,8 +20,8 @@ _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+(?:%25[\w.~-]+)?\]|[\w.~!$&'()*+
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)([^#]*)", re.ASCII | re.IGNORECASE)
 
 
-class NoSuchHost(ValueError):  # noqa: N818 - it says what the request is for
-    """The head does not say for whom it is, or says it twice; the message may be shown."""
+class UnclearRequest(ValueError):  # noqa: N818 - it says what the request is
+    """The head does not say for whom it is, or how its body comes, in one way; the message may be shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +33,26 @@ class RequestLine:
 
 
 def read_line(method: bytes, target: bytes, version: str, headers: Sequence[Header]) -> RequestLine:
-    """The request's target and headers in one form. Raises NoSuchHost.
+    """The request's target and headers in one form. Raises UnclearRequest.
 
     A target that is a whole URL names the host itself, and its Host is passed over, as the RFC says.
     """
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1:
-        raise NoSuchHost("this request has more than one Host; send one")
+        raise UnclearRequest("this request has more than one Host; send one")
+    codings = [value.strip(b" \t").lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and (codings != [b"chunked"] or version == "1.0"):
+        raise UnclearRequest(
+            "Transfer-Encoding: this server understands chunked alone, in HTTP/1.1; send the body as it is"
+        )
     if not hosts and version != "1.0":
-        raise NoSuchHost("this request has no Host, which HTTP/1.1 asks for; send one")
+        raise UnclearRequest("this request has no Host, which HTTP/1.1 asks for; send one")
     if hosts and _HOST.fullmatch(hosts[0].strip(b" \t")) is None:
-        raise NoSuchHost("the Host of this request is none; send a name or an address, and a port if need be")
+        raise UnclearRequest("the Host of this request is none; send a name or an address, and a port if need be")
     if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
         return RequestLine(target, tuple(headers))
     found = _ABSOLUTE.fullmatch(target)
     if found is None or not found[1] or _HOST.fullmatch(found[1]) is None:
-        raise NoSuchHost("the target of this request is neither a path nor an http URL; send a path")
+        raise UnclearRequest("the target of this request is neither a path nor an http URL; send a path")
     path = found[2] if found[2].startswith(b"/") else b"/" + found[2]
     return RequestLine(path, ((b"host", found[1]), *(each for each in headers if each[0] != b"host")))
