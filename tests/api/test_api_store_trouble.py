@@ -286,7 +286,9 @@ async def test_calls_that_wait_for_a_disk_keep_nobody_else(
         assert answer.status_code == 200, answer.text
     assert sum(not task.done() for task in waiting) > 8, "so many wait that one pool would be used up"
     disk.answers.set()
-    assert {answer.status_code for answer in await asyncio.gather(*waiting)} <= {200, 204, 404, 429}, "429: downloads"
+    for answer in await asyncio.gather(*waiting):  # 429: downloads; and a slow machine may outlast a call's patience
+        is_told = answer.status_code == 503 and "the adapter store does not answer" in answer.text
+        assert answer.status_code in {200, 204, 404, 429} or is_told, answer.text
     world.catalog.check()
 
 

@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         name="the queue takes one more than it may",
         file="engine/loop.py",
-        old="            if num_waiting >= self._max_queue:\n",
-        new="            if num_waiting > self._max_queue:\n",
+        old="            if (num_waiting := self._num_arriving + self._books.num_waiting) >= self._max_queue:\n",
+        new="            if (num_waiting := self._num_arriving + self._books.num_waiting) > self._max_queue:\n",
         tests=(*_ENGINE, "-k", "full_queue"),
     ),
     Fault(
