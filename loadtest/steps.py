@@ -3,18 +3,19 @@ the executor alone."""
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from loadtest.installing import holding
 from loadtest.work import Load
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.config import Settings
-from peft_serve.core import BASE_SLOT, AdapterId, Draw, Install, RequestId, Row, SamplingParams, Step
+from peft_serve.core import BASE_SLOT, AdapterId, Draw, RequestId, Row, SamplingParams, Step
 from peft_serve.engine.cpu_kernels import speed_up
 from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
 from peft_serve.model.base import ResidentBase
@@ -46,19 +47,9 @@ class StepBench:
             adapters=self._adapters.__getitem__,
         )
 
-    @contextmanager
-    def holding(self, adapters: Mapping[int, Adapter]) -> Iterator[None]:
+    def holding(self, adapters: Mapping[int, Adapter]) -> AbstractContextManager[None]:
         """Adapters by slot, installed inside the block."""
-        self._adapters.update({adapter.id: adapter for adapter in adapters.values()})
-        installs = tuple(Install(slot=slot, adapter=adapter.id) for slot, adapter in adapters.items())
-        done = self._runner.run(Step(id=1, rows=(), installs=installs))
-        if done.failed_installs:
-            raise RuntimeError(f"an adapter could not be installed: {done.failed_installs[0][1]}")
-        try:
-            yield
-        finally:
-            self._runner.run(Step(id=2, rows=(), removes=tuple(adapters)))
-            self._adapters.clear()
+        return holding(self._runner, self._adapters, adapters)
 
     def step_s(self, load: Load, *, repeats: int) -> float:
         """Seconds of a step of the base alone: the median of so many."""

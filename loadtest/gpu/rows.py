@@ -4,18 +4,18 @@ What a row attends to is the pool as it was made, all zeros: it costs what any c
 row's source is encoded in a step of its own before.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final
 
+from loadtest.installing import holding
 from loadtest.work import Load
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import (
     BASE_SLOT,
     AdapterId,
     Draw,
-    Install,
     Reading,
     RequestId,
     Row,
@@ -48,19 +48,9 @@ class Steps:
             adapters=self._adapters.__getitem__,
         )
 
-    @contextmanager
-    def holding(self, adapters: Mapping[int, Adapter]) -> Iterator[None]:
+    def holding(self, adapters: Mapping[int, Adapter]) -> AbstractContextManager[None]:
         """Adapters by slot, installed inside the block. RuntimeError where one cannot be."""
-        self._adapters.update({adapter.id: adapter for adapter in adapters.values()})
-        installs = tuple(Install(slot=slot, adapter=adapter.id) for slot, adapter in adapters.items())
-        done = self._runner.run(Step(id=1, rows=(), installs=installs))
-        if done.failed_installs:
-            raise RuntimeError(f"an adapter could not be installed: {done.failed_installs[0][1]}")
-        try:
-            yield
-        finally:
-            self._runner.run(Step(id=2, rows=(), removes=tuple(adapters)))
-            self._adapters.clear()
+        return holding(self._runner, self._adapters, adapters)
 
     def run(self, rows: Sequence[Row]) -> StepResult:
         """One step. RuntimeError with the reason where a row failed."""

@@ -69,6 +69,21 @@ def test_shares_of_rows_are_as_the_weights(weight: float, rows: int) -> None:
     world.drain()
 
 
+def test_who_waits_behind_the_first_has_its_weight_too() -> None:
+    world = _world(FairOrder(between_adapters=False))
+    _flooded(world)
+    for tenant, weight in (("support", 1.0), ("research", 6.0)):
+        for _ in range(ROWS):
+            _ask(world, tenant, weight=weight)
+    most = 0
+    for _ in range(2 * ROWS):
+        world.step()
+        most = max(most, _holders(world)["support"])
+    assert most == 1, "a share is of all that wait, with their weights"
+    assert _holders(world) == {"flood": 1, "support": 1, "research": 6}
+    world.drain()
+
+
 def test_adapters_of_one_tenant_share_too_in_fair_order() -> None:
     world = _world(FairOrder(), max_step_adapters=4)
     _flooded(world, "")

@@ -40,6 +40,7 @@ class StepDraft:
     def __init__(self, limits: Limits, step_id: int, steps: StepTimeModel) -> None:
         self._limits = limits
         self._steps = steps
+        self._token_s = 0.0 if limits.max_step_s is None or limits.is_encoder else steps.coefficients["token"]
         self._step_id = step_id
         self._rows: list[tuple[int, int, int, Row, Tracked]] = []
         self._copies: list[tuple[int, int]] = []
@@ -61,9 +62,8 @@ class StepDraft:
     @property
     def prompt_tokens_left(self) -> int:
         """Tokens that the step has room and time for."""
-        limit_s = self._limits.max_step_s
-        each_s = self._steps.coefficients["token"] if limit_s is not None else 0.0
-        if limit_s is None or each_s <= 0 or self._limits.is_encoder:
+        limit_s, each_s = self._limits.max_step_s, self._token_s
+        if limit_s is None or each_s <= 0:
             return self.tokens_left
         spare_s = limit_s - self._steps.predict(self._load())
         least = max(SHORTEST_PART, self._num_tokens - self._num_of_prompts) - self._num_of_prompts

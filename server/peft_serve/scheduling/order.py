@@ -116,8 +116,7 @@ class FairOrder:
         Shares of tenants are as their weights, those of a tenant's adapters equal; everybody's is one row at least.
         """
         tenant = first.request.tenant
-        weights = dict.fromkeys(queue.tenants, 1.0)
-        weights |= {t.request.tenant: t.request.tenant_weight for t in (*running, first)}
+        weights = {t.request.tenant: t.request.tenant_weight for t in (*queue, *running)}
         own = [t for t in running if t.request.tenant == tenant]
         rows = Counter[str]()
         for tracked in running:
