@@ -4,18 +4,25 @@ They have the shape, and so the cost, of real small models; what they say is noi
 wide enough that the greedy choice is not a near tie, so that tokens can be compared between servers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from loadtest.vocabulary import END, PAD, make_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The sizes of a Qwen2-like decoder with tied embeddings and heads of 64."""
+    """The sizes of a decoder with tied embeddings and heads of 64, Qwen2's or Llama's."""
 
     hidden: int
     layers: int
@@ -24,10 +31,11 @@ class Shape:
     ffn: int
     vocabulary: int
     max_context: int = 2048
+    is_llama: bool = False  # without biases, and known to AdapterHub, whose bottlenecks Qwen2 has no place for
 
-    def config(self) -> Qwen2Config:
+    def config(self) -> PreTrainedConfig:
         """The model's config."""
-        return Qwen2Config(
+        return (LlamaConfig if self.is_llama else Qwen2Config)(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.ffn,
@@ -43,18 +51,19 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """The shapes by name; ``tiny`` is for tests."""
-    return {
+    """The shapes by name; ``tiny`` is for tests, ``-llama`` behind a name asks for Llama's architecture."""
+    qwen2 = {
         "tiny": Shape(hidden=128, layers=2, heads=2, kv_heads=1, ffn=256, vocabulary=1024),
         "0.1b": Shape(hidden=640, layers=12, heads=10, kv_heads=2, ffn=2560, vocabulary=16000),
         "0.5b": Shape(hidden=896, layers=24, heads=14, kv_heads=2, ffn=4864, vocabulary=32000),
     }
+    return qwen2 | {f"{name}-llama": replace(shape, is_llama=True) for name, shape in qwen2.items()}
 
 
 def make_base(shape: Shape, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random model of this shape with its tokenizer into `folder`, and answer with the folder."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(shape.config())
+    model = AutoModelForCausalLM.from_config(shape.config())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

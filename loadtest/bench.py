@@ -47,7 +47,11 @@ def steps() -> tuple[Step, ...]:
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of ``bench``."""
-    parser.add_argument("--base", default="0.1b", help="tiny, 0.1b, 0.5b (random weights) or a model folder")
+    parser.add_argument(
+        "--base",
+        default="0.1b",
+        help="tiny, 0.1b, 0.5b (random weights, -llama behind it for that architecture) or a model folder",
+    )
     parser.add_argument("--out", type=Path, default=Path("loadtest/results"), help="where results are filed")
     parser.add_argument("--work", type=Path, default=WORK, help="where bases and adapters are made")
     threads = "torch threads of the server, of peft and of the steps here"

@@ -10,12 +10,16 @@ from peft_serve.model.runner import StepRunner
 
 @contextmanager
 def holding(
-    runner: StepRunner, known: MutableMapping[AdapterId, Adapter], adapters: Mapping[int, Adapter]
+    runner: StepRunner,
+    known: MutableMapping[AdapterId, Adapter],
+    adapters: Mapping[int, Adapter],
+    fronts: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Iterator[None]:
-    """Adapters by slot, installed inside the block; `known` is where the runner finds them. RuntimeError where one
-    cannot be installed."""
+    """Adapters by slot, installed inside the block; `known` is where the runner finds them, `fronts` the blocks for
+    what stands in front of their requests. RuntimeError where one cannot be installed."""
     known.update({adapter.id: adapter for adapter in adapters.values()})
-    installs = tuple(Install(slot=slot, adapter=adapter.id) for slot, adapter in adapters.items())
+    blocks = fronts or {}
+    installs = tuple(Install(slot=s, adapter=each.id, blocks=blocks.get(s, ())) for s, each in adapters.items())
     done = runner.run(Step(id=1, rows=(), installs=installs))
     if done.failed_installs:
         raise RuntimeError(f"an adapter could not be installed: {done.failed_installs[0][1]}")

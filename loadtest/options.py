@@ -41,7 +41,11 @@ class Options:
 
 def add_common(parser: ArgumentParser, *, least_adapters: int = 1, adapters: str = "the workload's own") -> None:
     """The options of `Options`. `adapters` says in the help what no ``--adapters`` means."""
-    parser.add_argument("--base", default="0.1b", help="tiny, 0.1b, 0.5b (random weights) or a model folder")
+    parser.add_argument(
+        "--base",
+        default="0.1b",
+        help="tiny, 0.1b, 0.5b (random weights, -llama behind it for that architecture) or a model folder",
+    )
     parser.add_argument("--url", type=address, help="use the server that runs here, instead of starting one on --base")
     parser.add_argument("--api-key", help="sent as a bearer token")
     parser.add_argument("--work", type=Path, default=Path("loadtest/work"), help="where bases and adapters are made")

@@ -3,8 +3,9 @@ the executor alone."""
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loadtest.installing import holding
-from loadtest.work import Load
+from loadtest.work import Load, num_virtual
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.config import Settings
 from peft_serve.core import BASE_SLOT, AdapterId, Draw, RequestId, Row, SamplingParams, Step
@@ -22,6 +23,19 @@ from peft_serve.model.base import ResidentBase
 from peft_serve.model.runner import StepRunner
 
 _BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The virtual tokens of an adapter, and the blocks that their keys and values are in."""
+
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
+_NO_FRONT = Front(0, ())
+_MOST_SLOTS = 16  # that have virtual tokens at once
+_MOST_FRONT_BLOCKS = 4  # of one adapter
 
 
 class StepBench:
@@ -38,40 +52,71 @@ class StepBench:
         self.base = base
         self._clock = clock
         self._adapters: dict[AdapterId, Adapter] = {}
-        self._num_blocks = num_positions // _BLOCK_SIZE + max_rows
+        self._fronts: dict[int, Front] = {}
+        self._num_blocks = num_positions // _BLOCK_SIZE + 2 * max_rows
         self._runner = StepRunner(
             base,
-            num_blocks=self._num_blocks + 1,
+            num_blocks=self._num_blocks + 1 + _MOST_SLOTS * _MOST_FRONT_BLOCKS,
             num_cross_blocks=0,
             block_size=_BLOCK_SIZE,
             adapters=self._adapters.__getitem__,
         )
 
-    def holding(self, adapters: Mapping[int, Adapter]) -> AbstractContextManager[None]:
-        """Adapters by slot, installed inside the block."""
-        return holding(self._runner, self._adapters, adapters)
+    @contextmanager
+    def holding(self, adapters: Mapping[int, Adapter]) -> Iterator[None]:
+        """Adapters by slot, installed inside the block; their virtual tokens stand in front of their rows."""
+        self._fronts = dict(self._placed(adapters))
+        try:
+            with holding(self._runner, self._adapters, adapters, {s: f.blocks for s, f in self._fronts.items()}):
+                yield
+        finally:
+            self._fronts = {}
 
     def step_s(self, load: Load, *, repeats: int) -> float:
         """Seconds of a step of the base alone: the median of so many."""
-        self._fill(load)
-        rows = self._rows(load, [BASE_SLOT] * load.num_rows)
+        slots = [BASE_SLOT] * load.num_rows
+        self._fill(load, slots)
+        rows = self._rows(load, slots)
         skipped = _warm_ups(repeats)
         return median([self._once_s(rows) for _ in range(repeats + skipped)][skipped:])
 
     def beside_base_s(self, load: Load, slots: list[int], *, repeats: int) -> tuple[float, float]:
         """Seconds of a step whose rows use these slots, and of one without adapters: medians of so many, taken in
         turns, so that a machine that slows down slows both."""
-        self._fill(load)
-        own, base = (self._rows(load, each) for each in (sorted(slots), [BASE_SLOT] * load.num_rows))
+        slots, none = sorted(slots), [BASE_SLOT] * load.num_rows
+        self._fill(load, none)
+        self._fill(load, slots)
+        own, base = (self._rows(load, each) for each in (slots, none))
         skipped = _warm_ups(repeats)
         times = [(self._once_s(own), self._once_s(base)) for _ in range(repeats + skipped)][skipped:]
         return median(pair[0] for pair in times), median(pair[1] for pair in times)
 
-    def _fill(self, load: Load) -> None:
-        """Compute the context of every row."""
+    def _placed(self, adapters: Mapping[int, Adapter]) -> Iterator[tuple[int, Front]]:
+        """Blocks behind those of the rows, for as many virtual tokens as each adapter has."""
+        free = self._num_blocks + 1
+        for slot, adapter in adapters.items():
+            num_tokens = num_virtual(adapter)
+            if num_tokens:
+                count = -(-num_tokens // _BLOCK_SIZE)
+                yield slot, Front(num_tokens, tuple(range(free, free + count)))
+                free += count
+        assert free <= self._num_blocks + 1 + _MOST_SLOTS * _MOST_FRONT_BLOCKS, "more virtual tokens than there is room"
+
+    def _fill(self, load: Load, slots: list[int]) -> None:
+        """Compute the context of every row, behind a copy of the last block of what stands in front, if it is not
+        full."""
+        copies = tuple(self._copies(self._rows(load, slots)))
+        if copies:
+            self._runner.run(Step(id=0, rows=(), copies=copies))
         if load.context:
             before = Load(num_rows=load.num_rows, num_tokens=load.context)
-            self._runner.run(Step(id=0, rows=self._rows(before, [BASE_SLOT] * load.num_rows, behind=load.num_tokens)))
+            self._runner.run(Step(id=0, rows=self._rows(before, slots, behind=load.num_tokens)))
+
+    def _copies(self, rows: tuple[Row, ...]) -> Iterator[tuple[int, int]]:
+        for row in rows:
+            front = self._fronts.get(row.slot, _NO_FRONT)
+            if front.num_tokens % _BLOCK_SIZE:
+                yield front.blocks[-1], row.blocks[front.num_tokens // _BLOCK_SIZE]
 
     def _once_s(self, rows: tuple[Row, ...]) -> float:
         began_s = self._clock()
@@ -80,7 +125,7 @@ class StepBench:
 
     def _rows(self, load: Load, slots: list[int], *, behind: int = 0) -> tuple[Row, ...]:
         """`behind` positions are kept free after each row's tokens."""
-        each = -(-(load.context + load.num_tokens + behind) // _BLOCK_SIZE)
+        each = 1 + -(-(load.context + load.num_tokens + behind) // _BLOCK_SIZE)  # one is for the copy
         assert each * load.num_rows <= self._num_blocks, f"{load} needs more positions than the bench has"
         return tuple(
             self._row(number, slot, load, tuple(range(1 + number * each, 1 + (number + 1) * each)))
@@ -88,13 +133,14 @@ class StepBench:
         )
 
     def _row(self, number: int, slot: int, load: Load, blocks: tuple[int, ...]) -> Row:
+        front = self._fronts.get(slot, _NO_FRONT)
         places = range(load.context, load.context + load.num_tokens)
         return Row(
             request=RequestId(str(number)),
             slot=slot,
             tokens=tuple(5 + (7 * number + place) % 50 for place in places),
-            start=load.context,
-            blocks=blocks,
+            start=front.num_tokens + load.context,
+            blocks=front.blocks[: front.num_tokens // _BLOCK_SIZE] + blocks,
             draw=Draw(params=SamplingParams(), seed=0, index=0),
         )
 

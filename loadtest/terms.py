@@ -1,14 +1,11 @@
-"""Terms: random adapters made of one kind of term, and the time of steps that run them (W11)."""
+"""Terms: random adapters made of one kind of term (W11)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from loadtest.bound import Work
-from loadtest.steps import StepBench
-from loadtest.work import Load, adapters_work, base_work, bytes_of, is_head
+from loadtest.work import is_head
 from peft_serve.adapters.base import BaseShape, SiteKind, SiteSpec
 from peft_serve.adapters.primitives import (
     Adapter,
@@ -164,51 +161,9 @@ TERMS: dict[str, EditOf] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
-    """One point: a term, the rows of the step, so many distinct adapters, and the times."""
-
-    term: str
-    load: Load
-    num_adapters: int
-    step_s: float
-    base_s: float  # the same rows without adapters, in turns with it
-    base_work: Work
-    term_work: Work
-
-
 def make_adapter(base: ResidentBase, edit_of: EditOf, seed: int) -> Adapter:
     """A random adapter of one term, at every site that takes it."""
     dice = Dice(seed, base.dtype)
     edits = ((path, edit_of(spec, base.shape, dice)) for path, spec in base.sites.items())
     sites = {path: edit for path, edit in edits if edit is not None}
     return Adapter(id=AdapterId(f"sha256:{seed}"), method="TEST", sites=sites)
-
-
-def time_term(
-    bench: StepBench, term: str, repeats: Mapping[Load, int], counts: Sequence[int], *, max_bytes: int
-) -> Iterator[Timed]:
-    """One point for each number of distinct adapters and each load that has rows for them, each step run so many
-    times; from the first number on whose terms take more than `max_bytes`, none, and none on a base that has no place
-    for the term."""
-    for count in counts:
-        adapters = {}
-        for slot in range(1, count + 1):
-            adapters[slot] = make_adapter(bench.base, TERMS[term], slot)
-            if not adapters[slot].sites or bytes_of(adapters) > max_bytes:
-                return
-        with bench.holding(adapters):
-            for load, times in repeats.items():
-                if count > load.num_rows:
-                    continue
-                slots = [1 + r % count for r in range(load.num_rows)]
-                step_s, base_s = bench.beside_base_s(load, slots, repeats=times)
-                yield Timed(
-                    term=term,
-                    load=load,
-                    num_adapters=count,
-                    step_s=step_s,
-                    base_s=base_s,
-                    base_work=base_work(bench.base, load),
-                    term_work=adapters_work(bench.base, adapters, load),
-                )

@@ -63,13 +63,23 @@ def is_head(spec: SiteSpec, vocab_size: int) -> bool:
     return spec.kind is SiteKind.LINEAR and spec.out_features == vocab_size
 
 
-def adapters_work(base: ResidentBase, adapters: Mapping[int, Adapter], load: Load) -> Work:
-    """What adapters add: their terms read once each, and applied to the tokens, which share them evenly."""
+def adapters_work(base: ResidentBase, adapters: Mapping[int, Adapter], load: Load, *, among: int | None = None) -> Work:
+    """What adapters add: their terms, or the keys and values in front of their requests, read once each, and applied
+    to the tokens, which `among` so many share evenly (default: the adapters)."""
     if not adapters:
         return Work(num_bytes=0, num_flops=0)
-    each = load.total_tokens / len(adapters)
+    shape, each = base.shape, load.total_tokens / (among or len(adapters))
     flops = (flops_of(edit, base.sites[path]) for adapter in adapters.values() for path, edit in adapter.sites.items())
-    return Work(num_bytes=bytes_of(adapters), num_flops=each * sum(flops))
+    front = shape.num_layers * sum(num_virtual(adapter) for adapter in adapters.values())
+    kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * base.dtype.itemsize * front
+    attended = 4 * shape.num_heads * shape.head_dim * front
+    return Work(num_bytes=bytes_of(adapters) + kv_bytes, num_flops=each * (sum(flops) + attended))
+
+
+def num_virtual(adapter: Adapter) -> int:
+    """Positions in front of the tokens of its requests, on a decoder."""
+    prompt = 0 if adapter.prompt is None else len(adapter.prompt.embeddings_PD)
+    return prompt + (0 if adapter.prefix is None else adapter.prefix.keys_LHPD.shape[2])
 
 
 def bytes_of(adapters: Mapping[int, Adapter]) -> int:

@@ -1,7 +1,7 @@
-"""W11: what does each kind of term cost a step?
+"""W11: what does each kind of adapter cost a step?
 
 In this process: decode steps of sixteen rows of one token, and prefills of 64 to 4096 tokens in four rows, with
-1 .. 16 distinct adapters of one term, in turns with the same rows without adapters. Beside each ratio stand two
+1 .. 16 distinct adapters of one kind, in turns with the same rows without adapters. Beside each ratio stand two
 bounds: the *byte bound*, what the step would take over the base's if reading weights, keys, values and terms once were
 all there is to it; and the *bound*, the same for whichever takes longer at this machine's measured rates, reading or
 arithmetic.
@@ -17,7 +17,7 @@ from loadtest.stage import Stage
 
 if TYPE_CHECKING:
     from loadtest.bound import MachineRates
-    from loadtest.terms import Timed
+    from loadtest.timed import Timed
     from loadtest.work import Load
 
 MAX_BYTES = 2**31
@@ -34,14 +34,15 @@ def run(stage: Stage, terms: Sequence[str] = (), phases: Sequence[str] = ()) -> 
     import torch  # with transformers, seconds that the other commands do without
 
     from loadtest.bound import measure_rates
+    from loadtest.kinds import KINDS
     from loadtest.steps import StepBench, load_base
-    from loadtest.terms import TERMS, time_term
+    from loadtest.timed import time_term
     from loadtest.work import base_work
 
     options = stage.options
-    unknown = sorted(set(terms) - set(TERMS))
+    unknown = sorted(set(terms) - set(KINDS))
     if unknown:
-        raise ValueError(f"no term {unknown[0]!r}; there are {', '.join(TERMS)}")
+        raise ValueError(f"no term {unknown[0]!r}; there are {', '.join(KINDS)}")
     dtype = getattr(torch, options.dtype)
     base = load_base(stage.base(), dtype=dtype, device=options.device, num_threads=options.num_threads)
     steps = loads(phases or PHASES, max_context=base.shape.max_positions or 2048, quick=options.quick)
@@ -49,7 +50,7 @@ def run(stage: Stage, terms: Sequence[str] = (), phases: Sequence[str] = ()) -> 
     weights = int(base_work(base, steps[0]).num_bytes)
     rates = measure_rates(device=options.device, dtype=dtype, num_bytes=weights, quick=options.quick)
     found: list[Timed] = []
-    names = list(terms or TERMS)
+    names = list(terms or KINDS)
     with stage.counting("terms", len(names)) as tick:
         for term in names:
             for is_prefill in (False, True):

@@ -117,7 +117,7 @@ def test_rows_of_any_length_are_stepped(base: ResidentBase) -> None:
     for load in (Load(num_rows=4, context=15), Load(num_rows=4, context=16), Load(num_rows=1, num_tokens=64)):
         assert bench.step_s(load, repeats=1) > 0
     with pytest.raises(AssertionError, match="more positions"):
-        bench.step_s(Load(num_rows=2, num_tokens=80), repeats=1)
+        bench.step_s(Load(num_rows=4, num_tokens=48), repeats=1)
 
 
 def test_the_report_puts_steps_beside_their_bounds() -> None:

@@ -9,9 +9,11 @@ import torch
 
 from loadtest.bound import MachineRates, Work
 from loadtest.cli import main
+from loadtest.kinds import KINDS, NUM_VIRTUAL
 from loadtest.report import load_report
 from loadtest.steps import StepBench, load_base
-from loadtest.terms import TERMS, Timed, make_adapter, time_term
+from loadtest.terms import TERMS, make_adapter
+from loadtest.timed import Timed, time_term
 from loadtest.work import Load, bytes_of
 from loadtest.workloads import w11
 
@@ -39,6 +41,39 @@ def test_every_term_runs(bench: StepBench, term: str) -> None:
     assert (found[2].term_work.num_bytes == 3 * own) is (term not in SHARED), "shared factors count once"
     if term not in ("own norms", "64 rows of the vocabulary"):
         assert found[0].term_work.num_flops > 0
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(TERMS)))
+def test_what_stands_in_front_and_mixtures_run(bench: StepBench, kind: str) -> None:
+    load = Load(num_rows=7, context=8)
+    points = list(time_term(bench, kind, {load: 1}, (1, 7), max_bytes=2**31))
+    assert [point.num_adapters for point in points] == [1, 7]
+    shape = bench.base.shape
+    front = 2 * 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim * NUM_VIRTUAL  # float32 keys and values
+    if kind == "MIX":  # a prompt and a prefix, two LoRAs in three of the slots, scales in one, and the base
+        made = [KINDS[kind](bench.base, slot) for slot in range(1, 8)]
+        assert made[5] is None
+        terms = bytes_of({slot: adapter for slot, adapter in enumerate(made) if adapter is not None})
+        assert points[1].term_work.num_bytes == terms + 2 * front
+    else:
+        assert [point.term_work.num_bytes for point in points] == [front, 7 * front]
+    assert points[1].term_work.num_flops > 0
+
+
+def test_rows_read_what_stands_in_front_of_them(bench: StepBench) -> None:
+    load = Load(num_rows=3, context=8)
+    adapter = KINDS[f"KV prefix of {NUM_VIRTUAL}"](bench.base, 1)
+    assert adapter is not None
+    with bench.holding({1: adapter}):
+        rows = bench._rows(load, [0, 1, 1])
+        copies = tuple(bench._copies(rows))
+    assert [row.start for row in rows] == [8, NUM_VIRTUAL + 8, NUM_VIRTUAL + 8]
+    assert rows[1].blocks[0] == rows[2].blocks[0], "a full block is shared"
+    assert {source for source, _ in copies} == {rows[1].blocks[0] + 1}, "one that is not is copied"
+    own = [set(rows[0].blocks), set(rows[1].blocks[1:]), set(rows[2].blocks[1:])]
+    assert [target for _, target in copies] == [rows[1].blocks[1], rows[2].blocks[1]]
+    assert not own[0] & own[1] and not own[1] & own[2]  # noqa: PT018
+    assert bench._rows(load, [0, 1, 1])[1].start == 8, "and nothing stands there behind the block"
 
 
 @pytest.mark.parametrize("term", sorted(NEEDS_SUBLAYERS))
