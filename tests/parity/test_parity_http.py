@@ -1,6 +1,6 @@
 """Every method on every kind of base, uploaded over HTTP and asked all at once: the tokens are peft's.
 
-peft, one request at a time, is the oracle. The server gets freshly made checkpoints, and then every request at
+peft, one adapter at a time, is the oracle. The server gets freshly made checkpoints, and then every request at
 the same time, so that rows of all methods and of the base share steps.
 """
 
@@ -10,20 +10,17 @@ import asyncio
 import io
 import os
 import tarfile
-import warnings
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
 
 from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
 from tests.adapters.checkpoints import BASE_KINDS, SEQ2SEQ, first_task, make_checkpoint, telling_methods_for
 from tests.parity.asking import generate_all, ids_of
 from tests.parity.bases import lively_base, save_tiny_base, word_codec, words
+from tests.parity.greedy_oracle import greedy
 from tests.parity.served import ServedModel
 
 NUM_NEW = int(os.environ.get("PEFT_SERVE_TEST_TOKENS", "8"))  # of each answer
@@ -35,6 +32,8 @@ PAIRS = (
 """Every adapter is asked one pair. Prompts of a pair have one length, so that peft computes both in one batch, without
 padding: peft by itself takes much of the time here."""
 PROMPTS = tuple(prompt for pair in PAIRS for prompt in pair)
+Call = tuple[str, int]
+"""An adapter's name, and which of the prompts."""
 
 
 def as_zip(files: CheckpointFiles) -> bytes:
@@ -56,27 +55,6 @@ def as_tar(files: CheckpointFiles) -> bytes:
     return buffer.getvalue()
 
 
-@torch.no_grad()
-def oracle_tokens(model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """What peft (or transformers) generates greedily for prompts of one length: the end-of-sequence id included, prompt
-    and start left out."""
-    ids = torch.tensor(prompts)
-    tasks = first_task(model) if isinstance(model, peft.PeftModel) else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_NEW,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=1,
-            pad_token_id=0,
-            **{name: task.repeat(len(ids)) for name, task in tasks.items()},
-        )[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
-    return [new[: new.index(1) + 1] if 1 in new else new for new in made]
-
-
 async def ask_all(url: str, calls: list[tuple[str, list[int]]], with_tasks: frozenset[str]) -> list[list[int]]:
     """Every call at the same time; the generated ids of each. Adapters `with_tasks` are asked for their first task."""
 
@@ -88,21 +66,13 @@ async def ask_all(url: str, calls: list[tuple[str, list[int]]], with_tasks: froz
     return [ids_of(answer) for answer in answers]
 
 
-def _expect(expected: dict[tuple[str, int], list[int]], name: str, model: Any, pair: int) -> None:
-    for i, tokens in enumerate(oracle_tokens(model, PAIRS[pair]), start=2 * pair):
-        expected[name, i] = tokens
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("base_kind", BASE_KINDS)
 def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) -> None:
     save_tiny_base(base_kind, tmp_path / "base")
     names = {method: method.replace("_", "-") for method in telling_methods_for(base_kind)}
-    expected: dict[tuple[str, int], list[int]] = {}
+    asked = [("base", lively_base(base_kind), pair) for pair in range(len(PAIRS))]
     with_tasks = set()
-    plain = lively_base(base_kind)
-    for number in range(len(PAIRS)):
-        _expect(expected, "base", plain, number)
     settings = {"max_rows": 48, "max_step_tokens": 128, "max_step_adapters": 24, "max_resident_adapters": 160}
     settings["block_size"] = 4  # so that a prompt fills some
     codec = word_codec(is_encoder_decoder=base_kind in SEQ2SEQ)
@@ -111,14 +81,14 @@ def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) ->
             files, model = make_checkpoint(method, base_kind, seed=100 + at, base=lively_base(base_kind))
             if first_task(model):
                 with_tasks.add(name)
-            _expect(expected, name, model, (at + BASE_KINDS.index(base_kind)) % len(PAIRS))
+            asked.append((name, model, (at + BASE_KINDS.index(base_kind)) % len(PAIRS)))
             content, kind = (as_zip(files), "zip") if at % 2 else (as_tar(files), "gzip")
             answer = served.client.put(
                 f"/adapters/{name}", content=content, headers={"content-type": f"application/{kind}"}
             )
             assert answer.status_code == 201, (method, answer.text)
             served.client.post(f"/adapters/{name}/load")  # so that rows need not wait for each other's adapters
-        calls = sorted(expected, key=lambda call: call[1])
+        calls = sorted(((name, 2 * pair + i) for name, _, pair in asked for i in (0, 1)), key=lambda call: call[1])
         given = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in calls], frozenset(with_tasks)))
         again = [call for call in calls if call[1] % 2 and base_kind not in SEQ2SEQ]  # one prompt of each pair
         found = asyncio.run(ask_all(served.url, [(name, PROMPTS[i]) for name, i in again], frozenset(with_tasks)))
@@ -127,6 +97,11 @@ def test_tokens_equal_peft_in_one_mixed_batch(base_kind: str, tmp_path: Path) ->
     assert {call: answers[call] for call in again} == dict(zip(again, found, strict=True)), "a prefix found is the same"
     hits = next(line for line in metrics.splitlines() if line.startswith("vllm:prefix_cache_hits_total"))
     assert (float(hits.rsplit(" ", 1)[1]) > 0) == (base_kind not in SEQ2SEQ)
+    expected: dict[Call, list[int]] = {}
+    for name, model, pair in asked:
+        pairs = [(name, 2 * pair), (name, 2 * pair + 1)]
+        tokens = greedy(model, PAIRS[pair], [answers[call] for call in pairs], num_new=NUM_NEW)
+        expected |= zip(pairs, tokens, strict=True)
     assert {call: tokens for call, tokens in answers.items() if tokens != expected[call]} == {}
     # The adapters must matter, or equality would say nothing; on two prompts some are not heard.
     moved = {name for (name, i), tokens in expected.items() if tokens != expected["base", i]}
