@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,6 +62,11 @@ def tiny_encoder(
 
     The body's weights follow from the seed alone, whatever the task; those of a head from the task too.
     """
+    return copy.deepcopy(_made(family, task, seed, num_labels))
+
+
+@cache
+def _made(family: str, task: str, seed: int, num_labels: int) -> PreTrainedModel:
     config = CONFIGS[family]()
     config.num_labels = num_labels
     return enlivened(TASKS[task].from_config(config, attn_implementation="eager"), seed)
