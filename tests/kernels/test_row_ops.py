@@ -37,6 +37,16 @@ def test_a_norm_is_its_formula_and_every_row_is_its_own(ops: RowOps, size: int, 
         assert torch.equal(norm(x_TI[row : row + 1])[0], y_TI[row])
 
 
+@pytest.mark.parametrize(("each", "size"), [(1, 133), (3, 32), (1, 40000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_its_own_has_the_bits_of_one_for_all(ops: RowOps, each: int, size: int, dtype: torch.dtype) -> None:
+    gains_SI, slot_T = _random(4, size).to(dtype), torch.tensor([3, 0, 0, 2, 3])
+    x = _random(1, 5, each, size).to(dtype)
+    y = ops.own_rms_norm(gains_SI, slot_T, 1e-6)(x)
+    for token, slot in enumerate(slot_T.tolist()):
+        assert torch.equal(y[:, token], ops.rms_norm(gains_SI[slot], 1e-6)(x[:, token]))
+
+
 def test_a_norm_takes_what_has_gaps_and_leaves_it_as_it_was(ops: RowOps) -> None:
     x = _random(1, 5, 2, 64)
     given = x[:, :, 1]

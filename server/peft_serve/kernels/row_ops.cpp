@@ -46,17 +46,28 @@ float sum_of_squares(const T* x, long size) {
 }
 
 template <class T>
+inline void rms_norm_one(const T* from, const T* gain, T* to, long size, float epsilon) {
+  const float scale = 1.0f / std::sqrt(sum_of_squares(from, size) / float(size) + epsilon);
+  for (long i = 0; i < size; i += LANES) {
+    const Lanes normed = rounded(from, load_of(from + i, size - i) * scale);
+    put(to + i, load_of(gain + i, size - i) * normed, size - i);
+  }
+}
+
+template <class T>
 void rms_norm(const T* x, const T* gain, T* y, long tokens, long size, float epsilon) {
   team::share(tokens, tokens_at_once(size), [=](long first, long last) {
-    for (long t = first; t < last; ++t) {
-      const T* from = x + t * size;
-      T* to = y + t * size;
-      const float scale = 1.0f / std::sqrt(sum_of_squares(from, size) / float(size) + epsilon);
-      for (long i = 0; i < size; i += LANES) {
-        const Lanes normed = rounded(from, load_of(from + i, size - i) * scale);
-        put(to + i, load_of(gain + i, size - i) * normed, size - i);
-      }
-    }
+    for (long t = first; t < last; ++t) rms_norm_one(x + t * size, gain, y + t * size, size, epsilon);
+  });
+}
+
+template <class T>
+void own_rms_norm(const T* x, const T* gains, const int64_t* slots, T* y, long tokens, long each, long size,
+                  float epsilon) {
+  team::share(tokens, tokens_at_once(each * size), [=](long first, long last) {
+    for (long t = first; t < last; ++t)
+      for (long i = t * each; i < (t + 1) * each; ++i)
+        rms_norm_one(x + i * size, gains + slots[t] * size, y + i * size, size, epsilon);
   });
 }
 
@@ -151,6 +162,11 @@ extern "C" {
   /* y = gain * x / sqrt(mean(x^2) + epsilon) of `tokens` vectors of `size` numbers; y may be x. */                    \
   void row_rms_norm_##dtype(const void* x, const void* gain, void* y, long tokens, long size, float epsilon) {         \
     rms_norm(dtype(x), dtype(gain), dtype(y), tokens, size, epsilon);                                                  \
+  }                                                                                                                    \
+  /* The same of `each` vectors of every token, with the row of its slot in a table of gains. */                       \
+  void row_own_rms_norm_##dtype(const void* x, const void* gains, const int64_t* slots, void* y, long tokens,          \
+                                long each, long size, float epsilon) {                                                 \
+    own_rms_norm(dtype(x), dtype(gains), slots, dtype(y), tokens, each, size, epsilon);                                \
   }                                                                                                                    \
   /* q [tokens, heads, head] and k [tokens, kv_heads, head] are turned by the angles of their token, cosines and */    \
   /* sines [tokens, head]; then k and v [tokens, kv_heads, head] are copied to their places of keys and values. */     \

@@ -28,6 +28,7 @@ class RowFunctions:
     """The compiled functions for one dtype; they take addresses and sizes, as row_ops.cpp says."""
 
     rms_norm: Any
+    own_rms_norm: Any
     rotate: Any
     gate: Any
     add: Any
@@ -37,10 +38,11 @@ class RowFunctions:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """gain * x / sqrt(mean(x^2) + epsilon)."""
+    """gain * x / sqrt(mean(x^2) + epsilon), the gain being a weight + `offset` (Gemma's is 1)."""
 
     gain: Tensor
     epsilon: float
+    offset: int = 0
 
 
 class RowOps:
@@ -66,6 +68,23 @@ class RowOps:
                 x = x.contiguous()
             y = empty_like(x)
             run(x.data_ptr(), at, y.data_ptr(), x.numel() // size, size, epsilon)
+            return y
+
+        return norm
+
+    def own_rms_norm(self, gains_SI: Tensor, slot_T: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
+        """The same with the gain of each token's slot, for x [.., T, I] or x [.., T, H, I] without gaps, as many tokens
+        as there are slots. A token's bits are those of `rms_norm` with its gain."""
+        assert gains_SI.is_contiguous() and slot_T.dtype is torch.int64, "tables lie without gaps"  # noqa: PT018
+        tokens, size, dtype = len(slot_T), gains_SI.shape[-1], gains_SI.dtype
+        run, slots, empty_like = self.functions[dtype].own_rms_norm, slot_T.contiguous(), torch.empty_like
+
+        def norm(x: Tensor) -> Tensor:
+            assert x.dtype is dtype and x.shape[-1] == size, f"a norm of {dtype} [.., {size}]"  # noqa: PT018
+            x = x.contiguous()
+            y = empty_like(x)
+            each = x.numel() // (tokens * size)
+            run(x.data_ptr(), gains_SI.data_ptr(), slots.data_ptr(), y.data_ptr(), tokens, each, size, epsilon)
             return y
 
         return norm
@@ -112,6 +131,7 @@ def _functions(library: ctypes.CDLL, dtype: str) -> RowFunctions:
     long, pointer = ctypes.c_long, ctypes.c_void_p
     return RowFunctions(
         rms_norm=_function(library, f"row_rms_norm_{dtype}", [pointer] * 3 + [long, long, ctypes.c_float]),
+        own_rms_norm=_function(library, f"row_own_rms_norm_{dtype}", [pointer] * 4 + [long] * 3 + [ctypes.c_float]),
         rotate=_function(library, f"row_rotate_{dtype}", [pointer] * 8 + [long] * 4),
         gate=_function(library, f"row_gate_{dtype}", [pointer, pointer, long]),
         add=_function(library, f"row_add_{dtype}", [pointer, pointer, long]),

@@ -43,10 +43,11 @@ def kernel_norm(module: nn.Module, own: Callable[..., Any], ops: RowOps) -> row_
     if facts is None or facts[0].dtype not in DTYPES:
         return None
     weight, epsilon = facts
-    for gain in (weight, 1 + weight):
+    for offset in (0, 1):
+        gain = weight + offset if offset else weight
         fused = _taking_any(ops.rms_norm(gain, epsilon))
         if _are_close(own, fused, gain, tolerance=_TOLERANCES[gain.dtype]):
-            return row_ops.Norm(gain.contiguous(), epsilon)
+            return row_ops.Norm(gain.contiguous(), epsilon, offset)
     return None
 
 

@@ -174,10 +174,12 @@ class NormSite:
         self._op: OwnOp | None = None
 
     def run_by(self, ops: RowOps) -> None:
-        """Run the base's norm by a kernel, where it is one the kernel computes."""
+        """Run the base's norm and adapters' own by a kernel, where it is one the kernel computes. No adapter is here
+        yet."""
         self.by_kernel = kernel_norm(self._module, self._base, ops)
         if self.by_kernel is not None:
             self._base = run_by(self.by_kernel, ops)
+            self._own.run_by(self.by_kernel, ops)
 
     def forget(self) -> None:
         self._op, self._planned = None, None

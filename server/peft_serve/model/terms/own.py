@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, linear, rms_norm
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Edit, Replace
+from peft_serve.kernels.row_ops import Norm, RowOps
 from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Route, Run
 from peft_serve.model.terms.tables import SlotTable
@@ -51,7 +53,8 @@ class OwnParameters:
 class OwnNorm:
     """A tuned norm: every token is normalised with its adapter's parameters, all adapters at once.
 
-    torch's own norms take the affine part apart; every other norm (RMS norms, with or without Gemma's 1 + w)
+    Where a kernel computes the base's norm, it computes these too, from a table of gains: tokens of others keep their
+    bits. Else torch's own norms take the affine part apart; every other norm (RMS norms, with or without Gemma's 1 + w)
     is run as it is, on a twin whose parameters are one row for each token.
     """
 
@@ -62,17 +65,35 @@ class OwnNorm:
         self._twin = copy.copy(module)
         self._twin.__dict__.pop("forward", None)
         self._twin._parameters = dict(module._parameters)
+        self._by_kernel: _KernelGains | None = None
+
+    def run_by(self, norm: Norm, ops: RowOps) -> None:
+        """Run by a kernel from now on. No adapter is here yet."""
+        self._by_kernel = _KernelGains(norm, ops)
 
     def put(self, slot: int, edit: Edit) -> None:
-        if isinstance(edit, Replace):
-            for name, vector in edit.state.items():
-                self._tables[name].put(slot, vector)
+        if not isinstance(edit, Replace):
+            return
+        if self._by_kernel is not None:
+            self._by_kernel.put(slot, edit.state)
+            return
+        for name, vector in edit.state.items():
+            self._tables[name].put(slot, vector)
 
     def drop(self, slot: int) -> None:
+        if self._by_kernel is not None:
+            self._by_kernel.table.drop(slot)
         for table in self._tables.values():
             table.drop(slot)
 
+    def gains(self, route: Route) -> Tensor | None:
+        """[S, D] What the kernel multiplies with by slot, or None if no active adapter has a norm of its own here."""
+        by_kernel = self._by_kernel
+        return None if by_kernel is None or by_kernel.table.index(route) is None else by_kernel.table.rows
+
     def op(self, route: Route) -> OwnOp | None:
+        if self._by_kernel is not None:
+            return self._by_kernel.op(route)
         indices = {name: table.index(route) for name, table in self._tables.items()}
         tables = {name: self._tables[name].rows for name, i in indices.items() if i is not None}
         if not tables:
@@ -101,6 +122,32 @@ class OwnNorm:
             self._twin._parameters.update(self._module._parameters)
         assert isinstance(y, Tensor)
         return y
+
+
+class _KernelGains:
+    """The gains of the installed adapters, as the kernel of the base's norm takes them."""
+
+    def __init__(self, norm: Norm, ops: RowOps) -> None:
+        self._norm = norm
+        self._ops = ops
+        self.table = SlotTable(norm.gain)
+
+    def put(self, slot: int, state: Mapping[str, Tensor]) -> None:
+        if "weight" in state:
+            gain_D = state["weight"].to(self._norm.gain)
+            self.table.put(slot, gain_D + self._norm.offset if self._norm.offset else gain_D)
+
+    def op(self, route: Route) -> OwnOp | None:
+        slot_T = self.table.index(route)
+        if slot_T is None:
+            return None
+        norm = self._ops.own_rms_norm(self.table.rows, slot_T, self._norm.epsilon)
+
+        def by_token(x: Tensor) -> Tensor:
+            axis = token_axis(x)
+            return norm(x.transpose(1, 2)).transpose(1, 2) if axis != 1 and x.ndim == 4 else norm(x)
+
+        return by_token
 
 
 def token_axis(x: Tensor) -> int:
