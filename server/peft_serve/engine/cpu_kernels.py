@@ -14,6 +14,7 @@ from torch import nn
 
 from peft_serve.config import Settings
 from peft_serve.kernels.attention import PagedAttention
+from peft_serve.kernels.block_diagonal import BlockDiagonalKernel
 from peft_serve.kernels.few_rows import FewRows
 from peft_serve.kernels.layer import LayerKernel
 from peft_serve.kernels.low_rank import LowRankKernel
@@ -24,6 +25,7 @@ from peft_serve.model.gated_mlp import gated_forward
 from peft_serve.model.packing import can_pack, gains_from_kernels, has_room, is_worth_its_room
 from peft_serve.model.paged import PagedDecode
 from peft_serve.model.rotary_attention import RotaryAttention, rotary_attention
+from peft_serve.model.terms.term import OtherKernels
 from peft_serve.model.whole_layer import whole_layers
 
 
@@ -35,6 +37,7 @@ class CpuKernels:
     attention: PagedAttention
     low_rank: LowRankKernel
     row_ops: RowOps
+    blocks: BlockDiagonalKernel
     layer: LayerKernel
 
 
@@ -42,7 +45,10 @@ def make_kernels(code: NativeCode) -> CpuKernels:
     """Compile what is not compiled yet and load it. NativeError where that cannot be."""
     few_rows, attention, low_rank, row_ops = FewRows(code), PagedAttention(code), LowRankKernel(code), RowOps(code)
     layer = LayerKernel(code, few_rows=few_rows, low_rank=low_rank, attention=attention, row_ops=row_ops)
-    return CpuKernels(few_rows=few_rows, attention=attention, low_rank=low_rank, row_ops=row_ops, layer=layer)
+    blocks = BlockDiagonalKernel(code)
+    return CpuKernels(
+        few_rows=few_rows, attention=attention, low_rank=low_rank, row_ops=row_ops, blocks=blocks, layer=layer
+    )
 
 
 def speed_up(settings: Settings, base: ResidentBase, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -57,6 +63,7 @@ def speed_up(settings: Settings, base: ResidentBase, environ: Mapping[str, str],
     paged = PagedDecode(kernels.attention)
     base.runs.attention.paged = paged
     base.adapted.run_low_rank_by(kernels.low_rank)
+    base.adapted.run_others_by(OtherKernels(mixing=kernels.blocks))
     known = _shorten(base, kernels.row_ops)
     _pack(settings, base, kernels, say)
     whole_layers(base, kernels.layer, paged, *known)

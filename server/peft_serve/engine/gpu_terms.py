@@ -38,6 +38,7 @@ def others_error(memory: DeviceMemory, base: ResidentBase) -> float:
     """The largest error of a few adapters' mixers and bottlenecks, over the largest number."""
     kernels, generator = other_kernels(memory), torch.Generator().manual_seed(2)
     mixing = kernels.mixing.layer(_SIZE, base.dtype)
+    assert kernels.bottlenecks is not None, "GPUs have one"
     bottlenecks = kernels.bottlenecks.layer(_SIZE, base.dtype)
 
     def small(*size: int) -> Tensor:

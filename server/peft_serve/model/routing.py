@@ -156,6 +156,7 @@ class Route:
         self._slot_T: Tensor | None = None
         self._spans: dict[frozenset[int], Span] = {}
         self._subsets: dict[frozenset[int], Subset] = {}
+        self._slots: dict[frozenset[int], Tensor] = {}
         self._batches: dict[frozenset[int], tuple[Batch, ...]] = {}
         self._segments: dict[frozenset[int], Segments] = {}
 
@@ -211,6 +212,12 @@ class Route:
             ranges = [(run.first, run.last) for run in self.runs_of(slots)]
             self._subsets[slots] = subset_of(ranges, self._device)
         return self._subsets[slots]
+
+    def slots_in(self, slots: frozenset[int]) -> Tensor:
+        """[N] The slot of each token of `subset(slots)`."""
+        if slots not in self._slots:
+            self._slots[slots] = self.subset(slots).take(self.slot_of_token)
+        return self._slots[slots]
 
     def rest(self, slots: frozenset[int]) -> Subset | None:
         """The tokens of everybody else, the base's among them; None when there are none."""

@@ -155,7 +155,8 @@ class SublayerSite:
         self._finals: list[tuple[Subset, Tensor]] = []
 
     def use_others(self, kernels: OtherKernels) -> None:
-        self._bottlenecks.use(kernels.bottlenecks)
+        if kernels.bottlenecks is not None:
+            self._bottlenecks.use(kernels.bottlenecks)
 
     def put(self, slot: int, edit: Edit) -> None:
         if isinstance(edit, Bottleneck):

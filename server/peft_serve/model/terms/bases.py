@@ -81,9 +81,8 @@ class BasesMaps:
         for group in self._groups.values():
             slots = route.active.intersection(group.gains)
             if slots:
-                subset = route.subset(slots)
                 runs = _gained(route.runs_of(slots), group)
-                parts.append(_Part(subset, subset.take(route.slot_of_token), runs, group))
+                parts.append(_Part(route.subset(slots), route.slots_in(slots), runs, group))
         if not parts:
             return None
 

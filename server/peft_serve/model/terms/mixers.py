@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from peft_serve.adapters.primitives import Affine, BlockDiagonal, Edit, Paired
+from peft_serve.kernels.block_diagonal import LayerBlocks
+from peft_serve.kernels.low_rank import SlotFactors
 from peft_serve.kernels.mixing import Blocks, Mix, MixingKernels, mixed_by_blocks, mixed_in_pairs
 from peft_serve.kernels.subsets import Batch, Subset
 from peft_serve.model.routing import Route
@@ -64,6 +66,10 @@ class _Blocks:
             return None if self._slots.isdisjoint(route.active) else self._direct.op(route.segments)
         parts = self.parts(route)
         return (lambda y_TD, x_TD: _mix_(y_TD, x_TD, parts)) if parts else None
+
+    def by_slot(self, route: Route) -> SlotFactors | None:
+        """The blocks as a layer's kernel reads them for the adapters of a route, if it can read them."""
+        return self._direct.by_slot(route.segments) if isinstance(self._direct, LayerBlocks) else None
 
     def parts(self, route: Route) -> list[_BlockPart]:
         by_shape: dict[torch.Size, set[int]] = {}
@@ -169,8 +175,7 @@ class OutPairs:
         for group, pairs in self._by_group.items():
             slots = route.active.intersection(pairs.own.slots)
             if slots:
-                subset = route.subset(slots)
-                slot_N = subset.take(route.slot_of_token)
+                subset, slot_N = route.subset(slots), route.slots_in(slots)
                 parts.append(_PairPart(subset, slot_N, pairs.own.rows, pairs.other.rows, group))
         if not parts:
             return None

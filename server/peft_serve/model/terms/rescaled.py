@@ -71,8 +71,7 @@ class RescaledMaps:
         for group in self._groups.values():
             slots = route.active.intersection(group.outer.slots)
             if slots:
-                subset = route.subset(slots)
-                parts.append(_Part(subset, subset.take(route.slot_of_token), group))
+                parts.append(_Part(route.subset(slots), route.slots_in(slots), group))
         if not parts:
             return None
         is_lookup = self._spec.kind is SiteKind.EMBEDDING

@@ -56,7 +56,7 @@ class LookupRows(_RowsBySlot):
         keys_N = torch.cat([self._own[slot].ids_N + slot * self._num_ids for slot in slots])
         values_ND = torch.cat([self._own[slot].values_ND for slot in slots])
         subset = route.subset(frozenset(slots))
-        offset_N = subset.take(route.slot_of_token) * self._num_ids
+        offset_N = route.slots_in(frozenset(slots)) * self._num_ids
 
         def exchange(y_TO: Tensor, ids_T: Tensor) -> None:
             wanted_N = subset.take(ids_T) + offset_N

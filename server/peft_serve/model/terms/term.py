@@ -49,10 +49,10 @@ class OutTerm(Term, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherKernels:
-    """Kernels for terms that are not low-rank."""
+    """Kernels for terms that are not low-rank; None: there are none of the kind."""
 
     mixing: MixingKernels
-    bottlenecks: BottleneckKernels
+    bottlenecks: BottleneckKernels | None = None
 
 
 @runtime_checkable
