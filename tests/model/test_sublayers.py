@@ -15,7 +15,7 @@ from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling, Learne
 from peft_serve.core import AdapterId
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
-from peft_serve.model.sublayers import sublayers_of
+from peft_serve.model.sublayer_places import sublayers_of
 from tests.adapters.adapterhub.bases import ENCODERS, FAMILIES, HIDDEN, SEQ2SEQ, VOCAB, base_model
 from tests.adapters.adapterhub.served import resident
 from tests.model.tiny_models import tiny

@@ -22,11 +22,11 @@ from peft_serve.kernels.native import NativeCode, NativeError, cache_folder, fin
 from peft_serve.kernels.row_ops import RowOps
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.gated_mlp import gated_forward
+from peft_serve.model.known_layers import whole_layers
 from peft_serve.model.packing import can_pack, gains_from_kernels, has_room, is_worth_its_room
 from peft_serve.model.paged import PagedDecode
 from peft_serve.model.rotary_attention import RotaryAttention, rotary_attention
 from peft_serve.model.terms.term import OtherKernels
-from peft_serve.model.whole_layer import whole_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +44,8 @@ class CpuKernels:
 def make_kernels(code: NativeCode) -> CpuKernels:
     """Compile what is not compiled yet and load it. NativeError where that cannot be."""
     few_rows, attention, low_rank, row_ops = FewRows(code), PagedAttention(code), LowRankKernel(code), RowOps(code)
-    layer = LayerKernel(code, few_rows=few_rows, low_rank=low_rank, attention=attention, row_ops=row_ops)
     blocks = BlockDiagonalKernel(code)
+    layer = LayerKernel(code, few_rows=few_rows, low_rank=low_rank, attention=attention, row_ops=row_ops, blocks=blocks)
     return CpuKernels(
         few_rows=few_rows, attention=attention, low_rank=low_rank, row_ops=row_ops, blocks=blocks, layer=layer
     )

@@ -1,12 +1,14 @@
-// A decoder layer of Llama's kind, x + o(attention(norm(x))) and then + down(silu(gate) * up), in one call: one crossing
-// from Python for a whole layer, and everything between two products in a few lines of memory that stay in the cache.
+// A decoder layer of Llama's kind, x + o(attention(norm(x))) and then + down(silu(gate) * up), by a table of stages: a
+// call runs as many of them as the step allows, all of them as a rule. One crossing from Python for a whole layer, and
+// everything between two products in a few lines of memory that stay in the cache.
 //
 // Nothing is computed here. The kernels are those that run where a layer is spelled out in Python, in the same order on
 // the same numbers, so both give the same bits. They are called by address: each is a library of its own.
 //
-// Where attention is somebody else's (prompts), the layer is run in two halves, `layer_before` and `layer_after`.
+// Between two stages the caller may change what the first one gave: the terms of adapters that no kernel computes.
 
 #include <cstdint>
+#include <cstring>
 
 #include "team.h"
 
@@ -14,6 +16,8 @@ extern "C" {
 
 struct Kernels {
   void (*norm)(const void* x, const void* gain, void* y, long tokens, long size, float epsilon);
+  void (*own_norm)(const void* x, const void* gains, const int64_t* slots, void* y, long tokens, long each, long size,
+                   float epsilon);
   void (*rotate)(void* q, void* k, const void* v, const void* cosines, const void* sines, const int64_t* places,
                  void* keys, void* values, long tokens, long heads, long kv_heads, long head);
   void (*gate)(void* x, const void* up, long num);
@@ -22,24 +26,35 @@ struct Kernels {
   void (*shift)(void* y, const void* table, const int64_t* slots, long tokens, long size);
   void (*products)(const void* const* layers, long count, const void* x, void* const* ys, long rows);
   void (*low_rank)(const void* const* layers, long count, const void* segments, void* const* ys, const void* x);
+  void (*mix)(const void* layer, const void* segments, void* y, const void* x);
   void (*attend)(const void* pages, const void* rows, const void* q, long q_row, long q_head, void* out, long heads,
                  float scale);
 };
 
 enum Projection { Q, K, V, O, GATE, UP, DOWN, PROJECTIONS };
+enum NormAt { BEFORE, HEADS_Q, HEADS_K, AFTER, NORMS };
+
+// What a layer does, one after the other; `Stage` of layer.py.
+enum Stage {
+  NORM_BEFORE, READ, NORM_HEADS, ROTATE, ATTEND, WRITE, ADD_WRITTEN, NORM_AFTER, OPEN, GATE_OPENED, CLOSE, ADD_CLOSED,
+};
+
+struct Norm {
+  const void* gain;  // null: there is none
+  float epsilon;
+};
 
 // What a layer is. `layer.py` has the same fields, of all structures here.
 struct Layer {
   const Kernels* kernels;
   const void* products[PROJECTIONS];
-  const void *gain_before, *gain_after;  // of the norms before attention and behind it
-  const void *gain_q, *gain_k;           // of the norms of each head's queries and keys; null: there are none
-  float epsilon_before, epsilon_after, epsilon_q, epsilon_k, scale;
+  Norm norms[NORMS];
+  float scale;
   int num_bytes;  // of a number
   long size, heads, kv_heads, head, inner;
 };
 
-// The step: which tokens there are, and memory of `layer_scratch` numbers for each of them.
+// The step: which tokens there are, and memory for each of them.
 struct Pass {
   long tokens;
   const int64_t* places;
@@ -47,13 +62,16 @@ struct Pass {
   const void* rows;      // of the attention kernel; null: attention is somebody else's
   const void* segments;  // of the adapters; null: there are none
   const int64_t* slots;  // of each token; null with the segments
-  char* scratch;
+  void *q, *k, *v, *attended;
+  void *normed, *gate, *up;  // `normed` has what comes out of the last projection, too
+  void* given;               // what enters a product, where that is not what all of its neighbours read
 };
 
-// What adapters do at a projection, each null where none of them does: y = out_scale * (W (in_scale * x) + b) + B A x +
-// shift. Vectors stand in tables by slot.
+// What adapters do at a projection, each null where none of them does:
+// y = mixed(out_scale * (W mixed(in_scale * x) + b)) + B A x + shift. Vectors stand in tables by slot.
 struct Terms {
-  const void *in_scale, *out_scale, *low_rank, *shift;
+  const void *in_scale, *in_mix, *out_scale, *out_mix, *low_rank, *shift;
+  long is_elsewhere;  // the caller computes the projection; then the others are null
 };
 
 // The layer in the step: its keys and values, and its adapters.
@@ -61,6 +79,7 @@ struct Here {
   const void* pages;
   void *keys, *values;
   Terms terms[PROJECTIONS];
+  const void* gains[NORMS];  // tables by slot of the adapters' own; null: the layer's
 };
 
 }  // extern "C"
@@ -73,20 +92,12 @@ struct Run {
   const Layer& layer;
   const Pass& pass;
   const Here& here;
+  const void* x;
+  const void* attended;
+  void* y;
 
   long q_size() const { return layer.heads * layer.head; }
   long kv_size() const { return layer.kv_heads * layer.head; }
-
-  // The scratch memory: queries, keys, values, what attention gave, what enters a product, the gate, and what it opens.
-  void* at(long numbers) const { return pass.scratch + numbers * pass.tokens * layer.num_bytes; }
-  void* q() const { return at(0); }
-  void* k() const { return at(q_size()); }
-  void* v() const { return at(q_size() + kv_size()); }
-  void* attended() const { return at(q_size() + 2 * kv_size()); }
-  void* normed() const { return at(2 * q_size() + 2 * kv_size()); }
-  void* gate() const { return at(2 * q_size() + 2 * kv_size() + layer.size); }
-  void* up() const { return at(2 * q_size() + 2 * kv_size() + layer.size + layer.inner); }
-  void* scaled() const { return at(2 * q_size() + 2 * kv_size() + layer.size + 2 * layer.inner); }
 
   long size_in(long projection) const {
     return projection == O ? q_size() : projection == DOWN ? layer.inner : layer.size;
@@ -100,58 +111,108 @@ struct Run {
     }
   }
 
-  void project(long first, long count, const void* x, void* const* ys) const {
+  // What a product reads: x, or what the adapters' terms in front of it made of it.
+  const void* entering(long projection, const void* from) const {
+    const Terms& terms = here.terms[projection];
+    const long size = size_in(projection);
+    if (terms.in_scale)
+      layer.kernels->scale(pass.given, from, terms.in_scale, pass.slots, pass.tokens, size);
+    else if (terms.in_mix)
+      std::memcpy(pass.given, from, pass.tokens * size * layer.num_bytes);
+    if (terms.in_mix) layer.kernels->mix(terms.in_mix, pass.segments, pass.given, pass.given);
+    return terms.in_scale || terms.in_mix ? pass.given : from;
+  }
+
+  // The products of `count` projections with what `from` has: side by side as far as they read the same.
+  void multiply(long first, long count, const void* from, void* const* ys) const {
+    const void* layers[MOST_PRODUCTS];
+    void* its[MOST_PRODUCTS];
+    long num = 0;
+    for (long i = 0; i < count; ++i) {
+      const Terms& terms = here.terms[first + i];
+      if (terms.is_elsewhere) continue;
+      if (terms.in_scale || terms.in_mix) {
+        layer.kernels->products(layer.products + first + i, 1, entering(first + i, from), ys + i, pass.tokens);
+        continue;
+      }
+      layers[num] = layer.products[first + i];
+      its[num++] = ys[i];
+    }
+    if (num) layer.kernels->products(layers, num, from, its, pass.tokens);
+  }
+
+  void project(long first, long count, const void* from, void* const* ys) const {
     const Kernels& run = *layer.kernels;
-    bool is_scaled = false;
-    for (long i = 0; i < count; ++i) is_scaled |= here.terms[first + i].in_scale != nullptr;
-    if (!is_scaled) run.products(layer.products + first, count, x, ys, pass.tokens);
+    multiply(first, count, from, ys);
     const void* low_rank[MOST_PRODUCTS];
     void* low_rank_ys[MOST_PRODUCTS];
     long num_low_rank = 0;
     for (long i = 0; i < count; ++i) {
-      const long p = first + i;
-      const Terms& terms = here.terms[p];
-      if (is_scaled) {
-        if (terms.in_scale) run.scale(scaled(), x, terms.in_scale, pass.slots, pass.tokens, size_in(p));
-        run.products(layer.products + p, 1, terms.in_scale ? scaled() : x, ys + i, pass.tokens);
-      }
-      if (terms.out_scale) run.scale(ys[i], ys[i], terms.out_scale, pass.slots, pass.tokens, size_out(p));
+      const Terms& terms = here.terms[first + i];
+      if (terms.out_scale) run.scale(ys[i], ys[i], terms.out_scale, pass.slots, pass.tokens, size_out(first + i));
+      if (terms.out_mix) run.mix(terms.out_mix, pass.segments, ys[i], ys[i]);
       if (terms.low_rank) {
         low_rank[num_low_rank] = terms.low_rank;
         low_rank_ys[num_low_rank++] = ys[i];
       }
     }
-    if (num_low_rank) run.low_rank(low_rank, num_low_rank, pass.segments, low_rank_ys, x);
+    if (num_low_rank) run.low_rank(low_rank, num_low_rank, pass.segments, low_rank_ys, from);
     for (long i = 0; i < count; ++i)
       if (const Terms& terms = here.terms[first + i]; terms.shift)
         run.shift(ys[i], terms.shift, pass.slots, pass.tokens, size_out(first + i));
   }
 
-  void before(const void* x) const {
-    const Kernels& run = *layer.kernels;
-    run.norm(x, layer.gain_before, normed(), pass.tokens, layer.size, layer.epsilon_before);
-    void* const ys[] = {q(), k(), v()};
-    project(Q, 3, normed(), ys);
-    if (layer.gain_q) {
-      run.norm(q(), layer.gain_q, q(), pass.tokens * layer.heads, layer.head, layer.epsilon_q);
-      run.norm(k(), layer.gain_k, k(), pass.tokens * layer.kv_heads, layer.head, layer.epsilon_k);
-    }
-    run.rotate(q(), k(), v(), pass.cosines, pass.sines, pass.places, here.keys, here.values, pass.tokens, layer.heads,
-               layer.kv_heads, layer.head);
+  // `each` vectors of a token are normed one by one.
+  void norm(NormAt at, const void* from, void* to, long each, long size) const {
+    const Norm& its = layer.norms[at];
+    if (here.gains[at])
+      layer.kernels->own_norm(from, here.gains[at], pass.slots, to, pass.tokens, each, size, its.epsilon);
+    else
+      layer.kernels->norm(from, its.gain, to, pass.tokens * each, size, its.epsilon);
   }
 
-  void after(const void* x, const void* attended, void* y) const {
+  void read() const {
+    void* const ys[] = {pass.q, pass.k, pass.v};
+    project(Q, 3, pass.normed, ys);
+  }
+
+  void norm_heads() const {
+    if (!layer.norms[HEADS_Q].gain) return;
+    norm(HEADS_Q, pass.q, pass.q, layer.heads, layer.head);
+    norm(HEADS_K, pass.k, pass.k, layer.kv_heads, layer.head);
+  }
+
+  void rotate() const {
+    layer.kernels->rotate(pass.q, pass.k, pass.v, pass.cosines, pass.sines, pass.places, here.keys, here.values,
+                          pass.tokens, layer.heads, layer.kv_heads, layer.head);
+  }
+
+  void attend() const {
+    layer.kernels->attend(here.pages, pass.rows, pass.q, q_size(), layer.head, pass.attended, layer.heads, layer.scale);
+  }
+
+  void open() const {
+    void* const ys[] = {pass.gate, pass.up};
+    project(GATE, 2, pass.normed, ys);
+  }
+
+  void stage(long at) const {
     const Kernels& run = *layer.kernels;
     const long num = pass.tokens * layer.size;
-    project(O, 1, attended, &y);
-    run.add(y, x, num);
-    run.norm(y, layer.gain_after, normed(), pass.tokens, layer.size, layer.epsilon_after);
-    void* const opened[] = {gate(), up()};
-    project(GATE, 2, normed(), opened);
-    run.gate(gate(), up(), pass.tokens * layer.inner);
-    void* const down = normed();
-    project(DOWN, 1, gate(), &down);
-    run.add(y, down, num);
+    switch (at) {
+      case NORM_BEFORE: return norm(BEFORE, x, pass.normed, 1, layer.size);
+      case READ: return read();
+      case NORM_HEADS: return norm_heads();
+      case ROTATE: return rotate();
+      case ATTEND: return attend();
+      case WRITE: return project(O, 1, attended, &y);
+      case ADD_WRITTEN: return run.add(y, x, num);
+      case NORM_AFTER: return norm(AFTER, y, pass.normed, 1, layer.size);
+      case OPEN: return open();
+      case GATE_OPENED: return run.gate(pass.gate, pass.up, pass.tokens * layer.inner);
+      case CLOSE: return project(DOWN, 1, pass.gate, &pass.normed);
+      case ADD_CLOSED: return run.add(y, pass.normed, num);
+    }
   }
 };
 
@@ -159,28 +220,11 @@ struct Run {
 
 extern "C" {
 
-// How many numbers of scratch memory a token takes; queries, keys and values stand first in it.
-long layer_scratch(const Layer* layer) {
-  const long q_size = layer->heads * layer->head, most = layer->inner > q_size ? layer->inner : q_size;
-  return 2 * (layer->heads + layer->kv_heads) * layer->head + layer->size + 2 * layer->inner +
-         (layer->size > most ? layer->size : most);
-}
-
-// Queries, keys and values of x [tokens, size] into the scratch memory, keys and values into their places too.
-void layer_before(const Layer* layer, const Pass* pass, const Here* here, const void* x) {
-  Run{*layer, *pass, *here}.before(x);
-}
-
-// y [tokens, size] from x and what attention gave, [tokens, heads, head].
-void layer_after(const Layer* layer, const Pass* pass, const Here* here, const void* x, const void* attended, void* y) {
-  Run{*layer, *pass, *here}.after(x, attended, y);
-}
-
-void layer_whole(const Layer* layer, const Pass* pass, const Here* here, const void* x, void* y) {
-  const Run run{*layer, *pass, *here};
-  run.before(x);
-  layer->kernels->attend(here->pages, pass->rows, run.q(), run.q_size(), layer->head, run.attended(), layer->heads,
-                         layer->scale);
-  run.after(x, run.attended(), y);
+// Stages [first, last) of the way from x [tokens, size] to y [tokens, size]. `attended` is what the output projection
+// reads, [tokens, heads, head]: the pass's, or what somebody else's attention gave.
+void layer_run(const Layer* layer, const Pass* pass, const Here* here, const void* x, const void* attended, void* y,
+               long first, long last) {
+  const Run run{*layer, *pass, *here, x, attended, y};
+  for (long at = first; at < last; ++at) run.stage(at);
 }
 }

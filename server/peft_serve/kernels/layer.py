@@ -1,7 +1,8 @@
-"""A whole decoder layer in one call, by the kernels that compute its parts, on a CPU.
+"""A decoder layer on a CPU by its stages, as many in one call as the step allows, by the kernels of its parts.
 
-Owns the structures by which layer.cpp is told of a layer, a step, and the layer's keys, values and adapters in it.
-Computes nothing of its own and knows no module: whether a layer is of this kind is found out by those who ask for it.
+Owns the structures by which layer.cpp is told of a layer, a step, and the layer's keys, values and adapters in it, and
+the memory between stages. Computes nothing of its own and knows no module: whether a layer is of this kind, and what
+happens between which of its stages, is found out by those who ask for it.
 
 Shapes: `T` tokens, `I` features, `H` query and `K` key/value heads, `D` head size.
 """
@@ -11,22 +12,47 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from peft_serve.kernels.attention import PagedAttention, Pages, Rows
+from peft_serve.kernels.block_diagonal import BlockDiagonalKernel
 from peft_serve.kernels.few_rows import FewRows, Product
 from peft_serve.kernels.low_rank import LowRankKernel, Segments, SlotFactors
 from peft_serve.kernels.native import NativeCode
 from peft_serve.kernels.row_ops import Norm, RowOps
 
 NUM_PROJECTIONS: Final = 7  # q, k, v, o, gate, up, down
+NUM_NORMS: Final = 4  # before attention, of each head's queries and keys, after attention
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-_KERNELS: Final = ("norm", "rotate", "gate", "add", "scale", "shift", "products", "low_rank", "attend")
-_TERMS: Final = ("in_scale", "out_scale", "low_rank", "shift")
+_KERNELS: Final = (
+    *("norm", "own_norm", "rotate", "gate", "add", "scale", "shift"),
+    *("products", "low_rank", "mix", "attend"),
+)
+_TERMS: Final = ("in_scale", "in_mix", "out_scale", "out_mix", "low_rank", "shift")
+_MEMORY: Final = ("q", "k", "v", "attended", "normed", "gate", "up", "given")
+
+
+class Stage(IntEnum):
+    """What a layer does, one after the other; `Stage` of layer.cpp."""
+
+    NORM_BEFORE = 0
+    READ = 1  # queries, keys and values
+    NORM_HEADS = 2
+    ROTATE = 3  # and keep keys and values
+    ATTEND = 4
+    WRITE = 5  # the output projection
+    ADD_WRITTEN = 6
+    NORM_AFTER = 7
+    OPEN = 8  # gate and up
+    GATE_OPENED = 9
+    CLOSE = 10  # down
+    ADD_CLOSED = 11
+    END = 12
 
 
 class _Kernels(ctypes.Structure):
@@ -35,14 +61,20 @@ class _Kernels(ctypes.Structure):
     _fields_ = tuple((name, _POINTER) for name in _KERNELS)
 
 
+class _Norm(ctypes.Structure):
+    """`Norm` of layer.cpp."""
+
+    _fields_ = (("gain", _POINTER), ("epsilon", _FLOAT))
+
+
 class _Layer(ctypes.Structure):
     """`Layer` of layer.cpp."""
 
     _fields_ = (
         ("kernels", _POINTER),
         ("products", _POINTER * NUM_PROJECTIONS),
-        *((name, _POINTER) for name in ("gain_before", "gain_after", "gain_q", "gain_k")),
-        *((name, _FLOAT) for name in ("epsilon_before", "epsilon_after", "epsilon_q", "epsilon_k", "scale")),
+        ("norms", _Norm * NUM_NORMS),
+        ("scale", _FLOAT),
         ("num_bytes", ctypes.c_int),
         *((name, _LONG) for name in ("size", "heads", "kv_heads", "head", "inner")),
     )
@@ -53,20 +85,24 @@ class _Pass(ctypes.Structure):
 
     _fields_ = (
         ("tokens", _LONG),
-        *((n, _POINTER) for n in ("places", "cosines", "sines", "rows", "segments", "slots", "scratch")),
+        *((n, _POINTER) for n in ("places", "cosines", "sines", "rows", "segments", "slots", *_MEMORY)),
     )
 
 
 class _Terms(ctypes.Structure):
     """`Terms` of layer.cpp."""
 
-    _fields_ = tuple((name, _POINTER) for name in _TERMS)
+    _fields_ = (*((name, _POINTER) for name in _TERMS), ("is_elsewhere", _LONG))
 
 
 class _Here(ctypes.Structure):
     """`Here` of layer.cpp."""
 
-    _fields_ = (*((name, _POINTER) for name in ("pages", "keys", "values")), ("terms", _Terms * NUM_PROJECTIONS))
+    _fields_ = (
+        *((name, _POINTER) for name in ("pages", "keys", "values")),
+        ("terms", _Terms * NUM_PROJECTIONS),
+        ("gains", _POINTER * NUM_NORMS),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,22 +132,37 @@ class StepFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteTerms:
-    """What a step's adapters do at a projection: y = out_scale * (W (in_scale * x) + b) + B A x + shift.
+    """What a step's adapters do at a projection: y = mixed(out_scale * (W mixed(in_scale * x) + b)) + B A x + shift.
 
     Vectors stand in tables by slot, [S, D], neutral where a slot has none; None: no adapter of the step has one.
+    A projection `is_elsewhere` if the kernel is to leave it out.
     """
 
     in_scale: Tensor | None = None
+    in_mix: SlotFactors | None = None
     out_scale: Tensor | None = None
+    out_mix: SlotFactors | None = None
     low_rank: SlotFactors | None = None
     shift: Tensor | None = None
+    is_elsewhere: bool = False
 
     def addresses(self) -> tuple[int | None, ...]:
         """In the order in which the kernel has them."""
-        vectors = (self.in_scale, self.out_scale, self.shift)
-        assert all(v is None or v.is_contiguous() for v in vectors), "tables lie without gaps"
-        in_scale, out_scale, shift = (None if v is None else v.data_ptr() for v in vectors)
-        return in_scale, out_scale, None if self.low_rank is None else self.low_rank.address, shift
+        return (*(_at(getattr(self, name)) for name in _TERMS), self.is_elsewhere)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What lies between the stages of a step's layers, one layer after the other: [T, D] each, without gaps."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attended: Tensor  # where the kernel attends
+    normed: Tensor  # what the last projection gives, too
+    gate: Tensor
+    up: Tensor
+    given: Tensor  # what enters a product
 
 
 class LayerKernel:
@@ -125,16 +176,16 @@ class LayerKernel:
         low_rank: LowRankKernel,
         attention: PagedAttention,
         row_ops: RowOps,
+        blocks: BlockDiagonalKernel,
     ) -> None:
-        library = code.library("layer")
-        self.scratch: Any = _function(library.layer_scratch, 1, _LONG)
-        self.before: Any = _function(library.layer_before, 4)
-        self.after: Any = _function(library.layer_after, 6)
-        self.whole: Any = _function(library.layer_whole, 5)
+        self.run: Any = code.library("layer").layer_run
+        self.run.argtypes = [_POINTER] * 6 + [_LONG] * 2
+        self.run.restype = None
         self._kernels = {
             dtype: _Kernels(
-                *(_address(each) for each in (ops.rms_norm, ops.rotate, ops.gate, ops.add, ops.scale, ops.shift)),
-                *(_address(each) for each in (few_rows.each, low_rank.each(dtype), attention.function)),
+                *(_address(each) for each in (ops.rms_norm, ops.own_rms_norm, ops.rotate, ops.gate, ops.add)),
+                *(_address(each) for each in (ops.scale, ops.shift, few_rows.each, low_rank.each(dtype))),
+                *(_address(each) for each in (blocks.function(dtype), attention.function)),
             )
             for dtype, ops in row_ops.functions.items()
         }
@@ -149,17 +200,13 @@ class KernelLayer:
 
     def __init__(self, kernel: LayerKernel, parts: LayerParts, kernels: _Kernels) -> None:
         q, k, _, _, gate, _, _ = parts.products
-        norms = (parts.before, parts.after, *(parts.heads or ()))
-        gains = [norm.gain.data_ptr() for norm in norms]
-        epsilons = [norm.epsilon for norm in norms]
-        missing = 4 - len(norms)
+        norms = (parts.before, *(parts.heads or (None, None)), parts.after)
         self._facts = _Layer(
             ctypes.addressof(kernels),
             (_POINTER * NUM_PROJECTIONS)(*(product.address for product in parts.products)),
-            *gains,
-            *([None] * missing),
-            *epsilons,
-            *([0.0] * missing),
+            (_Norm * NUM_NORMS)(
+                *(_Norm(None, 0.0) if n is None else _Norm(n.gain.data_ptr(), n.epsilon) for n in norms)
+            ),
             parts.scaling,
             q.dtype.itemsize,
             q.num_in,
@@ -171,46 +218,34 @@ class KernelLayer:
         self._kept = (kernels, parts)  # what the addresses lead to
         self._kernel = kernel
         self._at = ctypes.addressof(self._facts)
-        self._numbers = int(kernel.scratch(self._at))
         self.dtype = q.dtype
         self.num_heads, self.num_kv_heads, self.head = self._facts.heads, self._facts.kv_heads, parts.head
-        self.sizes = (self.dtype, self._numbers, q.num_in, self.num_heads, self.num_kv_heads, parts.head)
+        self._widths = (
+            *(q.num_out, k.num_out, k.num_out, q.num_out, q.num_in),
+            *(gate.num_out, gate.num_out, max(q.num_in, q.num_out, gate.num_out)),
+        )
+        self.sizes = (self.dtype, *self._widths, parts.head)
 
     def step(self, facts: StepFacts) -> Step:
         """What this layer, and every other one of its sizes, is told of a step, with memory to compute in."""
-        return Step(facts, torch.empty(facts.num_tokens * self._numbers, dtype=self.dtype))
+        memory = (torch.empty(facts.num_tokens, width, dtype=self.dtype) for width in self._widths)
+        return Step(facts, Memory(**dict(zip(_MEMORY, memory, strict=True))))
 
-    def whole(self, step: Step, here: Here, x: Tensor) -> Tensor:
-        """[.., T, I] from x [.., T, I], which lies without gaps: everything, with the kernel's attention."""
-        y = torch.empty_like(x)
-        self._kernel.whole(self._at, step.address, here.address, x.data_ptr(), y.data_ptr())
-        return y
+    def run(
+        self, step: Step, here: Here, x: Tensor, y: Tensor, first: Stage, last: Stage, attended: Tensor | None = None
+    ) -> None:
+        """Stages [first, last) of the way from x [.., T, I] to y [.., T, I], both without gaps.
 
-    def before(self, step: Step, here: Here, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, D], keys and values [T, K, D] of x; keys and values are in their places too.
-
-        They lie in the step's memory, until the next layer runs.
+        `attended` [T, H D], without gaps, is what the output projection reads where the kernel has not attended.
         """
-        self._kernel.before(self._at, step.address, here.address, x.data_ptr())
-        tokens, heads, kv_heads, head = step.num_tokens, self.num_heads, self.num_kv_heads, self.head
-        behind_q, behind_k = tokens * heads * head, tokens * (heads + kv_heads) * head
-        q = step.scratch[:behind_q].view(tokens, heads, head)
-        k = step.scratch[behind_q:behind_k].view(tokens, kv_heads, head)
-        v = step.scratch[behind_k : 2 * behind_k - behind_q].view(tokens, kv_heads, head)
-        return q, k, v
-
-    def after(self, step: Step, here: Here, x: Tensor, attended_THD: Tensor) -> Tensor:
-        """[.., T, I] from x and what attention gave."""
-        y, attended_THD = torch.empty_like(x), attended_THD.contiguous()
-        given = x.data_ptr(), attended_THD.data_ptr(), y.data_ptr()
-        self._kernel.after(self._at, step.address, here.address, *given)
-        return y
+        given = (x.data_ptr(), (step.memory.attended if attended is None else attended).data_ptr(), y.data_ptr())
+        self._kernel.run(self._at, step.address, here.address, *given, first, last)
 
 
 class Step:
     """`Pass` of layer.cpp, with the memory that a step's layers compute in, one after the other."""
 
-    def __init__(self, facts: StepFacts, scratch: Tensor) -> None:
+    def __init__(self, facts: StepFacts, memory: Memory) -> None:
         rows, segments = facts.rows, facts.segments
         cosines, sines = (angle.contiguous() for angle in facts.angles)
         self._pass = _Pass(
@@ -221,38 +256,50 @@ class Step:
             None if rows is None else ctypes.addressof(rows.facts),
             None if segments is None else segments.address,
             None if facts.slot_T is None else facts.slot_T.data_ptr(),
-            scratch.data_ptr(),
+            *(getattr(memory, name).data_ptr() for name in _MEMORY),
         )
         self._kept = (facts, cosines, sines)
         self.num_tokens = facts.num_tokens
         self.has_rows = rows is not None
-        self.scratch = scratch
+        self.memory = memory
         self.address = ctypes.addressof(self._pass)
 
 
 class Here:
-    """`Here` of layer.cpp: a layer's keys and values, and what its adapters do by projection.
+    """`Here` of layer.cpp: a layer's keys and values, what its adapters do by projection, and their own gains by norm,
+    tables by slot [S, D] each.
 
     Holds for as long as none of them moves. Without pages, the layer's attention is computed elsewhere.
     """
 
-    def __init__(self, pages: Pages | None, keys_values: tuple[Tensor, Tensor], terms: Sequence[SiteTerms]) -> None:
+    def __init__(
+        self,
+        pages: Pages | None,
+        keys_values: tuple[Tensor, Tensor],
+        terms: Sequence[SiteTerms],
+        gains: Sequence[Tensor | None],
+    ) -> None:
         keys, values = keys_values
         self._here = _Here(
             None if pages is None else ctypes.addressof(pages.facts),
             keys.data_ptr(),
             values.data_ptr(),
             (_Terms * NUM_PROJECTIONS)(*(_Terms(*each.addresses()) for each in terms)),
+            (_POINTER * NUM_NORMS)(*map(_at, gains)),
         )
-        self._kept = (pages, keys_values, tuple(terms))
+        self._kept = (pages, keys_values, tuple(terms), tuple(gains))
         self.has_pages = pages is not None
         self.address = ctypes.addressof(self._here)
 
 
-def _function(function: Any, num_pointers: int, result: Any = None) -> Any:
-    function.argtypes = [_POINTER] * num_pointers
-    function.restype = result
-    return function
+def _at(told: Tensor | SlotFactors | None) -> int | None:
+    """Where it lies."""
+    if told is None:
+        return None
+    if isinstance(told, SlotFactors):
+        return told.address
+    assert told.is_contiguous(), "tables lie without gaps"
+    return told.data_ptr()
 
 
 def _address(function: Any) -> int | None:

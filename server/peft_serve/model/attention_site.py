@@ -48,15 +48,23 @@ class AttentionSite:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own; its first output gets what is added behind the output projection."""
-        self._late = []
+        self.begin()
         out = self._base(*args, **kwargs)
-        late, self._late = self._late, []
-        if not late:
+        if not self._late:
             return out
         y_TD = out[0].clone().view(-1, out[0].shape[-1])
+        self.add_late_(y_TD)
+        return (y_TD.view(out[0].shape), *out[1:])
+
+    def begin(self) -> None:
+        """Nothing is kept of a pass that broke off."""
+        self._late = []
+
+    def add_late_(self, y_TD: Tensor) -> None:
+        """Add to the module's first output what does not go through the output projection."""
+        late, self._late = self._late, []
         for part, added in late:
             part.batch.subset.add_(y_TD, added.flatten(1))
-        return (y_TD.view(out[0].shape), *out[1:])
 
     def beside_(self, q_TQD: Tensor, attended_TQD: Tensor) -> None:
         """Add what the prompts give to what attention gave, or keep it for the module's return."""

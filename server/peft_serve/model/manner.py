@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-from peft_serve.adapters.primitives import Edit
+from peft_serve.adapters.primitives import Edit, Rows
 
 Act = tuple[str, str, tuple[str, ...]]
-"""The path of a site, the kind of edit there, and which of its fields are given."""
+"""The path of a site, the kind of edit there, and which of its fields are given, by what kind of value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,4 +50,13 @@ def acts_of(edits: Mapping[str, Edit]) -> frozenset[Act]:
 
 def _given(edit: Edit) -> tuple[str, ...]:
     values = ((field.name, getattr(edit, field.name)) for field in fields(edit))
-    return tuple(name for name, value in values if not (value is None or (isinstance(value, tuple) and not value)))
+    return tuple(f"{name}: {kind}" for name, value in values if (kind := _kind_of(value)))
+
+
+def _kind_of(value: object) -> str:
+    """What of it decides which terms act; nothing of what does nothing."""
+    if value is None or (isinstance(value, Rows) and not len(value.ids_N)):
+        return ""
+    if isinstance(value, tuple):
+        return ", ".join(sorted({type(each).__name__ for each in value}))
+    return type(value).__name__

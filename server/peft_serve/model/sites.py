@@ -35,7 +35,8 @@ from peft_serve.model.router_site import RouterSite, router_spec
 from peft_serve.model.routing import Lane, Route, Stream, divided
 from peft_serve.model.sites_forward import DenseSite, NormSite, Site
 from peft_serve.model.stacks import Moves, StackLayout, width_of
-from peft_serve.model.sublayers import bind_sublayer, close_sublayer, sublayers_of
+from peft_serve.model.sublayer_places import sublayers_of
+from peft_serve.model.sublayers import bind_sublayer, close_sublayer
 from peft_serve.model.terms.shared import SharedFactors
 from peft_serve.model.terms.term import OtherKernels, UsesOthers
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.kernels.layer import SiteTerms
 from peft_serve.kernels.row_ops import Norm, RowOps
 from peft_serve.model.norms import kernel_norm, norm_forward, run_by
 from peft_serve.model.packing import Pack
@@ -24,7 +23,7 @@ from peft_serve.model.routing import Lane, Route, Run
 from peft_serve.model.site_ops import dense_terms
 from peft_serve.model.terms.own import OwnNorm, token_axis
 from peft_serve.model.terms.shared import SharedFactors
-from peft_serve.model.terms.term import InOp, OutOp, OwnOp, Term
+from peft_serve.model.terms.term import InOp, OutOp, OutTerm, OwnOp, Term
 
 
 class Site(Protocol):
@@ -69,6 +68,7 @@ class DenseSite:
         self.product: object = None  # what `pack` gave
         self._planned: Route | None = None
         self._plan: _DensePlan | None = None
+        self._finishing: tuple[Route | None, tuple[OutOp, ...]] = (None, ())
 
     @property
     def num_packable(self) -> int:
@@ -86,6 +86,7 @@ class DenseSite:
 
     def forget(self) -> None:
         self._plan, self._planned = None, None
+        self._finishing = (None, ())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         route = self.lane.route
@@ -103,24 +104,14 @@ class DenseSite:
         alone(y, x)
         return y
 
-    def in_kernel(self, route: Route) -> SiteTerms | None:
-        """What adapters of this route do here, or None where a layer's kernel does not do all of it."""
-        dense, plan = self.dense, self._under(route)
-        if plan is None:
-            return SiteTerms()
-        known = (dense.in_scale, dense.out_scale, dense.delta, dense.shift)
-        ops = (*((t, t.op(route)) for t in dense.before), *((t, t.op(route)) for t in dense.after))
-        if plan.own_runs or plan.rows or any(op is not None and term not in known for term, op in ops):
-            return None
-        acts = dense.delta.op(route) is not None
-        if acts and not dense.delta.is_direct:
-            return None
-        return SiteTerms(
-            in_scale=dense.in_scale.table(route),
-            out_scale=dense.out_scale.table(route),
-            low_rank=dense.delta.by_slot(route) if acts else None,
-            shift=dense.shift.table(route),
-        )
+    def finish_(self, y_TO: Tensor, x_TI: Tensor, left: tuple[OutTerm, ...]) -> None:
+        """What the current route asks of some terms: those that a layer's kernel leaves of the route's manner."""
+        route = self.lane.route
+        assert route is not None, "somebody has a term here"
+        if route is not self._finishing[0]:
+            self._finishing = route, tuple(op for op in (term.op(route) for term in left) if op is not None)
+        for op in self._finishing[1]:
+            op(y_TO, x_TI)
 
     def _under(self, route: Route) -> _DensePlan | None:
         if route is not self._planned:
@@ -180,6 +171,10 @@ class NormSite:
         if self.by_kernel is not None:
             self._base = run_by(self.by_kernel, ops)
             self._own.run_by(self.by_kernel, ops)
+
+    def gains(self, route: Route) -> Tensor | None:
+        """[S, D] What the kernel multiplies with by slot; None where no adapter of the route has a norm of its own."""
+        return self._own.gains(route)
 
     def forget(self) -> None:
         self._op, self._planned = None, None
