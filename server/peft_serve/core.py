@@ -166,6 +166,7 @@ class Footprint:
     start: tuple[int, ...] = ()  # ids whose last occurrence in the prompt switches the adapter on; empty: always on
     kv_key: str | None = None  # adapters with one key give the same keys and values; None: no other does
     is_causal: bool = True  # keys and values of a token depend on no token behind it
+    runs: tuple[int, ...] = ()  # neighbouring blocks that each part of it fills, where adapters lie among KV blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +219,7 @@ class Install:
     slot: int
     adapter: AdapterId
     blocks: tuple[int, ...] = ()
+    pages: tuple[int, ...] = ()  # the first block of each of its `Footprint.runs`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from peft_serve.core import (
     Draw,
     FinishReason,
     Footprint,
+    Install,
     Matcher,
     Reading,
     Request,
@@ -132,12 +133,14 @@ class FakeModel:
         self._cells: dict[int, Cell] = {}
         self._cross_cells: dict[int, Cell] = {}
         self.slots: dict[int, AdapterId] = {BASE_SLOT: BASE}
+        self._pages: dict[int, list[int]] = {}  # blocks that a slot's adapter lies in
 
     def run(self, step: Step, *, is_broken: Callable[[AdapterId], bool] = lambda _: False) -> StepResult:
         """The step's results; an adapter that `is_broken` cannot be installed."""
         for slot in step.removes:
             assert slot != BASE_SLOT
             self.slots.pop(slot, None)
+            self._pages.pop(slot, None)
         failed = []
         for install in step.installs:
             assert 0 < install.slot <= self._num_slots
@@ -148,6 +151,7 @@ class FakeModel:
             self.slots[install.slot] = install.adapter
             cells = prefix_cells(install.adapter, self._footprints[install.adapter])
             self._write(self._cells, install.blocks, 0, cells)
+            self._lay(install)
         for source, target in step.copies:
             for offset in range(self._block_size):
                 cell = self._cells.get(source * self._block_size + offset)
@@ -158,11 +162,28 @@ class FakeModel:
         self._require_disjoint_writes(rows)
         for row in rows:
             self._write_row(row)
+        for slot in {row.slot for row in rows}:
+            self._require_whole(slot)
         results = tuple(
             RowResult(request=row.request, branch=row.branch) if row.slot in broken_slots else self._read_row(row)
             for row in step.rows
         )
         return StepResult(step_id=step.id, rows=results, failed_installs=tuple(failed))
+
+    def _lay(self, install: Install) -> None:
+        """The adapter fills the blocks that it was given."""
+        runs = self._footprints[install.adapter].runs
+        assert len(install.pages) == len(runs), "an adapter has a block for each of its runs to begin at"
+        pages = [first + i for first, length in zip(install.pages, runs, strict=True) for i in range(length)]
+        cells: list[Cell] = [("page", install.adapter, place) for place in range(len(pages) * self._block_size)]
+        self._write(self._cells, pages, 0, cells)
+        self._pages[install.slot] = pages
+
+    def _require_whole(self, slot: int) -> None:
+        """Nobody has written into the adapter since it was installed."""
+        for page in self._pages.get(slot, ()):
+            kind, owner, _ = self._cells[page * self._block_size]
+            assert (kind, owner) == ("page", self.slots[slot]), f"somebody wrote into {self.slots[slot]}"
 
     def _write_row(self, row: Row) -> None:
         adapter = self.slots[row.slot]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from peft_serve.core import BASE, AdapterId, FinishReason, Reading, RequestId, SamplingParams
+from peft_serve.core import BASE, AdapterId, FinishReason, Footprint, Reading, RequestId, SamplingParams
 from peft_serve.errors import AdapterUnavailable, DeadlineMissed, QueueFull
 from peft_serve.scheduling.order import ArrivalOrder, FairOrder, Order
 from peft_serve.scheduling.queue import WaitingQueue
@@ -28,6 +28,7 @@ KINDS: Final = ("decoder-only", "decoder-only", "encoder-decoder", "encoder")
 TENANTS: Final = (("", 1.0), ("acme", 1.0), ("bond", 4.0))
 _PINNABLE: Final = (0, 3, 5)  # without a prefix, whose blocks a pin would take from everybody else's
 MAX_ROWS_OF_ONE: Final = 64  # of the largest request there is
+_SHARED_EVERY: Final = 5  # on each fifth day adapters lie among the KV blocks
 _CHECK_EVERY: Final = 15  # acts from one check of all books to the next
 
 
@@ -148,6 +149,7 @@ class Simulation:
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
         self._order_name = ORDERS[seed % len(ORDERS)]
+        self._is_shared = seed % _SHARED_EVERY == 0
         self.world, self._watched = self._make(KINDS[seed // len(ORDERS) % len(KINDS)])
         self._due: list[tuple[float, int, AdapterId]] = []  # loads under way
         self._begun: dict[RequestId, int] = {}  # steps there were when a request came
@@ -256,8 +258,9 @@ class Simulation:
             self.world.cancel(rng.choice(list(self.world.requests)))
         elif draw < 0.08:
             scheduler.evict(some)
-        elif draw < 0.1 and len(self.world.slots.pinned) < min(1, self.world.slots.num_slots - 1):
-            scheduler.pin(adapter_id(rng.choice(_PINNABLE)))
+        elif draw < 0.1:
+            if not self._is_shared and len(self.world.slots.pinned) < min(1, self.world.slots.num_slots - 1):
+                scheduler.pin(adapter_id(rng.choice(_PINNABLE)))
         elif draw < 0.14:
             for adapter in self.world.slots.pinned:
                 scheduler.unpin(adapter)
@@ -342,6 +345,12 @@ class Simulation:
     def _make(self, kind: str) -> tuple[FastWorld, Watched]:
         rng = self._rng
         is_encoder_decoder, is_encoder = kind == "encoder-decoder", kind == "encoder"
+        footprints = some_footprints(NUM_ADAPTERS, is_encoder_decoder=is_encoder_decoder, is_encoder=is_encoder)
+        num_blocks, max_bytes, kept = rng.randint(8, 20), rng.choice((25, 45, 100)), 0
+        if self._is_shared:
+            footprints = {a: in_blocks(f, rng) for a, f in footprints.items()}
+            num_blocks, kept = num_blocks + 6, rng.randint(0, 8)
+            max_bytes = rng.randint(5, num_blocks - 1)
         limits = some_limits(
             max_rows=rng.randint(1, 5),
             max_step_tokens=rng.randint(3, 20),
@@ -354,6 +363,7 @@ class Simulation:
             is_encoder=is_encoder,
             affinity_age_s=rng.choice((0.0, 0.1, 1.0)),
             max_loads=rng.randint(1, 3),
+            num_adapter_blocks=kept,
         )
         orders: dict[str, Order] = {
             "arrival": ArrivalOrder(),
@@ -363,15 +373,21 @@ class Simulation:
         watched = Watched(orders[self._order_name], now=lambda: world.now_s, affinity_age_s=limits.affinity_age_s)
         world = FastWorld(
             limits,
-            footprints=some_footprints(NUM_ADAPTERS, is_encoder_decoder=is_encoder_decoder, is_encoder=is_encoder),
+            footprints=footprints,
             num_slots=rng.randint(1, 4),
-            max_bytes=rng.choice((25, 45, 100)),
-            num_blocks=rng.randint(8, 20),
+            max_bytes=max_bytes,
+            num_blocks=num_blocks,
             num_cross_blocks=rng.randint(8, 24),
             order=watched,
         )
         watched.is_usable = lambda adapter: world.scheduler._residency.footprint(adapter) is not None
         return world, watched
+
+
+def in_blocks(footprint: Footprint, rng: random.Random) -> Footprint:
+    """The adapter as one that lies among the KV blocks, a block for a byte; some want neighbours."""
+    runs = tuple(rng.choice((1, 1, 1, 2, 3)) for _ in range(rng.randint(0, 3))) if footprint.num_bytes else ()
+    return replace(footprint, runs=runs, num_bytes=sum(runs))
 
 
 def simulate(seed: int) -> Verdict:

@@ -287,7 +287,7 @@ class TestPrefixes:
         world.drain()
         error = world.finishes[refused].error
         assert isinstance(error, PromptTooLong)
-        assert "has 4 for it beside 5 that the prefixes of pinned adapters hold" in error.message
+        assert "has 4 for it beside 5 that pinned adapters hold" in error.message
         assert "POST /adapters/{name}/unpin" in error.message
 
 

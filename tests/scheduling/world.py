@@ -248,7 +248,9 @@ class World:
         asked = self.requests[request]
         cross = 0 if self.cross is None else self.cross.capacity
         footprint = self.footprints[asked.adapter]
-        return alone(asked, footprint, self.limits, capacity=self.blocks.capacity, cross_capacity=cross)
+        prefix = self.limits.blocks_for(footprint.num_prefix_tokens)
+        capacity = self.blocks.capacity - max(sum(footprint.runs), self.limits.num_adapter_blocks - prefix)
+        return alone(asked, footprint, self.limits, capacity=capacity, cross_capacity=cross)
 
     def check_answers(self) -> None:
         """Every request got what it gets alone; one that was ended got the beginning of it."""

@@ -2,15 +2,17 @@
 
 Owns the books of the KV blocks: a free list, a reference count a block, and the *label* of a block whose content
 is known. A labelled block that nobody holds is free, and is found by its label until it is given to somebody else;
-the one that was let go first is given first. Block 0 is padding and is never given. Knows no tensors, no requests
-and no meaning of a label: whoever holds a block holds one reference to it and releases it.
+the one that was let go first is given first. Block 0 is padding and is never given. Adapters may lie in blocks too:
+what is larger than one wants a run of neighbours. Knows no tensors, no requests and no meaning of a label: whoever
+holds a block holds one reference to it and releases it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 
 from peft_serve.core import PADDING_BLOCK
 
@@ -24,17 +26,22 @@ class Fork:
 
 
 class BlockLedger:
-    """Reference-counted blocks 1..num_blocks-1."""
+    """Reference-counted blocks 1..num_blocks-1, whose numbers are those times `spacing`.
 
-    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+    A pool whose blocks lie in many parts counts the parts, and finds a block by the number of its first one.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, spacing: int = 1) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ValueError(
                 f"a KV cache of {num_blocks} blocks of {block_size} positions holds nothing: "
                 "it needs two blocks (one is padding) of at least one position"
             )
         self._block_size = block_size
-        self._free = list(range(num_blocks - 1, PADDING_BLOCK, -1))
-        self._references = [0] * num_blocks
+        self._spacing = spacing
+        numbers = range(0, num_blocks * spacing, spacing)
+        self._free = list(reversed(numbers[1:]))
+        self._references = dict.fromkeys(numbers, 0)
         self._labels: dict[int, bytes] = {}
         self._labelled: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # labelled, held by nobody, first to be given first
@@ -43,6 +50,11 @@ class BlockLedger:
     def num_blocks(self) -> int:
         """All blocks, padding included."""
         return len(self._references)
+
+    @property
+    def numbers(self) -> Set[int]:
+        """Every block that can be given."""
+        return self._references.keys() - {PADDING_BLOCK}
 
     @property
     def capacity(self) -> int:
@@ -74,6 +86,34 @@ class BlockLedger:
         for block in blocks:
             self._references[block] = 1
         return blocks
+
+    def has_runs(self, lengths: Sequence[int], others: Iterable[int] = ()) -> bool:
+        """Whether there are free runs of so many neighbouring blocks each, or would be if `others` were free too."""
+        if max(lengths, default=0) <= 1:
+            return len(lengths) <= self.num_free + len(set(others))
+        return _placed(lengths, {*self._free, *self._idle, *others}, self._spacing) is not None
+
+    def allocate_runs(self, lengths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Fresh runs of neighbouring blocks, one reference each: their first blocks, and all of them.
+
+        They are taken from where single blocks are given last. None (and nothing changed) when there are none.
+        """
+        if max(lengths, default=0) > 1:
+            found = _placed(lengths, {*self._free, *self._idle}, self._spacing)
+        else:
+            num_plain = min(len(lengths), len(self._free))
+            rest = tuple(islice(self._idle, len(lengths) - num_plain))
+            found = (*self._free[:num_plain], *rest) if num_plain + len(rest) == len(lengths) else None
+        if found is None:
+            return None
+        starts = zip(found, lengths, strict=True)
+        blocks = tuple(first + i * self._spacing for first, length in starts for i in range(length))
+        taken = set(blocks)
+        for block in taken.intersection(self._idle):
+            self._forget(block)
+        self._free = [block for block in self._free if block not in taken]
+        self._references.update(dict.fromkeys(blocks, 1))
+        return found, blocks
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more reference to each block; a labelled one may have had none."""
@@ -142,7 +182,7 @@ class BlockLedger:
     def check(self, holders: Iterable[Sequence[int]] | None = None) -> None:
         """Assert that the books are consistent, and equal to what `holders` say they hold, if given."""
         assert self._references[PADDING_BLOCK] == 0, "the padding block was given away"
-        held = {block for block, count in enumerate(self._references) if count > 0}
+        held = {block for block, count in self._references.items() if count > 0}
         free = {*self._free, *self._idle}
         assert self.num_free == len(free), "a block is free twice"
         assert not held & free, "a block is free and held"
@@ -156,6 +196,29 @@ class BlockLedger:
 
     def _unlabelled(self) -> int:
         """The labelled block that was let go first, without its label."""
-        block, _ = self._idle.popitem(last=False)
-        del self._labelled[self._labels.pop(block)]
+        block = next(iter(self._idle))
+        self._forget(block)
         return block
+
+    def _forget(self, block: int) -> None:
+        """A labelled block that nobody holds is about to be given to somebody else."""
+        del self._idle[block]
+        del self._labelled[self._labels.pop(block)]
+
+
+def _placed(lengths: Sequence[int], free: Set[int], spacing: int) -> tuple[int, ...] | None:
+    """Where runs of free blocks can begin, the longest at the highest numbers; None where there is no such room."""
+    left: list[list[int]] = []  # [first, length] of the stretches of free blocks, the highest first
+    for block in sorted(free, reverse=True):
+        if left and left[-1][0] == block + spacing:
+            left[-1] = [block, left[-1][1] + 1]
+        else:
+            left.append([block, 1])
+    firsts = [0] * len(lengths)
+    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        stretch = next((one for one in left if one[1] >= lengths[place]), None)
+        if stretch is None:
+            return None
+        stretch[1] -= lengths[place]
+        firsts[place] = stretch[0] + stretch[1] * spacing
+    return tuple(firsts)

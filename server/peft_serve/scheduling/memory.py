@@ -44,12 +44,14 @@ class Memory:
         """Raise `PromptTooLong` for a request that no wait can make fit."""
         self._require_context(tracked, footprint)
         pinned = self._residency.num_pinned_blocks(besides=tracked.adapter)
-        capacity = self._blocks.capacity - pinned
-        num_blocks = self._residency.num_prefix_blocks(footprint) + self._num_own_blocks(tracked, footprint)
-        num_blocks += self._num_branch_blocks(tracked, footprint)
+        num_blocks = self._num_own_blocks(tracked, footprint) + self._num_branch_blocks(tracked, footprint)
         num_blocks += self._num_beam_blocks(tracked, footprint, self.max_new_tokens(tracked))
-        if num_blocks > capacity:
-            what = f"request {tracked.id} needs {num_blocks} KV blocks of {self._limits.block_size} positions"
+        prefix = self._residency.num_prefix_blocks(footprint)
+        capacity = min(
+            self._blocks.capacity - pinned - sum(footprint.runs), self._residency.most_of_requests + prefix
+        )
+        if num_blocks + prefix > capacity:
+            what = f"request {tracked.id} needs {num_blocks + prefix} KV blocks of {self._limits.block_size} positions"
             raise _too_long(what, capacity, pinned)
         if self._cross_blocks is None:
             return
@@ -66,9 +68,8 @@ class Memory:
         num_blocks = self._num_own_blocks(tracked, footprint)
         num_blocks += self._num_beam_blocks(tracked, footprint, max((len(b.tokens) for b in tracked.beams), default=1))
         num_blocks -= sum(map(self._blocks.is_held, self._cache.find(tracked)))
-        if not self._residency.is_seated(tracked.adapter):
-            num_blocks += self._residency.num_prefix_blocks(footprint)
-        if num_blocks > self._residency.num_available(besides=tracked.adapter):
+        num_of_adapter = self._residency.num_adapter_blocks(tracked.adapter, footprint)
+        if not self._residency.has_room(num_blocks, num_of_adapter, besides=tracked.adapter):
             return False
         cross = self._cross_blocks
         return cross is None or self._num_cross_blocks(tracked, footprint) <= cross.num_free
@@ -271,7 +272,7 @@ class Memory:
 
 def _too_long(what: str, capacity: int, num_pinned: int) -> PromptTooLong:
     # Whoever asks may not know the pinned adapters by name; those who may unpin them find them listed.
-    beside = f" beside {num_pinned} that the prefixes of pinned adapters hold" if num_pinned else ""
+    beside = f" beside {num_pinned} that pinned adapters hold" if num_pinned else ""
     unpin = " unpin one (GET /adapters lists them, POST /adapters/{name}/unpin)," if num_pinned else ""
     return PromptTooLong(
         f"{what}; this server has {capacity} for it{beside}: shorten it,{unpin} or start the server with more "

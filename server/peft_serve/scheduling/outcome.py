@@ -7,6 +7,7 @@ ended while the step ran are passed over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 from peft_serve.core import (
     AdapterId,
@@ -33,6 +34,8 @@ from peft_serve.scheduling.residency import Residency
 from peft_serve.scheduling.roster import Roster
 from peft_serve.scheduling.tracked import Tracked
 
+_RETRY_S: Final = 1.0  # memory comes back as others end
+
 
 class Outcome:
     """Turns the end of a step into events."""
@@ -49,7 +52,7 @@ class Outcome:
     def commit(self, flight: Flight, result: StepResult) -> Iterator[Event]:
         """The step ran. An adapter that could not be installed fails its own requests."""
         for adapter, reason in result.failed_installs:
-            yield from self._fail_install(adapter, reason)
+            yield from self._fail_install(adapter, reason, is_short=result.was_short_of_memory)
         self._residency.confirm()
         for tracked, row, given in zip(flight.owners, flight.step.rows, result.rows, strict=True):
             assert (given.request, given.branch) == (row.request, row.branch), "results are not in row order"
@@ -72,9 +75,10 @@ class Outcome:
                 self._roster.preempt(tracked)
         self._residency.undo(flight.step)
 
-    def _fail_install(self, adapter: AdapterId, reason: str) -> Iterator[Event]:
+    def _fail_install(self, adapter: AdapterId, reason: str, *, is_short: bool) -> Iterator[Event]:
         for tracked in (*self._roster.running_on(adapter), *self._roster.queue.waiters(adapter)):
-            error = AdapterUnavailable(f"adapter {adapter} could not be put on the device: {reason}")
+            told = f"adapter {adapter} could not be put on the device: {reason}"
+            error = AdapterUnavailable(told, retry_after_s=_RETRY_S if is_short else None)
             yield self._roster.finish(tracked, FinishReason.FAILED, error)
         self._residency.drop(adapter)
 

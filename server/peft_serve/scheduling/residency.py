@@ -2,9 +2,9 @@
 
     asked --> ready --> seated (Install planned) --> resident --> out
 
-Owns the blocks of every seated adapter's prefix and what the next step must install and remove. An adapter's
-host copy must stay from `ask` until its install was run (`claims`); out of its slot it has to be asked for
-again. Leases are `SlotLedger`'s; files and tensors are unknown here.
+Owns what the next step must install and remove, and says which idle adapters give their blocks (`AdapterBlocks`) when
+requests or other adapters need them. An adapter's host copy must stay from `ask` until its install was run (`claims`);
+out of its slot it has to be asked for again. Leases are `SlotLedger`'s; files and tensors are unknown here.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from peft_serve.core import BASE, AdapterId, Footprint, Install, Step
+from peft_serve.errors import AdapterUnavailable
+from peft_serve.scheduling.adapter_blocks import AdapterBlocks
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.slots import SlotLedger
 
 _NO_FOOTPRINT = Footprint(num_bytes=0)
+_PINNED_RETRY_S = 30.0  # pins are for operators to lift
 
 
 class Residency:
     """Which adapters are asked for, ready, or in a slot."""
 
     def __init__(self, limits: Limits, slots: SlotLedger, blocks: BlockLedger) -> None:
-        self._limits = limits
         self._slots = slots
         self._blocks = blocks
         self._asked: set[AdapterId] = set()
         self._ready: dict[AdapterId, Footprint] = {}
         self._seated: dict[AdapterId, Footprint] = {BASE: _NO_FOOTPRINT}
-        self._prefixes: dict[AdapterId, tuple[int, ...]] = {}
+        self._own = AdapterBlocks(limits, blocks)
         self._installs: dict[AdapterId, Install] = {}
         self._running_installs: frozenset[AdapterId] = frozenset()
         self._removes: set[int] = set()
@@ -83,55 +85,108 @@ class Residency:
                 del self._ready[adapter]
 
     def num_prefix_blocks(self, footprint: Footprint) -> int:
-        return self._limits.blocks_for(footprint.num_prefix_tokens)
+        return self._own.num_prefix(footprint)
+
+    def num_adapter_blocks(self, adapter: AdapterId, footprint: Footprint) -> int:
+        """Blocks that the adapter would have to be given: none if it is seated."""
+        return 0 if adapter in self._seated else self._own.num_wanted(footprint)
 
     def prefix(self, adapter: AdapterId) -> tuple[int, ...]:
         """The blocks of a seated adapter's KV prefix."""
-        return self._prefixes.get(adapter, ())
+        return self._own.prefix(adapter)
 
     def seat(self, adapter: AdapterId) -> bool:
-        """Give a ready adapter its slot and prefix blocks; False while leases leave no slot.
+        """Give a ready adapter its slot and its blocks; False while leases leave no slot, or no neighbouring blocks.
 
-        The blocks must be there (`num_available`). Raises `AdapterUnavailable` when waiting cannot help.
+        The blocks must be there (`has_room`). Raises `AdapterUnavailable` when waiting cannot help.
         """
         if adapter in self._seated:
             return True
         footprint = self._ready[adapter]
+        if not self._has_runs(footprint):
+            return False
         placement = self._slots.place(adapter, footprint)
         if placement is None:
             return False
         for slot, evicted in placement.evicted:
             self._clear(evicted, slot)
         del self._ready[adapter]
-        num_blocks = self.num_prefix_blocks(footprint)
-        blocks = self._blocks.allocate(num_blocks) if self.make_free(num_blocks) else None
-        assert blocks is not None, f"no blocks for the prefix of adapter {adapter}: ask num_available first"
+        self._make_fit(footprint)
+        pages = self._own.take(adapter, footprint)
         self._seated[adapter] = footprint
-        if blocks:
-            self._prefixes[adapter] = blocks
-        self._installs[adapter] = Install(slot=placement.slot, adapter=adapter, blocks=blocks)
+        blocks = self._own.prefix(adapter)
+        self._installs[adapter] = Install(slot=placement.slot, adapter=adapter, blocks=blocks, pages=pages)
         return True
+
+    def _has_runs(self, footprint: Footprint) -> bool:
+        """Whether neighbouring blocks are there for what is larger than one, if every idle adapter left."""
+        if max(footprint.runs, default=0) <= 1:
+            return True
+        if self._own.fits_without(footprint, self._giving()):
+            return True
+        pinned = [adapter for adapter in self._seated if self._slots.is_pinned(adapter)]
+        if not self._own.could_fit_beside(footprint, pinned):
+            raise AdapterUnavailable(
+                f"the adapter needs {max(footprint.runs)} neighbouring KV blocks, and this server has none beside its "
+                "pinned adapters: unpin one, or start the server with more (device_memory_bytes)",
+                retry_after_s=_PINNED_RETRY_S,
+            )
+        return False
+
+    def _make_fit(self, footprint: Footprint) -> None:
+        """Have idle adapters leave, in the eviction policy's order, until the adapter's blocks are free."""
+        giving = iter(self._giving())
+        while not self._own.fits(footprint):
+            leaving = next(giving, None)
+            assert leaving is not None, "no blocks for an adapter: ask has_room first"
+            self.evict(leaving, to_make_room=True)
 
     # -- blocks that idle adapters can be made to give
 
-    def num_available(self, *, besides: AdapterId = BASE) -> int:
-        """Free blocks, and those of idle adapters' prefixes (not of `besides`)."""
-        if not self._prefixes:
-            return self._blocks.num_free
-        idle = (a for a in self._slots.idle() if a != besides)
-        return self._blocks.num_free + sum(len(self.prefix(adapter)) for adapter in idle)
+    def _giving(self) -> list[AdapterId]:
+        """Idle adapters that have blocks, in the eviction policy's order."""
+        return [adapter for adapter in self._slots.idle() if self._own.of(adapter)] if self._own.num_held else []
+
+    @property
+    def most_of_requests(self) -> int:
+        """Blocks that all requests together may hold."""
+        return self._own.most_of_requests
+
+    @property
+    def usage(self) -> float:
+        """Share of the pool that requests could not be given now, from 0 to 1: idle adapters would leave for them."""
+        idle = sum(len(self._own.pages(adapter)) for adapter in self._giving())
+        return 1.0 - (self._blocks.num_free + idle) / self._blocks.capacity
+
+    def has_room(self, num_blocks: int, num_adapter_blocks: int, *, besides: AdapterId) -> bool:
+        """Whether so many blocks are there for a request, and for its adapter, if idle adapters leave (not
+        `besides`)."""
+        if num_blocks > self._own.num_left:
+            return False
+        return num_blocks + num_adapter_blocks <= self._num_available(besides)
+
+    def _num_available(self, besides: AdapterId = BASE) -> int:
+        """Free blocks, and those of idle adapters (not of `besides`)."""
+        idle = sum(len(self._own.of(adapter)) for adapter in self._giving() if adapter != besides)
+        return self._blocks.num_free + idle
 
     def num_pinned_blocks(self, *, besides: AdapterId) -> int:
-        """Blocks of pinned adapters' prefixes: waiting does not free them."""
-        return sum(len(b) for a, b in self._prefixes.items() if a != besides and self._slots.is_pinned(a))
+        """Blocks of pinned adapters: waiting does not free them."""
+        if not self._own.num_held:
+            return 0
+        pinned = (adapter for adapter in self._seated if adapter != besides and self._slots.is_pinned(adapter))
+        return sum(len(self._own.of(adapter)) for adapter in pinned)
 
     def make_free(self, num_blocks: int) -> bool:
-        """Have so many blocks free, emptying idle adapters' slots if need be (in the eviction policy's order)."""
+        """Have so many blocks free for requests, emptying idle adapters' slots if need be (in the eviction policy's
+        order)."""
+        if num_blocks > self._own.num_left:
+            return False
         if self._blocks.num_free >= num_blocks:
             return True
-        if self.num_available() < num_blocks:
+        if self._num_available() < num_blocks:
             return False
-        for adapter in [a for a in self._slots.idle() if a in self._prefixes]:
+        for adapter in self._giving():
             if self._blocks.num_free >= num_blocks:
                 break
             self.evict(adapter, to_make_room=True)
@@ -156,7 +211,7 @@ class Residency:
         del self._seated[adapter]
         self._installs.pop(adapter, None)
         self._removes.add(slot)
-        self._blocks.release(self._prefixes.pop(adapter, ()))
+        self._own.release(adapter)
 
     # -- what the step is told
 
@@ -184,7 +239,7 @@ class Residency:
 
     def holders(self) -> Iterator[tuple[int, ...]]:
         """The block tables held here."""
-        yield from self._prefixes.values()
+        yield from self._own.holders()
 
     def check(self) -> None:
         """Assert that the books agree with the slot ledger's."""
@@ -193,6 +248,4 @@ class Residency:
         assert not self._asked & self._ready.keys(), "an adapter is asked for and ready"
         assert not self._seated.keys() & (self._asked | self._ready.keys()), "a seated adapter is on the way"
         assert self._installs.keys() <= in_slots, "an install has no slot"
-        assert self._prefixes.keys() <= in_slots, "a prefix has no slot"
-        for adapter, blocks in self._prefixes.items():
-            assert len(blocks) == self.num_prefix_blocks(self._seated[adapter]), "a prefix has the wrong size"
+        self._own.check({adapter: self._seated[adapter] for adapter in in_slots})

@@ -205,7 +205,7 @@ class Scheduler:
             num_slots=self._slots.num_slots,
             num_blocks=self._blocks.capacity,
             num_free_blocks=self._blocks.num_free,
-            kv_usage=self._blocks.usage,
+            kv_usage=self._residency.usage,
             wait_s=self._roster.wait_s,
             step_time=self._step_time.coefficients,
             cross_kv_usage=0.0 if cross is None else cross.usage,
