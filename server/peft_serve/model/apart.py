@@ -2,7 +2,8 @@
 
 A pass may be run again: what it writes are keys and values in the rows' own blocks, at the same places, and nothing
 is told to anybody before it has come to its end. So the rows are run again by adapter, and those of one adapter by
-halves, until a row fails alone: it has no result, and everybody else has the one they would have had. Where not even
+halves, until a row fails alone: it has no result, and everybody else has the one they would have had. Where memory ran
+short, the whole pass comes once more first, behind the allocator giving back what nobody uses. Where not even
 the base runs on a token of its own, no row is to blame, and the step fails as a whole.
 
 Knows neither logits nor sites: how rows are run is given.
@@ -45,7 +46,11 @@ class Apart:
         given, error = self._attempt(rows)
         if error is None:
             return given
-        self._make_way(error)
+        if self._make_way(error):
+            given, error = self._attempt(rows)  # what the allocator kept may have been all that was missing
+            if error is None:
+                return given
+            self._make_way(error)
         _, at_all = self._attempt([_probe(rows[0])])
         if at_all is not None:
             raise at_all
@@ -72,10 +77,13 @@ class Apart:
             _log.exception("a pass over %d rows failed, and is looked into", len(rows))
             return [], without_frames(error)
 
-    def _make_way(self, error: Exception) -> None:
-        if is_short_of_memory(error):
-            self.was_short_of_memory = True
-            self._free()
+    def _make_way(self, error: Exception) -> bool:
+        """Give memory back where it ran short; False where it did not."""
+        if not is_short_of_memory(error):
+            return False
+        self.was_short_of_memory = True
+        self._free()
+        return True
 
 
 def _parts(rows: Sequence[Row]) -> list[list[Row]]:
