@@ -36,6 +36,13 @@ class Factors(Protocol):
 
     def put(self, slot: int, a_RI: Tensor, b_OR: Tensor) -> None: ...
 
+    def put_early(self, slot: int, a_RI: Tensor, b_OR: Tensor, wait: Callable[[], None]) -> None:
+        """`put` factors that are on their way to the device; `wait` has it wait for them, before anything reads them.
+
+        They are to lie still until `drop`.
+        """
+        ...
+
     def drop(self, slot: int) -> None: ...
 
     def op(self, segments: Segments, out_scale: Tensor | None = None, shift: Tensor | None = None) -> Add: ...
@@ -102,6 +109,11 @@ class LayerFactors:
         self._reach(slot + 1)
         self._kept[slot] = a_RI, b_RO
         self._write(slot, a_RI.data_ptr(), b_RO.data_ptr(), rank)
+
+    def put_early(self, slot: int, a_RI: Tensor, b_OR: Tensor, wait: Callable[[], None]) -> None:
+        """`put`, behind what has to come first."""
+        wait()
+        self.put(slot, a_RI, b_OR)
 
     def drop(self, slot: int) -> None:
         """Forget the slot, if it has something here. Ops that were made before are not to be called again."""

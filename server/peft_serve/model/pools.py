@@ -6,6 +6,10 @@ it stays zero.
 
 Shapes: `L` layers, `N` blocks, `S` positions in a block, `H` key/value heads, `D` head size, `T` tokens.
 A *place* is a position of the whole pool: block * S + offset.
+
+A pool has memory of its own, a tensor for keys and one for values, or lies in an `Arena` beside the adapters, block by
+block; then a block's number counts parts, and a layer's views begin at its part of block 0. Whoever reads and writes by
+block numbers and places need not know which.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from peft_serve.core import PADDING_BLOCK
+from peft_serve.model.arena import Arena
 from peft_serve.model.sending import sent
 
 
@@ -38,27 +43,43 @@ class KVShape:
 
 
 class KVPool:
-    """Keys and values in blocks: two tensors of [L, N, S, H, D]."""
+    """Keys and values in blocks."""
 
     def __init__(
-        self, shape: KVShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: KVShape,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        arena: Arena | None = None,
     ) -> None:
+        """`arena` has blocks of `shape`, on the device, and is this pool's alone but for adapters."""
         if num_blocks < 2:
             raise ValueError(
                 f"a KV pool of {num_blocks} blocks holds no request: block 0 is padding, so it needs at least 2; "
                 "give the KV cache more bytes or make the blocks smaller"
             )
-        size = (shape.num_layers, num_blocks, block_size, shape.num_heads, shape.head_dim)
         self.shape = shape
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.device = device
         num_layers = max(1, shape.num_layers)  # an encoder keeps nothing between steps: its pool has no layers
         self.bytes_per_block = shape.bytes_per_block(block_size, dtype) // num_layers  # of one layer
-        self._k_LNSHD = torch.zeros(size, dtype=dtype, device=device)
-        self._v_LNSHD = torch.zeros(size, dtype=dtype, device=device)
+        self._spacing = 1 if arena is None else arena.num_parts  # from a block's number to that of the next
+        size = (shape.num_layers, num_blocks, block_size, shape.num_heads, shape.head_dim)
+        if arena is None:
+            self._k_LNSHD = torch.zeros(size, dtype=dtype, device=device)
+            self._v_LNSHD = torch.zeros(size, dtype=dtype, device=device)
+            self._blocks = tuple(zip(self._k_LNSHD.unbind(0), self._v_LNSHD.unbind(0), strict=True))
+        else:
+            assert arena.block_bytes == shape.bytes_per_block(block_size, dtype), "an arena of other blocks"
+            parts = arena.memory.view(dtype).view(num_blocks * arena.num_parts, *size[2:])
+            by_block = parts.view(num_blocks, 2, shape.num_layers, *size[2:]).permute(1, 2, 0, 3, 4, 5)
+            self._k_LNSHD, self._v_LNSHD = by_block[0], by_block[1]
+            self._blocks = tuple((parts[i:], parts[shape.num_layers + i :]) for i in range(shape.num_layers))
         # Views by layer are made here once, not by every layer of every step.
-        self._blocks = tuple(zip(self._k_LNSHD.unbind(0), self._v_LNSHD.unbind(0), strict=True))
         self._places = tuple((k.flatten(0, 1), v.flatten(0, 1)) for k, v in self._blocks)
 
     def write(self, layer: int, places_T: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
@@ -87,7 +108,7 @@ class KVPool:
         too, and what a stranger left there, were it not finite, would come through the mask.
         """
         if blocks:
-            (index,) = sent([blocks], self.device)
+            (index,) = sent([self._indices(blocks)], self.device)
             self._k_LNSHD.index_fill_(1, index, 0)
             self._v_LNSHD.index_fill_(1, index, 0)
 
@@ -95,7 +116,8 @@ class KVPool:
         """Copy blocks: (from, to). No block is both a source and a target of one call."""
         if not pairs:
             return
-        sources, targets = sent([[a for a, _ in pairs], [b for _, b in pairs]], self.device)
+        each = ([a for a, _ in pairs], [b for _, b in pairs])
+        sources, targets = sent([self._indices(numbers) for numbers in each], self.device)
         assert PADDING_BLOCK not in {b for _, b in pairs}, "block 0 is padding and is never written"
         self._k_LNSHD[:, targets] = self._k_LNSHD[:, sources]
         self._v_LNSHD[:, targets] = self._v_LNSHD[:, sources]
@@ -106,16 +128,27 @@ class KVPool:
         The two tensors are [L, H, P, D] of this pool's L, H and D.
         """
         num_positions = keys_LHPD.shape[2]
-        places = torch.tensor(places_of(blocks, 0, num_positions, self.block_size), device=self.device)
+        index, offset = self._positions(blocks, num_positions)
         self.clear(blocks)
         for pool, given in ((self._k_LNSHD, keys_LHPD), (self._v_LNSHD, values_LHPD)):
-            pool.flatten(1, 2)[:, places] = given.to(device=self.device, dtype=pool.dtype).transpose(1, 2)
+            pool[:, index, offset] = given.to(device=self.device, dtype=pool.dtype).transpose(1, 2)
 
     def read(self, blocks: Sequence[int], num_positions: int) -> tuple[Tensor, Tensor]:
         """Copies of the first positions of a block table, as `store` takes them: [L, H, P, D] twice."""
-        places = torch.tensor(places_of(blocks, 0, num_positions, self.block_size), device=self.device)
-        k, v = (pool.flatten(1, 2)[:, places].transpose(1, 2) for pool in (self._k_LNSHD, self._v_LNSHD))
+        index, offset = self._positions(blocks, num_positions)
+        k, v = (pool[:, index, offset].transpose(1, 2) for pool in (self._k_LNSHD, self._v_LNSHD))
         return k, v
+
+    def _indices(self, numbers: Sequence[int]) -> list[int]:
+        """Which of all blocks these are."""
+        return [number // self._spacing for number in numbers]
+
+    def _positions(self, blocks: Sequence[int], num_positions: int) -> tuple[Tensor, Tensor]:
+        """The first positions of a block table: which block each is in, and where in it."""
+        assert num_positions <= len(blocks) * self.block_size, f"{len(blocks)} blocks do not cover {num_positions}"
+        index = [number for number in self._indices(blocks) for _ in range(self.block_size)][:num_positions]
+        offset = [position % self.block_size for position in range(num_positions)]
+        return torch.tensor(index, device=self.device), torch.tensor(offset, device=self.device)
 
     def check(self) -> None:
         """The padding block is zero."""

@@ -6,7 +6,6 @@ tokens. It plans nothing: every slot and block it touches is named by the `Step`
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, isnan
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 
 from peft_serve.adapters.primitives import Adapter
-from peft_serve.adapters.shortage import is_short_of_memory
-from peft_serve.core import BASE_SLOT, AdapterId, Install, Row, RowResult, Step, StepResult
-from peft_serve.errors import Internal, ServeError
+from peft_serve.core import BASE_SLOT, AdapterId, Row, RowResult, Step, StepResult
+from peft_serve.errors import Internal
 from peft_serve.model.apart import Apart
+from peft_serve.model.arena import Arena
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.candidates import candidates, tops
+from peft_serve.model.carrier import Carrier
 from peft_serve.model.encoder_pass import EncoderPass
 from peft_serve.model.families.family import ReadsStates
 from peft_serve.model.heads import Heads
@@ -28,10 +28,9 @@ from peft_serve.model.passes import Passes
 from peft_serve.model.pools import KVPool, KVShape
 from peft_serve.model.prefixes import VirtualTokens
 from peft_serve.model.readings import Ask, Rows, read
+from peft_serve.model.residents import Residents
 from peft_serve.model.sampler import Chosen, Sampler, score
 from peft_serve.model.sending import sent
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,40 +57,46 @@ class StepRunner:
         num_cross_blocks: int,
         block_size: int,
         adapters: Callable[[AdapterId], Adapter],
+        carrier: Carrier | None = None,
     ) -> None:
         """`num_blocks` and `num_cross_blocks` count the padding block; the latter is 0 without an encoder.
 
-        `adapters` gives the compiled adapter of an `Install` and may raise.
+        `adapters` gives the compiled adapter of an `Install` and may raise. With a `carrier` adapters lie among the KV
+        blocks, in its arena.
         """
         cross = base.runs.cross_cache
         self._base = base
-        self._adapters = adapters
-        self._pool = _pool(base, base.runs.cache, num_blocks, block_size)
+        arena = None if carrier is None else carrier.arena
+        self._pool = _pool(base, base.runs.cache, num_blocks, block_size, arena)
         self._cross_pool = None if cross is None else _pool(base, cross, num_cross_blocks, block_size)
         self._passes = Passes(base, pool=self._pool, cross_pool=self._cross_pool)
         self._virtual = VirtualTokens(base, self._passes, self._pool)
         self._encoder = EncoderPass(base, self._virtual) if base.shape.is_encoder else None
         self._heads = Heads(base)
         self._sampler = Sampler(banned=base.banned_ids)
-        self._apart = Apart(self._run_rows, free=torch.cuda.empty_cache if base.device.type == "cuda" else lambda: None)
-        self._occupied: set[int] = set()
-        self._is_short = False  # memory ran out for an install of the step
+        free = torch.cuda.empty_cache if base.device.type == "cuda" else _nothing
+        self._residents = Residents(base, adapters, self._virtual, self._heads, carrier=carrier, free=free)
+        self._apart = Apart(self._run_rows, free=free)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         """Run one step. What fails for some of its rows alone fails for them alone (`RowResult.failure`), and an
         adapter that cannot be installed fails with its rows, which are not run. Raises when the base does not run."""
-        self._is_short = False
+        self._residents.was_short_of_memory = False
         for slot in step.removes:
-            self._remove(slot)
+            self._residents.remove(slot)
         failed: dict[int, tuple[AdapterId, str]] = {}
         for install in step.installs:
-            reason = self._install(install)
+            reason = self._residents.install(install)
             if reason is not None:
                 failed[install.slot] = (install.adapter, reason)
         self._pool.copy(step.copies)
+        was_short = self._residents.was_short_of_memory
         runnable = [row for row in step.rows if row.slot not in failed]
-        ran = iter(self._apart.run(runnable) if runnable else ())
+        try:
+            ran = iter(self._apart.run(runnable) if runnable else ())
+        finally:
+            self._residents.settle()
         return StepResult(
             step_id=step.id,
             rows=tuple(
@@ -99,7 +104,7 @@ class StepRunner:
                 for row in step.rows
             ),
             failed_installs=tuple(failed.values()),
-            was_short_of_memory=self._is_short or bool(runnable and self._apart.was_short_of_memory),
+            was_short_of_memory=was_short or bool(runnable and self._apart.was_short_of_memory),
         )
 
     def check(self) -> None:
@@ -107,30 +112,6 @@ class StepRunner:
         self._pool.check()
         if self._cross_pool is not None:
             self._cross_pool.check()
-
-    def _remove(self, slot: int) -> None:
-        """Empty a slot. One that a failed install left empty may be named: its plan did not know yet."""
-        if slot in self._occupied:
-            self._occupied.remove(slot)
-            self._base.adapted.remove(slot)
-            self._virtual.remove(slot)
-            self._heads.drop(slot)
-
-    def _install(self, install: Install) -> str | None:
-        """Put an adapter into its slot; the reason if that fails, and then the slot is empty."""
-        try:
-            adapter = self._adapters(install.adapter)
-            self._base.adapted.install(install.slot, adapter)
-            self._occupied.add(install.slot)
-            self._virtual.place(install, adapter)
-            if adapter.head is not None:
-                self._heads.put(install.slot, adapter.head)
-        except Exception as error:  # noqa: BLE001  # whatever is wrong with an adapter, the others run
-            _log.warning("adapter %s cannot be installed", install.adapter, exc_info=True)
-            self._remove(install.slot)
-            self._is_short |= is_short_of_memory(error)
-            return _told(error)
-        return None
 
     def _run_rows(self, rows: Sequence[Row]) -> list[RowResult]:
         if self._encoder is not None:
@@ -253,17 +234,18 @@ def _no_number(row: Row) -> RowResult:
     return RowResult(request=row.request, branch=row.branch, failure=Internal(told))
 
 
-def _told(error: Exception) -> str:
-    if is_short_of_memory(error):
-        return "memory ran out; try again later"
-    return str(error) if isinstance(error, ServeError | ValueError | LookupError) else type(error).__name__
-
-
 def _rows_of(logits_NV: Tensor, places: Sequence[int]) -> Tensor:
     if len(places) == len(logits_NV):
         return logits_NV
     return logits_NV[sent([places], logits_NV.device)[0]]
 
 
-def _pool(base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int) -> KVPool:
-    return KVPool(shape, num_blocks=num_blocks, block_size=block_size, dtype=base.dtype, device=base.device)
+def _pool(
+    base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int, arena: Arena | None = None
+) -> KVPool:
+    dtype, device = base.dtype, base.device
+    return KVPool(shape, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device, arena=arena)
+
+
+def _nothing() -> None:
+    """No allocator keeps anything."""

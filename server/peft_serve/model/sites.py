@@ -25,6 +25,7 @@ from peft_serve.core import BASE_SLOT
 from peft_serve.kernels.low_rank import LowRankKernels
 from peft_serve.kernels.row_ops import RowOps
 from peft_serve.model.attention_site import AttentionSite, attention_spec
+from peft_serve.model.carrier import Carried
 from peft_serve.model.edit_check import check_edit
 from peft_serve.model.expert_site import ExpertsSite, expert_spec
 from peft_serve.model.extents import Extent
@@ -34,6 +35,7 @@ from peft_serve.model.quantised import logical_shapes
 from peft_serve.model.router_site import RouterSite, router_spec
 from peft_serve.model.routing import Lane, Route, Stream, divided
 from peft_serve.model.sites_forward import DenseSite, NormSite, Site
+from peft_serve.model.sites_terms import drop_all, put_all
 from peft_serve.model.stacks import Moves, StackLayout, width_of
 from peft_serve.model.sublayer_places import sublayers_of
 from peft_serve.model.sublayers import bind_sublayer, close_sublayer
@@ -190,20 +192,21 @@ class AdaptedSites:
             raise ValueError("the adapter holds values that are not finite; its neighbours share its GEMMs")
         self._vetted.add(adapter)
 
-    def install(self, slot: int, adapter: Adapter) -> None:
+    def install(self, slot: int, adapter: Adapter, carried: Carried | None = None) -> None:
         """Put an adapter's edits into an empty slot. ValueError leaves the slot empty and everything else as it was.
 
-        Routes end here: the next pass needs new ones.
+        `carried` is the same adapter on its way to the device. Routes end here: the next pass needs new ones.
         """
         edits = self._accepted(slot, adapter)
+        waits = {}
+        if carried is not None:
+            edits = {self._sites[path]: edit for path, edit in carried.adapter.sites.items()}
+            waits = {self._sites[path]: partial(carried.wait, stage) for path, stage in carried.stages.items()}
         self._forget_routes()
         try:
-            with torch.inference_mode():
-                for site, edit in edits.items():
-                    for term in site.terms:
-                        term.put(slot, edit)
+            put_all(slot, edits, waits)
         except BaseException:
-            _drop(slot, tuple(edits))
+            drop_all(slot, tuple(edits))
             raise
         streams = frozenset(stream for path, stream in self._streams.items() if self._sites[path] in edits)
         streams |= {stream for stream, paths in self._shared_paths.items() if not paths.isdisjoint(adapter.sites)}
@@ -217,7 +220,7 @@ class AdaptedSites:
         self._forget_routes()
         self._layout.forget(slot)
         installed = self._installed.pop(slot)
-        _drop(slot, installed.sites)
+        drop_all(slot, installed.sites)
 
     def route(
         self, stream: Stream, runs: Iterable[tuple[int, int]], extents: Callable[[], Iterable[Extent]] = tuple
@@ -339,11 +342,3 @@ def _embed_scale(module: nn.Module) -> float:
         assert isinstance(module.weight, Tensor)
         return float(scale.to(module.weight.dtype))
     return 1.0 if scale is None else float(scale)
-
-
-def _drop(slot: int, sites: tuple[Site, ...]) -> None:
-    with torch.inference_mode():
-        for site in sites:
-            site.forget()
-            for term in site.terms:
-                term.drop(slot)

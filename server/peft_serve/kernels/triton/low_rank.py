@@ -13,7 +13,7 @@ Shapes: `T` tokens, `I` in and `O` out features, `R` rank, `S` slots, `M` layers
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -35,6 +35,7 @@ from peft_serve.kernels.triton.tiles import MANY, Bucket, Tiles
 
 _MOST_SHARING: Final = 8  # layers of one shrink
 _COLUMNS: Final = 128  # outputs of a program
+_READ_AT: Final = 16  # bytes: factors begin at a multiple
 
 
 class LongRuns(StrEnum):
@@ -57,9 +58,9 @@ class Shrunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Own:
-    """An adapter's factors at one layer, and where they lie."""
+    """An adapter's factors at one layer, and where they lie: in a piece, or where they were given."""
 
-    piece: Piece
+    piece: Piece | None
     a_RI: Tensor
     b_RO: Tensor
 
@@ -85,6 +86,7 @@ class LayerFactors:
     ) -> None:
         self._kernel = kernel
         self._kept: dict[int, _Own] = {}
+        self._coming: dict[int, Callable[[], None]] = {}
         self.index = kernel.memory.entries.add_layer()
         self.num_in, self.num_out = num_in, num_out
         self.dtype = dtype
@@ -108,15 +110,45 @@ class LayerFactors:
             own_RO = piece.view(behind_a, (rank, self.num_out), self.dtype)
             own_RI.copy_(a_RI, non_blocking=True)
             own_RO.copy_(b_OR.to(own_RO.device, non_blocking=True).t())
-        self._kept[slot] = _Own(piece, own_RI, own_RO)
-        self._kernel.written(slot, self.index, (own_RI.data_ptr(), own_RO.data_ptr(), rank, 0))
+        self._keep(slot, _Own(piece, own_RI, own_RO))
+
+    def put_early(self, slot: int, a_RI: Tensor, b_OR: Tensor, wait: Callable[[], None]) -> None:
+        """Keep factors that are on their way to the device, A as it is and B turned, where they will lie.
+
+        The device is told to `wait` for them just before it is told to read them, and by then where they lie otherwise
+        than they are read.
+        """
+        device, b_RO = self._kernel.memory.device, b_OR.t()
+        is_ours = all(each.device == device and each.dtype is self.dtype for each in (a_RI, b_RO))
+        is_straight = all(each.is_contiguous() and each.data_ptr() % _READ_AT == 0 for each in (a_RI, b_RO))
+        if not (is_ours and is_straight and len(a_RI)):
+            wait()
+            self.put(slot, a_RI, b_OR)
+            return
+        self.drop(slot)
+        self._keep(slot, _Own(None, a_RI, b_RO))
+        self._coming[slot] = wait
+        self._kernel.awaiting.add(self)
+
+    def arrive(self) -> None:
+        """What is told to the device from now on may read every factor."""
+        for wait in self._coming.values():
+            wait()
+        self._coming.clear()
+        self._kernel.awaiting.discard(self)
+
+    def _keep(self, slot: int, own: _Own) -> None:
+        self._kept[slot] = own
+        self._kernel.written(slot, self.index, (own.a_RI.data_ptr(), own.b_RO.data_ptr(), len(own.a_RI), 0))
 
     def drop(self, slot: int) -> None:
         """Forget the slot, if it has something here. Ops that were made before are not to be called again."""
         own = self._kept.pop(slot, None)
+        self._coming.pop(slot, None)
         if own is not None:
             self._kernel.written(slot, self.index, (0, 0, 0, 0))
-            self._kernel.memory.slabs.give_back(own.piece)
+            if own.piece is not None:
+                self._kernel.memory.slabs.give_back(own.piece)
 
     def op(self, step: Step, out_scale: Tensor | None = None, shift: Tensor | None = None) -> Add:
         """Adds the terms of a step's adapters; those that have none here are passed over.
@@ -137,6 +169,7 @@ class LayerFactors:
             if not len(tiles):
                 return
             if groups is not None and y.is_contiguous():
+                self.arrive()
                 x_TI = x.to(self.dtype).reshape(tiles.num_tokens, self.num_in)
                 add_rank_groups_(y.view(tiles.num_tokens, self.num_out), x_TI, groups)
                 return
@@ -181,6 +214,7 @@ class LowRankKernel:
         self._ranks: dict[int, dict[int, int]] = {}  # by slot and layer
         self._widths: WeakKeyDictionary[Segments, int] = WeakKeyDictionary()
         self._last: Shrunk | None = None
+        self.awaiting: set[LayerFactors] = set()  # layers with factors on their way
 
     def serves(self, like: Tensor) -> bool:
         """Whether it computes with tensors of this kind."""
@@ -254,6 +288,9 @@ class LowRankKernel:
             Group(members, self.memory.device)
 
     def _shrink(self, layer: LayerFactors, x: Tensor, tiles: Tiles, width: int) -> Shrunk:
+        if self.awaiting:
+            for each in self.awaiting.intersection(layer.group.members):  # all of them are read at once
+                each.arrive()
         given = x.to(layer.dtype).contiguous().view(tiles.num_tokens, layer.num_in)
         low = shrunk(given, layer.group.layers_M, self.memory.entries, tiles, width=width, part=self._part)
         return Shrunk(x, tiles, layer.group, low, {layer.index})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
@@ -61,6 +63,20 @@ class LowRankDelta:
         else:
             self._factors[slot] = LowRank(a_RI.to(self._like), b_OR.to(self._like))
         self._slots.add(slot)
+
+    def put_early(self, slot: int, edit: Edit, wait: Callable[[], None]) -> None:
+        """`put` factors that are on their way to the device; `wait` has it wait for them.
+
+        Where a kernel reads them where they lie, it does so when a pass comes here for the first time, and else now.
+        """
+        if not isinstance(edit, Affine) or edit.delta is None:
+            return
+        if self._direct is None:
+            wait()
+            self.put(slot, edit)
+        else:
+            self._direct.put_early(slot, edit.delta.a_RI, edit.delta.b_OR, wait)
+            self._slots.add(slot)
 
     def drop(self, slot: int) -> None:
         self._slots.discard(slot)
