@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     allow_chat_templates: bool = Field(
         default=False, description="run the chat templates of uploads, in a sandbox; off: the base's own is used"
     )
-    device_adapter_bytes: int = Field(default=1 * GIB, ge=0, description="device memory for resident adapters")
+    device_adapter_bytes: int = Field(
+        default=1 * GIB, ge=0, description="device memory for resident adapters; of a shared budget, at least so much"
+    )
     max_resident_adapters: int = Field(default=64, ge=1, description="slots on the device")
     host_adapter_bytes: int = Field(default=2 * GIB, ge=0, description="host memory for compiled adapters")
     eviction_policy: Literal["lru", "cost"] = Field(
@@ -106,7 +108,18 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = Field(
         default=True, description="prompts that begin alike under one adapter share what was computed for them"
     )
-    kv_cache_bytes: int = Field(default=1 * GIB, ge=1 * MIB, description="memory for KV blocks")
+    kv_cache_bytes: int = Field(
+        default=1 * GIB, ge=1 * MIB, description="memory for KV blocks; of a shared budget, at least so much"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, ge=0, le=1, description="share of a GPU's memory that the server fills; 0 = no shared budget"
+    )
+    device_memory_bytes: int | None = Field(
+        default=None, ge=1 * MIB, description="one budget for KV blocks and adapters, in place of a share of the GPU"
+    )
+    pinned_adapter_bytes: int = Field(
+        default=256 * MIB, ge=0, description="pinned host memory by way of which adapters are copied to a GPU"
+    )
 
     # HTTP
     host: str = Field(default="127.0.0.1", description="address to listen on")

@@ -10,18 +10,19 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import peft_serve
+from peft_serve.adapters.compiled_store import CompiledStore
 from peft_serve.adapters.eviction import make_policy
 from peft_serve.adapters.heads import own_facts
 from peft_serve.adapters.host_cache import HostCache
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.load_costs import LoadCosts
 from peft_serve.adapters.primitives import Adapter
+from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.adapters.sources.opening import Sources
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
@@ -31,6 +32,7 @@ from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.cache_figures import CacheFigures
 from peft_serve.engine.cache_trace import CacheTrace, appender
 from peft_serve.engine.cpu_kernels import speed_up
+from peft_serve.engine.device_memory import DeviceMemory, Sizes, device_memory
 from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
 from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
 from peft_serve.engine.loop import Engine
@@ -50,22 +52,18 @@ from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
 from peft_serve.text import TextCodec
 
-_BLOCKS_OF_AN_ENCODER = 1  # they have no layers and take no memory; a pool holds one at least
-_CROSS_SHARE = 0.5  # of the KV bytes of an encoder-decoder: the source is kept as long as the answer grows
 _BESIDE = 1
 """torch threads of every thread but the engine's. An OpenMP runtime stops spinning between parallel regions as soon as
 a second team of threads exists, and then each small product of a step pays a wake-up: measured 150 us against 8 us
 (docs/decisions/0003-one-team-of-threads.md). The number is a setting of the calling thread, so it is set where the
 work is done."""
 
+_LESS_MEMORY = (
+    "take a smaller base, --quantisation, a smaller --gpu-memory-utilization, or smaller --kv-cache-bytes and "
+    "--device-adapter-bytes"
+)
 _AFFINITY_AGE_S = 2.0
 _OVERTAKEN_S = {"fcfs": 0.0, "affinity": _AFFINITY_AGE_S, "fair": _AFFINITY_AGE_S}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _KVSizes:
-    num_blocks: int
-    num_cross_blocks: int
 
 
 def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
@@ -79,8 +77,10 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     store = open_store(settings, root)
     try:
         return _built(settings, store, root, say)
-    except BaseException:
+    except BaseException as error:
         store.close()
+        if is_short_of_memory(error):
+            raise ValueError(f"the server does not fit into memory ({error}); {_LESS_MEMORY}") from error
         raise
 
 
@@ -122,8 +122,9 @@ def _built(
     checked_for = f"{peft_serve.__version__} {fingerprint} {words} {limits}"
     store.tell_of_detached(compiled.forget)
     catalog = make_catalog(settings, store, root, card.name, loading, checked_for, say)
+    memory = device_memory(settings, base, card.max_context, say)
     engine = _make_engine(
-        settings, base, lambda adapter: loading.load(adapter, catalog.files), metrics, num_threads, compiled.settle
+        settings, base, memory, lambda adapter: loading.load(adapter, catalog.files), metrics, num_threads, compiled
     )
     parts = ServerParts(
         settings=settings,
@@ -195,24 +196,25 @@ def _card(settings: Settings, base: ResidentBase) -> BaseCard:
 def _make_engine(
     settings: Settings,
     base: ResidentBase,
+    memory: DeviceMemory,
     load: Callable[[AdapterId], Adapter],
     metrics: Metrics,
     num_threads: int,
-    settle: Callable[[], bool],
+    compiled: CompiledStore,
 ) -> Engine:
     def stop() -> None:
-        settle()
+        compiled.settle()
         if trace is not None:
             trace.stop()
 
-    sizes = _kv_sizes(settings, base)
-    block_size, ready = settings.block_size, Preparation(base, load)
+    sizes = memory.sizes
+    block_size, ready = settings.block_size, Preparation(base, load, memory.carrier)
     costs = LoadCosts()
     trace = _start_trace(settings)
     figures = CacheFigures(metrics, costs, trace)
     slots = SlotLedger(
         num_slots=settings.max_resident_adapters,
-        max_bytes=settings.device_adapter_bytes,
+        max_bytes=sizes.max_adapter_bytes,
         policy=make_policy(settings.eviction_policy, costs.seconds),
         on_lookup=figures.looked_up,
     )
@@ -224,6 +226,7 @@ def _make_engine(
             num_cross_blocks=sizes.num_cross_blocks,
             block_size=block_size,
             adapters=adapters,
+            carrier=memory.carrier,
         ),
         host_cache=HostCache(
             ready.load,
@@ -253,7 +256,7 @@ def _start_trace(settings: Settings) -> CacheTrace | None:
     return trace
 
 
-def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes, slots: SlotLedger) -> Scheduler:
+def _make_scheduler(settings: Settings, base: ResidentBase, sizes: Sizes, slots: SlotLedger) -> Scheduler:
     block_size, shape = settings.block_size, base.shape
     cross_blocks = None
     if shape.is_encoder_decoder:
@@ -273,9 +276,10 @@ def _make_scheduler(settings: Settings, base: ResidentBase, sizes: _KVSizes, slo
             pad_id=base.pad_id,
             affinity_age_s=_OVERTAKEN_S[settings.scheduling_policy],
             prefix_caching=settings.enable_prefix_caching,
+            num_adapter_blocks=sizes.num_adapter_blocks,
         ),
         slots=slots,
-        blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size),
+        blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size, spacing=sizes.spacing),
         cross_blocks=cross_blocks,
         clock=time.monotonic,
         order=order_of(settings.scheduling_policy, has_tenants=settings.api_keys_file is not None),
@@ -294,19 +298,6 @@ def _claim_threads(num_threads: int) -> None:
     """
     torch.set_num_threads(num_threads)
     torch.get_num_threads()
-
-
-def _kv_sizes(settings: Settings, base: ResidentBase) -> _KVSizes:
-    """Blocks for the bytes the operator gives, and no more than every row at full length could use."""
-    if base.shape.is_encoder:
-        return _KVSizes(num_blocks=1 + _BLOCKS_OF_AN_ENCODER, num_cross_blocks=0)
-    per_block = base.runs.cache.bytes_per_block(settings.block_size, base.dtype)
-    most = settings.max_rows * (_max_context(settings, base) // settings.block_size + 2)
-    fits = settings.kv_cache_bytes // per_block
-    if not base.shape.is_encoder_decoder:
-        return _KVSizes(num_blocks=1 + max(1, min(most, fits)), num_cross_blocks=0)
-    cross = max(1, min(most, int(fits * _CROSS_SHARE)))
-    return _KVSizes(num_blocks=1 + max(1, min(most, fits - cross)), num_cross_blocks=1 + cross)
 
 
 def _seed_source() -> Callable[[], int]:

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import AdapterId, Footprint
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.carrier import Carrier
 
 
 class Preparation:
     """Loads by `load`, for one base; remembers what it found as long as the adapter is somewhere."""
 
-    def __init__(self, base: ResidentBase, load: Callable[[AdapterId], Adapter]) -> None:
+    def __init__(
+        self, base: ResidentBase, load: Callable[[AdapterId], Adapter], carrier: Carrier | None = None
+    ) -> None:
+        """With a `carrier` adapters lie among the KV blocks, and take whole ones."""
         self._base = base
         self._load = load
+        self._carrier = carrier
         self._footprints: WeakKeyDictionary[Adapter, Footprint] = WeakKeyDictionary()
 
     def load(self, adapter_id: AdapterId) -> Adapter:
@@ -37,5 +43,8 @@ class Preparation:
         if found is None:
             shape = self._base.shape
             found = adapter.footprint(is_encoder_decoder=shape.is_encoder_decoder, is_encoder=shape.is_encoder)
+            if self._carrier is not None:
+                runs, num_bytes = self._carrier.room_for(adapter)
+                found = replace(found, runs=runs, num_bytes=num_bytes)
             self._footprints[adapter] = found
         return found

@@ -110,7 +110,7 @@ def _memory(machine: Machine, settings: Settings) -> Iterator[Finding]:
     free = machine.free_memory()
     if free is None:
         return
-    on_device = settings.device_adapter_bytes + settings.kv_cache_bytes
+    on_device = settings.device_memory_bytes or settings.device_adapter_bytes + settings.kv_cache_bytes
     has_gpu = settings.device != "cpu" and machine.version("torch") is not None and machine.torch_cuda()[1]
     asked = settings.host_adapter_bytes + (0 if has_gpu else on_device)
     told = f"settings may take {size(asked)} beside the base; {size(free)} are free"
