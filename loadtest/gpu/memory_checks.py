@@ -83,7 +83,7 @@ def _load(
     """An adapter that does not fit is refused; the step it came with runs, and later it fits."""
     large = on_host(lora(base, "large", _RANK, seed=2))
     adapters[large.id] = large
-    with _little_memory(ground, 8 << 20):
+    with little_memory(ground, 8 << 20):
         done = runner.run(Step(id=4, rows=rows, installs=(Install(slot=2, adapter=large.id),)))
     reasons = [reason for _, reason in done.failed_installs]
     after = runner.run(Step(id=5, rows=rows, installs=(Install(slot=2, adapter=large.id),)))
@@ -107,7 +107,7 @@ def _step(ground: Ground, runner: StepRunner, rows: tuple[Row, ...], before: lis
         draw=None,
         wanted=((5,),) * _LONG,
     )
-    with _little_memory(ground, _SPARE):
+    with little_memory(ground, _SPARE):
         done = runner.run(Step(id=6, rows=(*rows, greedy)))
     failed = [str(one.request) for one in done.rows if one.failure is not None]
     after = runner.run(Step(id=7, rows=rows))
@@ -120,7 +120,7 @@ def _step(ground: Ground, runner: StepRunner, rows: tuple[Row, ...], before: lis
 
 
 @contextmanager
-def _little_memory(ground: Ground, spare: int) -> Iterator[None]:
+def little_memory(ground: Ground, spare: int) -> Iterator[None]:
     """So many bytes above what is held now are all that can be had inside the block."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -60,6 +60,7 @@ ALL: Final = (
         needs=_KERNELS,
     ),
     Part(name="memory", group="correctness", where="loadtest.gpu.memory_checks:memory", weight=10, is_for_gpu=True),
+    Part(name="one budget", group="correctness", where="loadtest.gpu.arena_checks:one_budget", weight=10),
     Part(name="terms", group="correctness", where="loadtest.gpu.term_checks:terms", weight=15),
     Part(name="models", group="correctness", where="loadtest.gpu.model_checks:models", weight=55),
     Part(name="bfloat16", group="correctness", where="loadtest.gpu.model_checks:bfloat16", weight=25),

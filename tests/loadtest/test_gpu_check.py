@@ -64,7 +64,7 @@ def test_every_part_runs_on_tiny_shapes(tmp_path: Path) -> None:
         ("graphs", "memory"), ("left out", "it has a meaning on a GPU only")
     )
     assert [check for one in sections.values() for check in one.found.checks if not check.passed] == []
-    for name in ("attention", "low-rank", "terms", "models", "bfloat16", "encoders", "methods"):
+    for name in ("attention", "low-rank", "one budget", "terms", "models", "bfloat16", "encoders", "methods"):
         assert sections[name].found.checks, name
     for one in parts:
         if one.group == "bench":
