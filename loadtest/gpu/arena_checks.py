@@ -61,7 +61,7 @@ class _Trial:
         self._num_own = 1 + max(block for row in self._rows for block in row.blocks)
 
     def _runner(self, carrier: Carrier | None) -> StepRunner:
-        num_blocks = self._num_own if carrier is None else carrier.arena.num_blocks
+        num_blocks = self._num_own if carrier is None else self._memory.sizes.num_blocks
         return StepRunner(
             self._base,
             num_blocks=num_blocks,

@@ -86,6 +86,7 @@ def test_a_block_is_one_stretch_of_bytes_and_no_other_blocks() -> None:
     assert bool(pool.read([3 * PARTS, 4 * PARTS], 8)[0].isnan().all())
     pool.clear([3 * PARTS, 4 * PARTS])
     assert not shared.memory.any()
+    assert (pool.number(3), pools()[0].number(3)) == (3 * PARTS, 3)
 
 
 @pytest.mark.parametrize("number", [0, 1, 7 * PARTS])

@@ -23,6 +23,7 @@ from peft_serve.scheduling.draft import MAX_SCORED
 
 _BLOCKS_OF_AN_ENCODER: Final = 1  # they have no layers and take no memory; a pool holds one at least
 _CROSS_SHARE: Final = 0.5  # of the KV bytes of an encoder-decoder: the source is kept as long as the answer grows
+_OF_NOBODY: Final = 2  # blocks of an arena: the padding block, and a last one that rows without a request may write to
 _STATES: Final = 24  # vectors as wide as the hidden states that a layer makes of a token, about
 _TRIES: Final = 8  # to find memory for the budget, each for
 _SMALLER: Final = 0.9  # as much as the one before
@@ -124,7 +125,7 @@ def _shared(
     )
     cross = _num_cross(for_kv // block_bytes, most_blocks) if base.shape.is_encoder_decoder else 0
     useful = most_blocks + -(-settings.max_resident_adapters * settings.max_adapter_bytes // block_bytes)
-    num_blocks = min(useful, budget // block_bytes - cross - 1)
+    num_blocks = min(useful, budget // block_bytes - cross - _OF_NOBODY)
     kv_floor = max(1, min(most_blocks, for_kv // block_bytes - cross))
     adapter_floor = min(for_adapters // block_bytes, num_blocks - kv_floor)
     if adapter_floor < min(for_adapters, 1):
@@ -132,14 +133,15 @@ def _shared(
             f"{budget} bytes are too few for KV blocks of {block_bytes} and adapters beside them: start the server "
             "with a larger --device-memory-bytes or --gpu-memory-utilization, or a smaller --block-size"
         )
-    arena = _claimed(num_blocks + 1, kv_floor + adapter_floor + 1, settings, base, say)
+    arena = _claimed(num_blocks + _OF_NOBODY, kv_floor + adapter_floor + _OF_NOBODY, settings, base, say)
+    num_blocks = arena.num_blocks - _OF_NOBODY
     wire = wire_to(base.device, pinned_bytes=settings.pinned_adapter_bytes, say=say)
-    say(f"{arena.num_blocks - 1} blocks of {block_bytes} bytes for the KV cache and adapters")
+    say(f"{num_blocks} blocks of {block_bytes} bytes for the KV cache and adapters")
     return DeviceMemory(
         sizes=Sizes(
-            num_blocks=arena.num_blocks,
+            num_blocks=1 + num_blocks,
             num_cross_blocks=1 + cross if cross else 0,
-            max_adapter_bytes=(arena.num_blocks - 1 - kv_floor) * block_bytes,
+            max_adapter_bytes=(num_blocks - kv_floor) * block_bytes,
             num_adapter_blocks=adapter_floor,
             spacing=arena.num_parts,
         ),

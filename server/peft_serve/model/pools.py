@@ -55,7 +55,7 @@ class KVPool:
         device: torch.device,
         arena: Arena | None = None,
     ) -> None:
-        """`arena` has blocks of `shape`, on the device, and is this pool's alone but for adapters."""
+        """`arena` has so many blocks of `shape` at least, on the device, and is this pool's alone but for adapters."""
         if num_blocks < 2:
             raise ValueError(
                 f"a KV pool of {num_blocks} blocks holds no request: block 0 is padding, so it needs at least 2; "
@@ -75,12 +75,17 @@ class KVPool:
             self._blocks = tuple(zip(self._k_LNSHD.unbind(0), self._v_LNSHD.unbind(0), strict=True))
         else:
             assert arena.block_bytes == shape.bytes_per_block(block_size, dtype), "an arena of other blocks"
-            parts = arena.memory.view(dtype).view(num_blocks * arena.num_parts, *size[2:])
-            by_block = parts.view(num_blocks, 2, shape.num_layers, *size[2:]).permute(1, 2, 0, 3, 4, 5)
+            assert num_blocks <= arena.num_blocks, "an arena of fewer blocks"
+            parts = arena.memory.view(dtype).view(arena.num_blocks * arena.num_parts, *size[2:])
+            by_block = parts.view(arena.num_blocks, 2, shape.num_layers, *size[2:]).permute(1, 2, 0, 3, 4, 5)
             self._k_LNSHD, self._v_LNSHD = by_block[0], by_block[1]
             self._blocks = tuple((parts[i:], parts[shape.num_layers + i :]) for i in range(shape.num_layers))
         # Views by layer are made here once, not by every layer of every step.
         self._places = tuple((k.flatten(0, 1), v.flatten(0, 1)) for k, v in self._blocks)
+
+    def number(self, index: int) -> int:
+        """The number by which tables name the block that is so many blocks behind the padding block."""
+        return index * self._spacing
 
     def write(self, layer: int, places_T: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
         """Store the step's keys and values at their places."""
