@@ -240,9 +240,7 @@ def _rows_of(logits_NV: Tensor, places: Sequence[int]) -> Tensor:
     return logits_NV[sent([places], logits_NV.device)[0]]
 
 
-def _pool(
-    base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int, arena: Arena | None = None
-) -> KVPool:
+def _pool(base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int, arena: Arena | None = None) -> KVPool:
     dtype, device = base.dtype, base.device
     return KVPool(shape, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device, arena=arena)
 

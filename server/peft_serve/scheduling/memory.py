@@ -47,9 +47,7 @@ class Memory:
         num_blocks = self._num_own_blocks(tracked, footprint) + self._num_branch_blocks(tracked, footprint)
         num_blocks += self._num_beam_blocks(tracked, footprint, self.max_new_tokens(tracked))
         prefix = self._residency.num_prefix_blocks(footprint)
-        capacity = min(
-            self._blocks.capacity - pinned - sum(footprint.runs), self._residency.most_of_requests + prefix
-        )
+        capacity = min(self._blocks.capacity - pinned - sum(footprint.runs), self._residency.most_of_requests + prefix)
         if num_blocks + prefix > capacity:
             what = f"request {tracked.id} needs {num_blocks + prefix} KV blocks of {self._limits.block_size} positions"
             raise _too_long(what, capacity, pinned)
