@@ -33,7 +33,7 @@ class Settings(BaseSettings):
         default=None, description="store the base's linear weights in fewer bits; needs peft-serve[quantised]"
     )
     prepack: Literal["auto", "on", "off"] = Field(
-        default="auto", description="a second copy of the weights in the order a CPU reads: faster, twice the memory"
+        default="auto", description="weights in the order a CPU reads them: faster; a second copy without kernels"
     )
     cpu_kernels: Literal["auto", "on", "off"] = Field(
         default="auto", description="kernels compiled for this CPU at the first start; on = refuse to start without"

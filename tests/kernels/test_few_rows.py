@@ -96,3 +96,24 @@ def test_a_row_of_another_width_or_dtype_is_a_mistake_of_ours(few_rows: FewRows)
     for x in (torch.zeros(2, 8), torch.zeros(2, 7, dtype=torch.bfloat16)):
         with pytest.raises(AssertionError, match="a product of"):
             product(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_out", "num_in"), [(1, 1), (5, 7), (32, 64), (33, 257), (200, 300)])
+def test_rows_are_given_back_bit_by_bit(few_rows: FewRows, num_out: int, num_in: int, dtype: torch.dtype) -> None:
+    words = torch.int32 if dtype == torch.float32 else torch.int16
+    weight = _random(num_out, num_in, dtype=dtype)
+    weight[0, 0], weight[-1, -1] = -0.0, 1e-41  # bits that arithmetic would lose
+    for given in (weight, weight.t().contiguous().t()):
+        product = few_rows.linear(given, None)
+        assert torch.equal(product.take(torch.arange(num_out)).view(words), weight.view(words))
+        numbers = torch.tensor([num_out - 1, 0, num_out // 2, 0])
+        assert torch.equal(product.take(numbers).view(words), weight[numbers].view(words))
+        assert product.take(numbers[:0]).shape == (0, num_in)
+
+
+@pytest.mark.parametrize("number", [-1, 5])
+def test_a_row_that_is_not_there_is_not_given(few_rows: FewRows, number: int) -> None:
+    product = few_rows.linear(_random(5, 7, dtype=torch.float32), None)
+    with pytest.raises(IndexError, match="rows 0 to 4"):
+        product.take(torch.tensor([0, number]))

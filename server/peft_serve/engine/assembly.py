@@ -10,6 +10,8 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,7 +137,7 @@ def _built(
         engine=engine,
         metrics=metrics,
         clock=time.monotonic,
-        check_base=lambda: base.fingerprint() == fingerprint,
+        check_base=partial(_is_unchanged, base, fingerprint),
         templates=templates,
         sources=sources,
     )
@@ -277,6 +279,7 @@ def _make_scheduler(settings: Settings, base: ResidentBase, sizes: Sizes, slots:
             affinity_age_s=_OVERTAKEN_S[settings.scheduling_policy],
             prefix_caching=settings.enable_prefix_caching,
             num_adapter_blocks=sizes.num_adapter_blocks,
+            reads_host_copies=base.device.type == "cpu",
         ),
         slots=slots,
         blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size, spacing=sizes.spacing),
@@ -284,6 +287,13 @@ def _make_scheduler(settings: Settings, base: ResidentBase, sizes: Sizes, slots:
         clock=time.monotonic,
         order=order_of(settings.scheduling_policy, has_tenants=settings.api_keys_file is not None),
     )
+
+
+def _is_unchanged(base: ResidentBase, fingerprint: str) -> bool:
+    """Whether the base's weights are still those it was started with. On the calling thread alone: packed ones are read
+    by a kernel, which would start a second team."""
+    _stand_aside()
+    return base.fingerprint() == fingerprint
 
 
 def _stand_aside() -> None:

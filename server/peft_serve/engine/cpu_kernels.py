@@ -23,7 +23,8 @@ from peft_serve.kernels.row_ops import RowOps
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.gated_mlp import gated_forward
 from peft_serve.model.known_layers import whole_layers
-from peft_serve.model.packing import can_pack, gains_from_kernels, has_room, is_worth_its_room
+from peft_serve.model.packed_weight import WeightPlaces
+from peft_serve.model.packing import can_pack, gains_from_kernels, is_worth_its_room
 from peft_serve.model.paged import PagedDecode
 from peft_serve.model.rotary_attention import RotaryAttention, rotary_attention
 from peft_serve.model.terms.term import OtherKernels
@@ -108,9 +109,8 @@ def _pack(settings: Settings, base: ResidentBase, kernels: CpuKernels | None, sa
     num_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     is_asked = settings.prepack == "on"
     if kernels is not None and gains_from_kernels(base.device, base.dtype):
-        if is_asked or has_room(num_bytes):
-            base.adapted.pack(kernels.few_rows.linear, fewest=1)
-            say("weights packed for our own kernels")
+        base.adapted.pack(kernels.few_rows.linear, fewest=1, places=WeightPlaces(base.model))
+        say("weights packed for our own kernels")
     elif can_pack(base.device, base.dtype) and (is_asked or is_worth_its_room(num_bytes, base.dtype)):
         base.adapted.pack()
         say("weights packed for this CPU")

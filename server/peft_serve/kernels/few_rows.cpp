@@ -254,6 +254,17 @@ void pack(const W* w, long row_step, long column_step, W* packed, long N, long K
   });
 }
 
+// Rows of the weight by number, with the bits they were packed with.
+template <class W>
+void take(const W* packed, long K, const int64_t* numbers, long count, W* rows) {
+  team::share(count, 64, [=](long first, long last) {
+    for (long i = first; i < last; ++i) {
+      const W* from = packed + numbers[i] / NR * K * NR + place_in_row(packed, int(numbers[i] % NR));
+      for (long k = 0; k < K; ++k) rows[i * K + k] = from[k * NR];
+    }
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -275,6 +286,14 @@ void few_rows_pack(const Layer* layer, const void* weight, long row_step, long c
     pack(static_cast<const bf16*>(weight), row_step, column_step, static_cast<bf16*>(panels), layer->N, layer->K);
   else
     pack(static_cast<const float*>(weight), row_step, column_step, static_cast<float*>(panels), layer->N, layer->K);
+}
+
+// rows[i] = weight[numbers[i]], [count, K] without gaps; numbers are within [0, N).
+void few_rows_take(const Layer* layer, const int64_t* numbers, long count, void* rows) {
+  if (layer->is_bf16)
+    take(static_cast<const bf16*>(layer->panels), layer->K, numbers, count, static_cast<bf16*>(rows));
+  else
+    take(static_cast<const float*>(layer->panels), layer->K, numbers, count, static_cast<float*>(rows));
 }
 
 // Each y[M, N] from the same x[M, K], all without gaps; at most MOST_PRODUCTS layers of one K and one dtype.

@@ -38,6 +38,7 @@ class Product:
     """x [..., I] -> x W^T + b [..., O], a new tensor, from a packed copy of W. x has W's dtype."""
 
     run: Any
+    given: Any  # the kernel's function that gives rows of W back
     address: int  # of what the kernel knows as a layer
     num_out: int
     num_in: int
@@ -53,6 +54,15 @@ class Product:
         self.run(self.address, x.data_ptr(), y.data_ptr(), x.numel() // self.num_in)
         return y
 
+    def take(self, numbers_N: Tensor) -> Tensor:
+        """Rows of W by number, [N, I], a new tensor with the bits that were packed; raises IndexError."""
+        numbers_N = numbers_N.to(torch.int64).contiguous()
+        if len(numbers_N) and not 0 <= int(numbers_N.min()) <= int(numbers_N.max()) < self.num_out:
+            raise IndexError(f"a weight has rows 0 to {self.num_out - 1}; asked for is {numbers_N}")
+        rows_NI = torch.empty(len(numbers_N), self.num_in, dtype=self.dtype)
+        self.given(self.address, numbers_N.data_ptr(), len(numbers_N), rows_NI.data_ptr())
+        return rows_NI
+
 
 class FewRows:
     """Makes products. Raises NativeError where the library cannot be had or does not compute what it should."""
@@ -65,6 +75,9 @@ class FewRows:
         self._run: Any = library.few_rows
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
         self._run.restype = None
+        self._take: Any = library.few_rows_take
+        self._take.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p]
+        self._take.restype = None
         self.each: Any = library.few_rows_each
         """Up to three products of the same rows at once: (addresses, count, x, addresses of results, rows)."""
         library.few_rows_panel.restype = ctypes.c_long
@@ -88,7 +101,7 @@ class FewRows:
         )
         at = ctypes.addressof(layer)
         self._pack(at, weight.data_ptr(), weight.stride(0), weight.stride(1))
-        return Product(self._run, at, num_out, num_in, dtype, (layer, panels, bias))
+        return Product(self._run, self._take, at, num_out, num_in, dtype, (layer, panels, bias))
 
     def _try_out(self) -> None:
         """A compiler's mistake is found here rather than in an answer."""
@@ -103,3 +116,5 @@ class FewRows:
                     raise NativeError(f"few_rows.cpp computes {dtype} wrongly as this compiler translates it")
                 if any(not torch.equal(product(x_MI[:n])[-1], y_MO[n - 1]) for n in range(1, len(x_MI))):
                     raise NativeError("few_rows.cpp sums a row in another order in another batch; use another compiler")
+                if not torch.equal(product.take(torch.arange(len(w_OI))), w_OI):
+                    raise NativeError(f"few_rows.cpp does not give {dtype} back as it was packed; use another compiler")

@@ -19,6 +19,7 @@ from peft_serve.adapters.base import HAS_WEIGHT, WITHOUT_MODULE, BaseShape, NoVa
 from peft_serve.adapters.heads import own_facts
 from peft_serve.model.families.family import Family, SharesModules
 from peft_serve.model.families.registry import family_of
+from peft_serve.model.packed_weight import pieces
 from peft_serve.model.quantised import dense, stored_tensors
 from peft_serve.model.routing import Stream
 from peft_serve.model.sites import AdaptedSites
@@ -159,12 +160,13 @@ class ResidentBase:
         return self.parameter(path, "bias")
 
     def fingerprint(self) -> str:
-        """A digest of every weight and buffer, by name, packed ones as they are stored.
+        """A digest of every weight and buffer, by name, quantised ones as they are stored.
 
         Reads all of them: not for the serving path.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(stored_tensors(self.model), key=lambda item: item[0]):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            for piece in pieces(tensor):
+                digest.update(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return f"sha256:{digest.hexdigest()}"

@@ -1,12 +1,14 @@
 """Linear layers on a CPU, run from a copy of the weight in the order in which a product reads it.
 
-Our own kernels do it where they are to be had (`kernels.few_rows`, docs/decisions/0010-cpu-kernels.md). This module
-has the other way, the blocked layout of oneDNN, and says which weights gain from which.
+Our own kernels do it where they are to be had (`kernels.few_rows`, docs/decisions/0010-cpu-kernels.md), and their copy
+takes the plain weight's place (`packed_weight`). This module has the other way, the blocked layout of oneDNN, and says
+which weights gain from which.
 
 A plain product packs its weight anew at every call, which is most of its time when it has a few rows only: packing
 once makes a decode step 1.3 (16 rows) to 2.6 times (4 rows) as fast and costs a second copy of the weights
-(docs/decisions/0004-packed-weights.md). The model's own weights stay as they are, for whoever reads them; a single
-row reads them too, because a product of a matrix and a vector packs nothing and reads each weight once.
+(docs/decisions/0004-packed-weights.md). oneDNN does not give weights back, so that the model's own stay as they are,
+for whoever reads them; a single row reads them too, because a product of a matrix and a vector packs nothing and reads
+each weight once.
 
 A bfloat16 weight is packed as float32, for CPUs without instructions for bfloat16: torch computes such products in
 float32 there and rounds what comes out, row by row and slowly. The copy does the same, many rows at a time
@@ -23,9 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from peft_serve.model.packed_weight import WeightPlaces
+
 FEWEST_WEIGHTS: Final = 1 << 17  # a call of the packed product costs more than it saves on a smaller matrix
 Pack = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 """Makes x -> x W^T + b of a weight [O, I] and a bias."""
+Places = WeightPlaces | None
+"""Where packed weights take the place of plain ones; None: both are kept."""
 
 _LAYOUT_TOKENS: Final = 16  # the layout chosen for so many rows is the best or close to it from 1 to 512
 _MAX_SHARE: Final = 0.25  # of the memory that is free
@@ -79,11 +85,8 @@ def is_worth_its_room(num_bytes: int, dtype: torch.dtype) -> bool:
 
     Weights in bfloat16 were chosen to save memory, and a copy of them takes twice as much again.
     """
-    return dtype == torch.float32 and has_room(num_bytes)
-
-
-def has_room(num_bytes: int) -> bool:
-    """Whether a second copy of the weights takes a modest share of the free memory."""
+    if dtype != torch.float32:
+        return False
     try:
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):

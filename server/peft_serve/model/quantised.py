@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
+from peft_serve.model.packed_weight import PackedWeight
+
 SERVED: Final = ("bitsandbytes", "torchao")
 """Values of `quantization_config.quant_method` whose weights can be read back."""
 
@@ -122,7 +124,7 @@ def is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return False
-    return not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter)
+    return not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter, PackedWeight)
 
 
 def logical_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -156,9 +158,9 @@ def dense(module: nn.Module, name: str) -> Tensor:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every plain tensor that the model's parameters and buffers consist of, by name."""
+    """Every plain tensor that the model's parameters and buffers consist of, by name; packed ones as they are."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield from _plain(name, tensor.detach())
+        yield from ((name, tensor),) if isinstance(tensor, PackedWeight) else _plain(name, tensor.detach())
     for path, module in model.named_modules():
         if _is_4bit(module):
             state = module.weight.quant_state.as_dict(packed=False)

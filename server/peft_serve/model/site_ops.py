@@ -96,7 +96,7 @@ def dense_terms(spec: SiteSpec, module: nn.Module, shared: SharedFactors, like: 
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
-    like = like if is_quantised(module) else weight.detach()
+    like = like if is_quantised(module) else weight.new_empty(0)  # not the weight: it may be packed, and let go of
     ones_in, ones_out = like.new_ones(spec.in_features), like.new_ones(spec.out_features)
     own = OwnParameters(spec, module)
     delta = LowRankDelta(spec, like)

@@ -30,7 +30,7 @@ from peft_serve.model.edit_check import check_edit
 from peft_serve.model.expert_site import ExpertsSite, expert_spec
 from peft_serve.model.extents import Extent
 from peft_serve.model.manner import Act, Manner, Manners, acts_of
-from peft_serve.model.packing import FEWEST_WEIGHTS, Pack, packed_linear
+from peft_serve.model.packing import FEWEST_WEIGHTS, Pack, Places, packed_linear
 from peft_serve.model.quantised import logical_shapes
 from peft_serve.model.router_site import RouterSite, router_spec
 from peft_serve.model.routing import Lane, Route, Stream, divided
@@ -73,7 +73,7 @@ class AdaptedSites:
         self.specs: Mapping[str, SiteSpec] = MappingProxyType(specs)
         self._streams = {path: stream_of(path) for path in self._modules}
         self._streams |= {path: stream_of(around.stream_path) for path, around in self._sublayers.items()}
-        self._like = next(parameter for parameter in model.parameters() if parameter.is_floating_point()).detach()
+        self._like = next(p for p in model.parameters() if p.is_floating_point()).new_empty(0)
         self._device = next(model.parameters()).device
         self._lanes = {stream: Lane() for stream in Stream}
         self._layout = StackLayout()
@@ -147,11 +147,11 @@ class AdaptedSites:
         sites = ((module, self._sites[path]) for path, module in self._modules.items())
         return {module: site for module, site in sites if isinstance(site, AttentionSite)}
 
-    def pack(self, pack: Pack = packed_linear, *, fewest: int = FEWEST_WEIGHTS) -> None:
+    def pack(self, pack: Pack = packed_linear, *, fewest: int = FEWEST_WEIGHTS, places: Places = None) -> None:
         """Run every Linear and Conv1D of at least so many weights from a packed copy of them; see `packing`."""
         for site in {id(site): site for site in self._sites.values()}.values():
             if isinstance(site, DenseSite) and site.num_packable >= max(1, fewest):
-                site.pack(pack)
+                site.pack(pack, places)
 
     def run_norms_by(self, ops: RowOps) -> None:
         """Run the base's norms by a kernel from now on, where it can."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.kernels.row_ops import Norm, RowOps
 from peft_serve.model.norms import kernel_norm, norm_forward, run_by
-from peft_serve.model.packing import Pack
+from peft_serve.model.packing import Pack, Places
 from peft_serve.model.quantised import is_quantised
 from peft_serve.model.routing import Lane, Route, Run
 from peft_serve.model.site_ops import dense_terms
@@ -76,13 +76,16 @@ class DenseSite:
         is_matrix = self._spec.kind in (SiteKind.LINEAR, SiteKind.CONV1D) and not is_quantised(self._module)
         return self._spec.out_features * self._spec.in_features if is_matrix else 0
 
-    def pack(self, pack: Pack) -> None:
+    def pack(self, pack: Pack, places: Places = None) -> None:
         """Run the base op of a Linear or Conv1D from a packed copy of its weight."""
         weight, bias = self._module.weight, self._module.bias
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
         is_transposed = self._spec.kind is SiteKind.CONV1D
-        self._base = self.product = pack(weight.t() if is_transposed else weight, bias)
+        self._base = packed = pack(weight.t() if is_transposed else weight, bias)
+        self.product = packed
+        if places is not None:
+            places.replace(weight, packed, is_turned=is_transposed)
 
     def forget(self) -> None:
         self._plan, self._planned = None, None

@@ -24,6 +24,7 @@ class Limits:
     max_step_s: float | None = None  # parts of prompts are made so short that a step is expected to take no longer
     max_loads: int = 16  # adapters asked for, or ready on the host, that are not in a slot yet
     num_adapter_blocks: int = 0  # of the KV blocks, those that no request is given: adapters have them for certain
+    reads_host_copies: bool = False  # a slot refers to the host's copy, which stays as long as the slot is taken
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_step_tokens", "max_step_adapters", "max_step_rank", "max_queue"):
