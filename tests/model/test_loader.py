@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ArceeConfig, ArceeForCausalLM, PreTrainedModel, XGLMConfig, XGLMForCausalLM
+from transformers import ArceeConfig, ArceeForCausalLM, PreTrainedModel, XGLMConfig, XGLMForCausalLM, modeling_utils
 
 from peft_serve.model import loader
 from peft_serve.model.families.registry import family_of, is_known
@@ -31,6 +31,19 @@ def test_a_folder_is_loaded_frozen_and_checked(name: str, tmp_path: Path) -> Non
     assert any("largest difference" in line for line in said)
     original = tiny(name).state_dict()
     assert all(torch.equal(p, original[path]) for path, p in base.model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_of_weights_is_read_and_not_mapped(dtype: str, tmp_path: Path) -> None:
+    """Where a file is mapped and cut short, the next read of a weight ends the process."""
+    folder = saved(tiny("llama"), tmp_path)
+    opened = modeling_utils.safe_open
+    base = load_base(str(folder), dtype=dtype, device="cpu")
+    assert modeling_utils.safe_open is opened
+    before = base.fingerprint()
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text()
+    (folder / "model.safetensors").write_bytes(b"")
+    assert base.fingerprint() == before
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -32,6 +32,7 @@ from peft_serve.model.base import ResidentBase
 from peft_serve.model.families.registry import is_encoder, is_encoder_kind, is_known
 from peft_serve.model.quantised import loading_options, settle
 from peft_serve.model.self_check import difference, probe, tolerance
+from peft_serve.model.weight_files import read_not_mapped
 
 _DEMOS: Final = Path(__file__).parent.parent / "demo"
 DEMO_NAMES: Final = ("demo-llama", "demo-t5")
@@ -215,16 +216,17 @@ def _read_model(
             "use a causal or a sequence-to-sequence language model, or a text encoder"
         )
     try:
-        model, report = mapping[type(config)].from_pretrained(
-            location,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            revision=revision or _DEFAULT_REVISION,
-            attn_implementation=_own_attention(config),
-            output_loading_info=True,
-            **options,
-        )
+        with read_not_mapped():
+            model, report = mapping[type(config)].from_pretrained(
+                location,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                revision=revision or _DEFAULT_REVISION,
+                attn_implementation=_own_attention(config),
+                output_loading_info=True,
+                **options,
+            )
     except ImportError as error:
         raise NotServable(f"{source}: {_first_line(error)}; quantised bases need peft-serve[quantised]") from error
     except (OSError, ValueError, RuntimeError) as error:
