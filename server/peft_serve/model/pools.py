@@ -23,6 +23,7 @@ from torch import Tensor
 from peft_serve.core import PADDING_BLOCK
 from peft_serve.model.arena import Arena
 from peft_serve.model.sending import sent
+from peft_serve.model.zeros import lazy_zeros
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +71,8 @@ class KVPool:
         self._spacing = 1 if arena is None else arena.num_parts  # from a block's number to that of the next
         size = (shape.num_layers, num_blocks, block_size, shape.num_heads, shape.head_dim)
         if arena is None:
-            self._k_LNSHD = torch.zeros(size, dtype=dtype, device=device)
-            self._v_LNSHD = torch.zeros(size, dtype=dtype, device=device)
+            self._k_LNSHD = lazy_zeros(size, dtype, device)
+            self._v_LNSHD = lazy_zeros(size, dtype, device)
             self._blocks = tuple(zip(self._k_LNSHD.unbind(0), self._v_LNSHD.unbind(0), strict=True))
         else:
             assert arena.block_bytes == shape.bytes_per_block(block_size, dtype), "an arena of other blocks"
