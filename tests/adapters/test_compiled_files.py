@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_serve.adapters.compiled_files import ALIGNMENT, CompiledFiles, NotReadable, Place
+from peft_serve.adapters.compiled_files import FORMAT, CompiledFiles, NotReadable, Place
 from peft_serve.adapters.compiler import compile_adapter
 from peft_serve.adapters.gate import inspect
+from peft_serve.adapters.layout import ALIGNMENT
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.primitives import Adapter, Affine, HeadTask, LowRank, Rows, tensors_of
 from peft_serve.core import AdapterId
@@ -172,6 +173,17 @@ def test_unusual_tensors_are_read_as_they_were(tensor: Tensor) -> None:
     assert_same_bits((tensor,), read_back(encode((tensor,))))
 
 
+def test_a_matrix_that_lies_turned_is_read_as_it_lay_and_no_byte_is_moved() -> None:
+    lying = torch.arange(12.0).reshape(3, 4)
+    content = as_read(encode((lying.t(), lying)))
+    (turned, plain) = decode(content, label=LABEL, fetch=nothing_elsewhere)  # type: ignore[misc]
+    assert torch.equal(turned, lying.t())
+    assert turned.t().is_contiguous()
+    assert plain.is_contiguous()
+    whole = content.untyped_storage().data_ptr()
+    assert {t.untyped_storage().data_ptr() for t in (turned, plain)} == {whole}
+
+
 def test_a_tensor_that_another_file_holds_is_not_written_and_comes_from_there() -> None:
     adapter = small_adapter()
     shared = adapter.sites["a.b"].delta.a_RI  # type: ignore[union-attr]
@@ -234,7 +246,7 @@ def test_a_file_that_was_written_for_something_else_is_refused(label: str) -> No
         read_back(content, label=label)
 
 
-def sealed(skeleton: Any, tensors: bytes = b"", *, version: int = 1, magic: bytes = b"psadapt\n") -> bytes:
+def sealed(skeleton: Any, tensors: bytes = b"", *, version: int = FORMAT, magic: bytes = b"psadapt\n") -> bytes:
     """A file whose checksum is right, whatever it holds."""
     text = skeleton if isinstance(skeleton, bytes) else json.dumps(skeleton).encode()
     rest = text + b"\0" * (-(32 + len(text)) % 64) + tensors
@@ -257,7 +269,7 @@ def test_the_form_written_by_hand_is_the_one_that_is_read() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        sealed(described(3), version=2),
+        sealed(described(3), version=FORMAT - 1),
         sealed(described(3), magic=b"safetens"),
         sealed(b"{"),
         sealed(b"\xff\xfe"),
@@ -277,6 +289,9 @@ def test_the_form_written_by_hand_is_the_one_that_is_read() -> None:
         sealed(described(["tensor", 0], ["float32", [1 << 62, 1 << 62]]), bytes(64)),
         sealed(described(["tensor", 0], ["float32", [1 << 47, 1 << 47, 0]])),
         sealed(described(["tensor", 0], ["complex64", [8]]), bytes(64)),
+        sealed(described(["tensor", 0], ["float32", [16], "turned"]), bytes(64)),
+        sealed(described(["tensor", 0], ["float32", [4, 4], "turned", "turned"]), bytes(64)),
+        sealed(described(["tensor", 0], ["float32", [4, 4], "other"]), bytes(64)),
         sealed(described(["tensor", 0], ["float32"]), bytes(64)),
         sealed(described(["tensor", 0], F32, F32), bytes(64)),
         sealed(described(["enum", "HeadTask", "NO"])),

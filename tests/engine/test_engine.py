@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,13 +63,20 @@ def compiled(adapter: AdapterId) -> Adapter:
 class House:
     """An engine over the fake model, with an event loop's client."""
 
-    def __init__(self, load: Callable[[AdapterId], Adapter] = compiled, **changes: Any) -> None:
+    def __init__(
+        self,
+        load: Callable[[AdapterId], Adapter] = compiled,
+        *,
+        limits: Limits = LIMITS,
+        host_bytes: int = 1 << 20,
+        **changes: Any,
+    ) -> None:
         names = [AdapterId(f"sha256:{i}") for i in range(40)]
         footprints = {a: compiled(a).footprint(is_encoder_decoder=False) for a in (*names, PREFIXED)}
         self.model = FakeModel(num_slots=4, block_size=4, footprints={BASE: FOOTPRINT, **footprints})
         self.run: Callable[[Step], StepResult] = self.model.run
         self.scheduler = Scheduler(
-            LIMITS,
+            limits,
             SlotLedger(num_slots=4, max_bytes=1 << 20),
             BlockLedger(num_blocks=NUM_BLOCKS, block_size=4),
             None,
@@ -77,7 +85,7 @@ class House:
         self.engine = Engine(
             scheduler=self.scheduler,
             make_runner=lambda adapters: _Runner(self, adapters),
-            host_cache=HostCache(load, max_bytes=1 << 20, clock=time.monotonic),
+            host_cache=HostCache(load, max_bytes=host_bytes, clock=time.monotonic),
             metrics=Metrics(),
             clock=time.monotonic,
             draw_seed=lambda: 7,
@@ -363,6 +371,31 @@ async def test_unload_gives_back_both_tiers_and_pin_keeps(house: House) -> None:
     assert resident == {second: True}
     assert first not in snapshot.host_adapters
     assert "sha256:3" in snapshot.host_adapters
+
+
+@pytest.mark.parametrize("reads_host_copies", [True, False])
+async def test_what_a_slot_reads_on_the_host_stays_there_as_long_and_counts_once(reads_host_copies: bool) -> None:
+    """Room for one adapter on the host, and four slots: what slots read is neither evicted nor loaded again."""
+    house = House(limits=replace(LIMITS, reads_host_copies=reads_host_copies), host_bytes=4)
+    client = EngineClient(house.engine, asyncio.get_running_loop())
+    house.engine.start()
+    try:
+        for i in range(6):
+            await collect(client, request(i, AdapterId(f"sha256:{i}")))
+        await asyncio.sleep(0)
+        house.engine.unload(AdapterId("sha256:5"))
+        await collect(client, request(7))
+        assert await asyncio.to_thread(house.engine.drain, 10)
+        snapshot = house.engine.snapshot()
+        in_slots = {resident.adapter for resident in snapshot.resident}
+        assert in_slots == {"sha256:2", "sha256:3", "sha256:4"}
+        if reads_host_copies:
+            assert set(snapshot.host_adapters) == in_slots
+            assert snapshot.host_bytes == snapshot.device_bytes == 3 * 4
+        else:
+            assert len(snapshot.host_adapters) <= 1
+    finally:
+        house.engine.stop()
 
 
 async def test_pins_that_fill_the_device_fail_the_others_and_nobody_else(house: House) -> None:

@@ -170,6 +170,24 @@ def test_tensors_with_gaps_and_of_another_type_are_taken_too(kernel: LowRankKern
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_that_lie_as_they_are_read_are_not_copied(kernel: LowRankKernel, dtype: torch.dtype) -> None:
+    factors = kernel.layer(20, 12, dtype)
+    a_RI, b_OR = torch.ones(4, 20, dtype=dtype), torch.zeros(4, 12, dtype=dtype).t()
+    factors.put(1, a_RI, b_OR)
+    op, x_TI, y_TO = (
+        factors.op(Segments([(1, 0, 1)], 1)),
+        torch.ones(1, 20, dtype=dtype),
+        torch.zeros(1, 12, dtype=dtype),
+    )
+    op(y_TO, x_TI)
+    assert not y_TO.any()
+    b_OR.fill_(1)  # the memory is the caller's own
+    op(y_TO, x_TI)
+    assert torch.equal(y_TO, torch.full_like(y_TO, 80))
+
+
+@needs_compiler
 def test_another_number_of_tokens_is_refused(kernel: LowRankKernel) -> None:
     layer = _Layer(kernel, 20, 12, torch.float32)
     add = layer.factors.op(Segments([(1, 0, 3)], 3))

@@ -193,6 +193,16 @@ class TestAdapters:
         assert world.scheduler.claims == frozenset()
         world.check_empty()
 
+    def test_a_host_copy_that_its_slot_reads_is_claimed_as_long_as_the_slot_is_taken(self) -> None:
+        world = lora_world(reads_host_copies=True)
+        request = world.submit(A)
+        world.load_all()
+        world.drain_requests()
+        assert world.finishes[request].reason is FinishReason.LENGTH
+        assert world.scheduler.claims == {A}
+        assert world.scheduler.evict(A)
+        assert world.scheduler.claims == frozenset()
+
     def test_a_ready_adapter_nobody_waits_for_is_let_go(self) -> None:
         world = lora_world()
         request = world.submit(A)

@@ -192,7 +192,7 @@ def _joined_low_rank(deltas: Sequence[LowRank]) -> LowRank:
     if len(deltas) == 1:
         return deltas[0]
     a_RI = torch.cat([delta.a_RI for delta in deltas])
-    return LowRank(a_RI, torch.cat([delta.b_OR for delta in deltas], dim=1).contiguous())
+    return LowRank(a_RI, torch.cat([delta.b_OR.t() for delta in deltas]).t())  # turned, as `layout` has it
 
 
 def _in_side(path: str, edits: Sequence[Affine]) -> Affine:

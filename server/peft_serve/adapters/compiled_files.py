@@ -5,10 +5,10 @@
     tensors    the bytes of each, in the order of the skeleton, each at a multiple of 64
 
 A tensor that is in several places of the value is written once and is one tensor again; one that another file holds is
-named by that file and its number there. The checksum (CRC-32: it finds damage, and reads 5 MB in a millisecond or two)
-covers every byte but its own. Reading believes nothing: a file that is cut short, changed, written under another label,
-or by another version, is `NotReadable`. Nothing in it names code: classes are looked up among those that a value of the
-kind can consist of.
+named by that file and its number there. A matrix that lies turned (see `layout`) is written and read as it lies. The
+checksum (CRC-32: it finds damage, and reads 5 MB in a millisecond or two) covers every byte but its own. Reading
+believes nothing: a file that is cut short, changed, written under another label, or by another version, is
+`NotReadable`. Nothing in it names code: classes are looked up among those that a value of the kind can consist of.
 Knows no folder and no adapter id.
 """
 
@@ -27,8 +27,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-FORMAT: Final = 1
-ALIGNMENT: Final = 64
+from peft_serve.adapters.layout import ALIGNMENT
+
+FORMAT: Final = 2
 Place = tuple[str, int]
 """Where a tensor is that another file holds: the file's name, and the tensor's number there."""
 
@@ -39,6 +40,7 @@ _DTYPES: Final = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8)
 }
+_TURNED: Final = "turned"
 _PLAIN: Final = (bool, int, float, str, type(None))
 _MAX_SIZE: Final = 1 << 48  # no side of a tensor and no product of sides is larger
 
@@ -121,17 +123,23 @@ def _tensors(
                 if not 0 <= number < len(others):
                     raise NotReadable(f"it names tensor {number} of {name}, which has {len(others)}")
                 tensors.append(others[number])
-            case [str(dtype), list(shape)] if dtype in _DTYPES:
+            case [str(dtype), list(shape), *words] if dtype in _DTYPES and (not words or _is_turned(shape, words)):
                 num_bytes = _extent(shape, _DTYPES[dtype])
                 if start + num_bytes > content.numel():
                     raise NotReadable("a tensor reaches beyond its end")
-                tensors.append(content[start : start + num_bytes].view(_DTYPES[dtype]).view(shape))
+                lying = content[start : start + num_bytes].view(_DTYPES[dtype]).view(shape)
+                tensors.append(lying.t() if words else lying)
                 start += _aligned(num_bytes)
             case _:
                 raise NotReadable("a tensor is described in another way")
     if start != content.numel():
         raise NotReadable("its tensors and its length disagree")
     return tensors
+
+
+def _is_turned(shape: Sequence[object], words: Sequence[object]) -> bool:
+    """Whether this shape is that of a matrix as it lies, which is the tensor's turned."""
+    return words == [_TURNED] and len(shape) == 2
 
 
 def _extent(shape: Sequence[object], dtype: torch.dtype) -> int:
@@ -192,8 +200,10 @@ class _Writer:
             number = self._numbers[id(tensor)] = len(self.entries)
             place = self._elsewhere.get(id(tensor))
             if place is None:
-                self.entries.append([str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-                self.tensors.append(tensor)
+                lying = tensor.t() if _lies_turned(tensor) else tensor
+                words = [] if lying is tensor else [_TURNED]
+                self.entries.append([str(tensor.dtype).removeprefix("torch."), list(lying.shape), *words])
+                self.tensors.append(lying)
             else:
                 self.entries.append(["elsewhere", *place])
         return number
@@ -263,6 +273,10 @@ def _name(key: object) -> str:
     if not isinstance(key, str):
         raise TypeError(f"{key!r} is no name, so that what it names cannot be written")
     return str(key)
+
+
+def _lies_turned(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peft_serve.adapters.base import Base, SiteKind
@@ -18,6 +17,7 @@ from peft_serve.adapters.bound import BoundSite
 from peft_serve.adapters.gate import Inspected
 from peft_serve.adapters.header import StoredTensor
 from peft_serve.adapters.heads import BoundHead
+from peft_serve.adapters.layout import laid_out
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.primitives import (
     Adapter,
@@ -29,7 +29,6 @@ from peft_serve.adapters.primitives import (
     Replace,
     SoftPrompt,
     is_finite,
-    mapped,
 )
 from peft_serve.adapters.records import WEIGHTS_FILE
 from peft_serve.adapters.registry import Sequence, SequenceMethod, Site, SiteMethod, Whole
@@ -73,7 +72,7 @@ def compile_adapter(inspected: Inspected, base: Base, limits: GateLimits) -> Ada
         head=_head(inspected.binding.head),
         start=method.start(inspected.config) if isinstance(method, SiteMethod) else (),
     )
-    adapter = _rounded(adapter, base.dtype)
+    adapter = laid_out(adapter, base.dtype)
     _check_budget(adapter, base, limits)
     return adapter
 
@@ -152,19 +151,6 @@ def _on_own_weight(edit: Edit | None, bound: BoundSite, base: Base) -> Replace:
 def _bias_of(base: Base, path: str) -> Tensor | None:
     bias = base.bias(path)
     return None if bias is None else bias.cpu()
-
-
-def _rounded(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter in the compute type. A tensor that several sites share is rounded once and stays shared."""
-    own = {id(tensor): _own(tensor, dtype) for tensor in adapter.tensors() if tensor.is_floating_point()}
-    return mapped(adapter, lambda tensor: own[id(tensor)])
-
-
-def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the compute type, contiguous, in memory that holds nothing else: a view keeps its whole file."""
-    rounded = tensor.to(dtype).contiguous()
-    is_whole = rounded.untyped_storage().nbytes() == rounded.numel() * rounded.element_size()
-    return rounded if is_whole else rounded.clone()
 
 
 def _check_budget(adapter: Adapter, base: Base, limits: GateLimits) -> None:

@@ -9,8 +9,9 @@ the output scale of a scaled embedding (Gemma's) included. W is the base's, or h
 Everything else replaces a site's own parameters, acts on a whole sublayer (`sublayer_primitives`), or happens at
 sequence level. The executor sees these terms and never a method.
 
-Tensors are in the base's compute dtype, on the host, contiguous. Shapes: `o` out features, `i` in features,
-`r` rank, `d` hidden size, `P` virtual tokens, `L` layers, `H` key/value heads, `D` head size, `E` experts.
+Tensors are in the base's compute dtype, on the host, contiguous but for a low-rank B, which lies turned (`layout`).
+Shapes: `o` out features, `i` in features, `r` rank, `d` hidden size, `P` virtual tokens, `L` layers, `H` key/value
+heads, `D` head size, `E` experts.
 """
 
 from __future__ import annotations

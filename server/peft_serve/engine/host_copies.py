@@ -1,7 +1,8 @@
 """Host copies: compiled adapters on their way from the host cache to a slot, and out of memory again.
 
-Owns the leases on copies that wait for their install. Used on the engine's thread alone; what the host cache does
-on its own thread comes back as a command.
+Owns the leases on copies that wait for their install; on a CPU, where a slot refers to the very tensors of the copy,
+until it has no slot: the host's bytes are then all there are, and those on the device are among them. Used on the
+engine's thread alone; what the host cache does on its own thread comes back as a command.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class HostCopies:
         return []
 
     def release_unclaimed(self) -> None:
-        """Give the copies back that are installed by now, or that nobody waits for any more."""
+        """Give the copies back that their slots can do without by now, or that nobody waits for any more."""
         if not self._ready:
             return
         claims = self._scheduler.claims
@@ -85,6 +86,7 @@ class HostCopies:
             if self._scheduler.evict(adapter) or not is_resident:
                 self._unwanted.discard(adapter)
                 self._host_cache.drop(adapter)
+                self.release_unclaimed()
 
 
 def _unloadable(cause: Exception) -> AdapterUnavailable:

@@ -16,7 +16,6 @@ from typing import Final
 
 import torch
 import transformers
-from torch import Tensor
 
 import peft_serve
 from peft_serve import adapters
@@ -29,8 +28,9 @@ from peft_serve.adapters.compiled_store import CompiledStore
 from peft_serve.adapters.compiler import compile_adapter
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.gate import Inspected, inspect
+from peft_serve.adapters.layout import laid_out
 from peft_serve.adapters.limits import GateLimits
-from peft_serve.adapters.primitives import Adapter, mapped
+from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.config import Settings
@@ -124,7 +124,8 @@ class Loading:
             part = Part(id=checkpoint, task=task)
             return self._compiled.get(combined_id([part])) or self._compile(part, files_of)
 
-        made = _in_own_memory(load_combined(adapter, load_part, self._base, self._limits))
+        combined = load_combined(adapter, load_part, self._base, self._limits)
+        made = laid_out(combined, self._base.dtype)  # without views of the files of its parts
         self._compiled.keep(made)
         return made
 
@@ -133,16 +134,6 @@ class Loading:
         made = replace(compile_adapter(inspected, self._base, self._limits), id=combined_id([part]))
         self._compiled.keep(made)
         return made
-
-
-def _in_own_memory(adapter: Adapter) -> Adapter:
-    """The adapter without views of the files of its parts, which would keep all of each in memory."""
-    own = {id(tensor): _own(tensor) for tensor in adapter.tensors()}
-    return mapped(adapter, lambda tensor: own[id(tensor)])
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def open_compiled_store(

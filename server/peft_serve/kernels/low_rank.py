@@ -101,7 +101,10 @@ class LayerFactors:
         self._numbers = array("q", (num_in, num_out))
 
     def put(self, slot: int, a_RI: Tensor, b_OR: Tensor) -> None:
-        """Keep an adapter's factors: A as it is, B turned, so that both are read along their rows."""
+        """Keep an adapter's factors: A as it is, B turned, so that both are read along their rows.
+
+        Those that lie so, in the layer's type, are kept as they are, in the memory they came in.
+        """
         a_RI, b_RO = a_RI.to(self._dtype).contiguous(), b_OR.to(self._dtype).t().contiguous()
         rank = len(a_RI)
         assert a_RI.shape == (rank, self._num_in), "a factor fits its layer"

@@ -130,9 +130,10 @@ class Scheduler:
 
     @property
     def claims(self) -> frozenset[AdapterId]:
-        """Adapters whose host copy must stay: asked for, ready, or planned into a slot."""
+        """Adapters whose host copy must stay: asked for, ready, planned into a slot, or there and reading it."""
         self._residency.forget_unwanted(self._roster.queue.adapters)
-        return self._residency.claims
+        reading = self._slots.resident() if self._limits.reads_host_copies else ()
+        return self._residency.claims.union(resident.adapter for resident in reading)
 
     def evict(self, adapter: AdapterId) -> bool:
         """Empty the adapter's slot with the next step; False while it is in use or pinned, or has none."""

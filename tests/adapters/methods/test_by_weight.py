@@ -69,7 +69,7 @@ def test_base_of_another_type(method: str) -> None:
     adapter = compile_adapter(inspect(files, base, GateLimits()), base, GateLimits())
     for tensor in adapter.tensors():
         assert tensor.dtype == (torch.bfloat16 if tensor.is_floating_point() else torch.int64)
-        assert tensor.is_contiguous()
+        assert tensor.is_contiguous() or tensor.t().is_contiguous()
 
 
 @pytest.mark.parametrize("num_terms", range(1, 9))
