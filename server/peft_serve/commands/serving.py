@@ -18,6 +18,7 @@ from peft_serve.api.app import create_app
 from peft_serve.api.exchanges import Tracer
 from peft_serve.api.keyring import Keyring, open_keyring
 from peft_serve.api.origins import is_loopback
+from peft_serve.commands.allocator import giving_back
 from peft_serve.commands.base_progress import BaseProgress
 from peft_serve.commands.connections import ConnectionLimits, Connections, room_for
 from peft_serve.commands.exits import Exit
@@ -48,7 +49,8 @@ def serve(settings: Settings, console: Console) -> None:
         _check_port(settings)
         tracer = _open_tracer(settings)
         keyring = open_keyring(settings)
-        parts, engine = _start(settings, console)
+        with giving_back():
+            parts, engine = _start(settings, console)
     except (ServeError, ValueError, OSError) as error:
         if settings.log_format == "json":
             _log.critical("peft-serve does not start: %s", error)
