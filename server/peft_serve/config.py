@@ -29,8 +29,9 @@ class Settings(BaseSettings):
         default="auto", description="compute dtype; auto = float32 on CPU, bfloat16 on CUDA"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the base lives")
-    quantisation: Literal["bnb-nf4", "bnb-int8", "torchao-int8wo"] | None = Field(
-        default=None, description="store the base's linear weights in fewer bits; needs peft-serve[quantised]"
+    quantisation: Literal["int8", "fp8", "bnb-nf4", "bnb-int8", "torchao-int8wo"] | None = Field(
+        default=None,
+        description="store the base's linear weights in fewer bits; bnb and torchao need peft-serve[quantised]",
     )
     prepack: Literal["auto", "on", "off"] = Field(
         default="auto", description="weights in the order a CPU reads them: faster; a second copy without kernels"

@@ -141,7 +141,7 @@ def test_vllms_names_are_flags_and_keys() -> None:
         assert setting_named(theirs.replace("_", "-")) == ours
     help_text = run("serve", "--help", env={"COLUMNS": "300"}).all
     assert "[default: 256; env: PEFT_SERVE_MAX_RANK]" in help_text
-    assert "needs peft-serve[quantised] [env: PEFT_SERVE_QUANTISATION]" in help_text
+    assert "torchao need peft-serve[quantised] [env: PEFT_SERVE_QUANTISATION]" in help_text
     assert "YAML file with settings [env: PEFT_SERVE_CONFIG]" in help_text
     assert all(f"--{name.replace('_', '-')}" in help_text for name in VLLM_NAMES.values())
     same = ("served_model_name", "dtype", "block_size", "max_model_len", "enable_prefix_caching", "host", "port")

@@ -29,8 +29,9 @@ from transformers import (
 from peft_serve.adapters.heads import task_of_class
 from peft_serve.adapters.primitives import HeadTask
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.eight_bits import store_in_eight_bits
 from peft_serve.model.families.registry import is_encoder, is_encoder_kind, is_known
-from peft_serve.model.quantised import loading_options, settle
+from peft_serve.model.quantised import OWN, Quantisation, loading_options, settle
 from peft_serve.model.self_check import difference, probe, tolerance
 from peft_serve.model.weight_files import read_not_mapped
 
@@ -101,9 +102,20 @@ def load_base(
     except ValueError as error:
         raise NotServable(f"{source}: {error}") from error
     model = _read_model(source, location, config, in_dtype, options, revision)
-    model = model if options else model.to(on_device)  # what is quantised was put there
+    model = _placed(source, model, quantisation, on_device) if not options else model  # a library put it there
     on_progress(f"checking {source} against itself")
     return wrap(model, name=name_of(source), on_progress=on_progress)
+
+
+def _placed(source: str, model: PreTrainedModel, quantisation: str | None, device: torch.device) -> PreTrainedModel:
+    """Plain weights on their device, in 8 bits if that is wanted."""
+    if quantisation is None:
+        return model.to(device)
+    try:
+        store_in_eight_bits(model, OWN[Quantisation(quantisation)], device)
+    except ValueError as error:
+        raise NotServable(f"{source}: {error}") from error
+    return model
 
 
 def name_of(source: str) -> str:

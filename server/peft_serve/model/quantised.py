@@ -1,4 +1,4 @@
-"""Weights stored in fewer bits: of bitsandbytes (4 and 8 bits) and of torchao.
+"""Weights stored in fewer bits: our own (8 bits), of bitsandbytes (4 and 8 bits) and of torchao.
 
 Knows how a quantised Linear keeps its weight: the shape it stands for, the matrix it multiplies by, the tensors it
 consists of. The products stay the modules' own, so that an adapter trained on a quantised base (QLoRA,
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
+from peft_serve.kernels.eight_bits import Code
+from peft_serve.model.eight_bits import EightBitLinear
 from peft_serve.model.packed_weight import PackedWeight
 
 SERVED: Final = ("bitsandbytes", "torchao")
@@ -31,15 +33,22 @@ _INT8_LOG: Final = "bitsandbytes.autograd._functions"
 
 
 class Quantisation(StrEnum):
-    """How a base is quantised while it is loaded."""
+    """How a base is quantised while it is loaded: by itself, or by a library."""
 
+    INT8 = "int8"
+    FP8 = "fp8"
     BNB_NF4 = "bnb-nf4"
     BNB_INT8 = "bnb-int8"
     TORCHAO_INT8 = "torchao-int8wo"
 
 
+OWN: Final = {Quantisation.INT8: Code.INT8, Quantisation.FP8: Code.FP8}
+"""The kinds that need no library: plain weights are read, and then brought to 8 bits (`eight_bits`)."""
+
+
 def quantisation_config(kind: Quantisation, dtype: torch.dtype) -> Any:
     """What transformers is given to quantise a base that computes in `dtype`. ImportError without the library."""
+    assert kind not in OWN, "our own kinds are no library's"
     if kind is Quantisation.TORCHAO_INT8:
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -63,7 +72,7 @@ def _saved(config: PreTrainedConfig) -> Mapping[str, Any] | None:
 def loading_options(
     config: PreTrainedConfig, wanted: str | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told beside the rest; empty for a base of plain weights.
+    """What `from_pretrained` is told beside the rest; empty where it reads plain weights.
 
     `wanted` is how the base is to be quantised now. ValueError says what does not go together or is not there.
     """
@@ -87,6 +96,8 @@ def loading_options(
     on_device = {"device_map": {"": str(device)}}
     if wanted is None:
         return on_device
+    if Quantisation(wanted) in OWN:
+        return {}
     try:
         return {"quantization_config": quantisation_config(Quantisation(wanted), dtype), **on_device}
     except ImportError as error:
@@ -147,6 +158,8 @@ def dense(module: nn.Module, name: str) -> Tensor:
     assert isinstance(tensor, Tensor), f"{type(module).__name__} has no tensor {name!r}"
     if name != "weight" or not is_quantised(module):
         return tensor.detach().float()
+    if isinstance(module, EightBitLinear):
+        return module.matrix()
     if _is_4bit(module):
         from bitsandbytes.functional import dequantize_4bit
 

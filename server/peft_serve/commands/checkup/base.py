@@ -34,7 +34,7 @@ _TOKENIZERS: Final = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model",
     "source.spm",
 )  # fmt: skip
-_BITS: Final = {"bnb-nf4": 0.25, "bnb-int8": 0.5, "torchao-int8wo": 0.5}  # of 16, of the linear weights
+_BITS: Final = {"int8": 8, "fp8": 8, "bnb-nf4": 4, "bnb-int8": 8, "torchao-int8wo": 8}  # of a linear weight
 
 
 def look_at_base(
@@ -250,7 +250,8 @@ def _memory(model: PreTrainedModel, machine: Machine, settings: Settings) -> Ite
         yield told("--device", str(error))
         return
     num = sum(parameter.numel() for parameter in model.parameters())
-    needed = int(num * dtype.itemsize * _BITS.get(settings.quantisation or "", 1.0))
+    bits = _BITS.get(settings.quantisation or "", 8 * dtype.itemsize)
+    needed = num * bits // 8
     what = f"{num / 1e6:.1f} M parameters take {size(needed)} in {str(dtype).removeprefix('torch.')}"
     free = machine.free_memory() if device.type == "cpu" else None
     if free is not None and needed > free:

@@ -64,7 +64,7 @@ def _packages(machine: Machine) -> Iterator[Finding]:
 def _extras(machine: Machine, settings: Settings) -> Iterator[Finding]:
     """What optional libraries these settings cannot do without."""
     wanted: list[tuple[str, str, str]] = []
-    if settings.quantisation is not None:
+    if settings.quantisation in _LIBRARY_OF:
         wanted.append(("--quantisation", _LIBRARY_OF[settings.quantisation], "quantised"))
     if settings.otlp_traces_endpoint is not None:
         wanted.append(("--otlp-traces-endpoint", "opentelemetry-sdk", "otel"))
