@@ -18,6 +18,7 @@ from torch import Tensor
 from peft_serve.kernels.triton.attention_program import attend_tiles, merge_parts
 from peft_serve.kernels.triton.attention_terms import Memory, Scores
 from peft_serve.kernels.triton.attention_tiles import Sizes, Tables, power_of_two
+from peft_serve.kernels.triton.near import near
 
 _DTYPES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _LARGEST_HEAD: Final = 256
@@ -64,38 +65,40 @@ class TiledAttention:
         for tiles, num_tiles, is_wide in ((tables.narrow, room.narrow, False), (tables.wide, room.wide, True)):
             if not num_tiles:
                 continue
-            attend_tiles[(num_tiles * memory.keys_PKD.shape[1],)](
-                q_THD,
-                memory.keys_PKD,
-                memory.values_PKD,
-                out_THD,
-                tiles,
-                tables.blocks,
-                None if tables.here is None else tables.here[layer * room.rows :],
-                scores.slopes_H if scores.by_distance_HX is None else scores.by_distance_HX,
-                scores.sinks_H,
-                parts,
-                *q_THD.stride()[:2],
-                *memory.keys_PKD.stride()[:2],
-                **facts,
-                **self._size(tables.layout.group, q_THD.element_size(), is_wide=is_wide),
-            )
+            with near(q_THD):
+                attend_tiles[(num_tiles * memory.keys_PKD.shape[1],)](
+                    q_THD,
+                    memory.keys_PKD,
+                    memory.values_PKD,
+                    out_THD,
+                    tiles,
+                    tables.blocks,
+                    None if tables.here is None else tables.here[layer * room.rows :],
+                    scores.slopes_H if scores.by_distance_HX is None else scores.by_distance_HX,
+                    scores.sinks_H,
+                    parts,
+                    *q_THD.stride()[:2],
+                    *memory.keys_PKD.stride()[:2],
+                    **facts,
+                    **self._size(tables.layout.group, q_THD.element_size(), is_wide=is_wide),
+                )
         if room.merges:
             self._merge(tables, scores, out_THD, parts)
         return out_THD
 
     def _merge(self, tables: Tables, scores: Scores, out_THD: Tensor, parts: Tensor) -> None:
         _, num_heads, head = out_THD.shape
-        merge_parts[(tables.layout.room.merges * num_heads,)](
-            out_THD,
-            parts,
-            tables.merges,
-            scores.sinks_H,
-            H=num_heads,
-            D=head,
-            D_PAD=_padded(head),
-            S=self.sizes.most_splits,
-        )
+        with near(out_THD):
+            merge_parts[(tables.layout.room.merges * num_heads,)](
+                out_THD,
+                parts,
+                tables.merges,
+                scores.sinks_H,
+                H=num_heads,
+                D=head,
+                D_PAD=_padded(head),
+                S=self.sizes.most_splits,
+            )
 
     def _facts(self, tables: Tables, scores: Scores, q_THD: Tensor, memory: Memory) -> dict[str, Any]:
         """What the kernel is compiled for."""
