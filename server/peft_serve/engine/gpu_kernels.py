@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import torch
 from torch import Tensor
 
+from peft_serve.engine.gpu_eight_bits import eight_bit_kernel, eight_bits_error, run_by_kernel
 from peft_serve.engine.gpu_terms import other_kernels, others_error
 from peft_serve.kernels.low_rank import Segments
 from peft_serve.model.attend import Terms, attend_reference
@@ -76,6 +77,7 @@ def speed_up(
     base.runs.attention.whole = PlanAttention(kernels.attention)
     base.adapted.run_low_rank_by(kernels.low_rank)
     base.adapted.run_others_by(other_kernels(kernels.low_rank.memory))
+    run_by_kernel(base, eight_bit_kernel(base.device))
     say("attention and low-rank terms run by our own GPU kernels")
     return kernels
 
@@ -103,7 +105,8 @@ def _try_out(kernels: GpuKernels, base: ResidentBase) -> None:
     if base.dtype not in _TOLERANCES:
         raise NoGpuKernels(f"they do not compute in {base.dtype}")
     others = "mixers and bottlenecks", lambda kernels, base: others_error(kernels.low_rank.memory, base)
-    for name, error in (("low-rank terms", low_rank_error), ("attention", attention_error), others):
+    eight_bits = "products of 8 bits", lambda _, base: eight_bits_error(eight_bit_kernel(base.device), base)
+    for name, error in (("low-rank terms", low_rank_error), ("attention", attention_error), others, eight_bits):
         try:
             found = error(kernels, base)
         except Exception as problem:  # a compiler has many ways to fail

@@ -21,7 +21,7 @@ import triton.language as tl
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from peft_serve.kernels.triton import low_rank_kernels, mixing_kernels
+from peft_serve.kernels.triton import eight_bits_kernels, low_rank_kernels, mixing_kernels
 
 SIZES = ("num_in", "num_out", "num_features", "width")  # multiples of 16, as a rule
 
@@ -47,6 +47,10 @@ each = {
         low_rank_kernels.expand, tables, HEIGHT=16, COLUMNS=128, HAS_SCALE=True, HAS_SHIFT=True, OPERAND=tl.bfloat16
     ),
     "mix": compiled(mixing_kernels.mix, tables, HEIGHT=16, OPERAND=tl.bfloat16),
+    "multiply": compiled(
+        eight_bits_kernels.multiply, {"values_ptr": "*i8", "steps_ptr": "*fp32"}, TOKENS=32, COLUMNS=64, STEP=128,
+        IS_FLOAT=True, HAS_FLOAT=True, HAS_BIAS=True, OPERAND=tl.bfloat16
+    ),
 }
 print(json.dumps(each))
 """
