@@ -1,5 +1,6 @@
 """The attention kernel against attention row by row and token by token in float32, on the CPU."""
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -9,8 +10,11 @@ from loadtest.gpu.attention_cases import CASES, CPU, LAYER, Given, Made
 from loadtest.gpu.ground import Ground
 from loadtest.gpu.kernels import kernels_for
 from loadtest.gpu.results import Check, Found, bounded
+from peft_serve.kernels.varlen import NoVarlen, Varlen, open_varlen
 from peft_serve.model.attend import attend_reference
+from peft_serve.model.attention import PlanKernel
 from peft_serve.model.triton_attention import PlanAttention
+from peft_serve.model.varlen_attention import VarlenPlans
 
 BOUNDS: Final = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest number that comes out: products and sums are float32, and shares and results rounded to the type."""
@@ -47,7 +51,32 @@ def attention(ground: Ground) -> Found:
                         name=f"{case.name}: a row by itself has the same bits", passed=_alone(ours, made, ground, found)
                     )
                 )
-    return Found(checks=tuple(checks))
+    by_torch, left_out = over_blocks(ground)
+    return Found(checks=(*checks, *by_torch), left_out=left_out)
+
+
+def over_blocks(
+    ground: Ground, load: Callable[[torch.device], Varlen] = open_varlen, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[Check], tuple[str, ...]]:
+    """torch's attention over blocks, which a server takes where it is the faster: every case that it covers; or why it
+    was not looked at. `load` may raise `NoVarlen`."""
+    try:
+        varlen = load(ground.device)
+    except NoVarlen as reason:
+        return [], (f"torch's own attention over blocks: {reason}",)
+    checks = []
+    try:
+        for case in [CASES[i] for i in _QUICK] if ground.is_quick else CASES:
+            made = Made(case, dtype, is_quick=ground.is_quick)
+            found = _attended(VarlenPlans(varlen.attend), made.on(ground.device, dtype))
+            if found is not None:
+                exact = made.on(CPU, torch.float32)
+                truth = attend_reference(exact.plan, exact.q, exact.k, exact.v, exact.pool, LAYER, exact.terms)
+                name = f"{case.name}, {str(dtype).removeprefix('torch.')}: by torch, over blocks"
+                checks.append(bounded(name, relative_error(found, truth), BOUNDS[dtype]))
+    finally:
+        varlen.close()
+    return checks, ()
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -56,7 +85,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((ours - own).abs().max() / own.abs().max())
 
 
-def _attended(ours: PlanAttention, given: Given) -> Tensor | None:
+def _attended(ours: PlanKernel, given: Given) -> Tensor | None:
     out = ours.attend(given.plan, given.pool, given.q, given.k, given.v, LAYER, given.terms)
     ours.forget()
     return out

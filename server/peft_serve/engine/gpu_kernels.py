@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_serve.engine.gpu_eight_bits import eight_bit_kernel, eight_bits_error, run_by_kernel
 from peft_serve.engine.gpu_terms import other_kernels, others_error
+from peft_serve.engine.gpu_varlen import choose_attention
 from peft_serve.kernels.low_rank import Segments
 from peft_serve.model.attend import Terms, attend_reference
 from peft_serve.model.base import ResidentBase
@@ -74,7 +75,7 @@ def speed_up(
             raise ValueError(f"--gpu-kernels on: {error}; or leave the option out") from error
         say(f"no GPU kernels of our own, so this server runs plain torch: {error}")
         return None
-    base.runs.attention.whole = PlanAttention(kernels.attention)
+    base.runs.attention.whole = choose_attention(base, PlanAttention(kernels.attention), say)
     base.adapted.run_low_rank_by(kernels.low_rank)
     base.adapted.run_others_by(other_kernels(kernels.low_rank.memory))
     run_by_kernel(base, eight_bit_kernel(base.device))
