@@ -36,6 +36,7 @@ from peft_serve.engine.cache_trace import CacheTrace, appender
 from peft_serve.engine.cpu_kernels import speed_up
 from peft_serve.engine.device_memory import DeviceMemory, Sizes, device_memory
 from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
+from peft_serve.engine.gpu_warm_up import Sizes, warm_up
 from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import BaseCard, ServerParts
@@ -101,7 +102,8 @@ def _built(
         on_progress=say,
     )
     speed_up(settings, base, os.environ, say)
-    speed_up_on_gpu(settings.gpu_kernels, base, say)
+    if speed_up_on_gpu(settings.gpu_kernels, base, say) is not None:
+        warm_up(base, _step_sizes(settings, base), say, clock=time.monotonic)
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
     say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
@@ -171,6 +173,15 @@ def _max_context(settings: Settings, base: ResidentBase) -> int:
             f"--max-model-len {asked}: {base.name} has positions for {own}; leave the option out or give at most {own}"
         )
     return asked
+
+
+def _step_sizes(settings: Settings, base: ResidentBase) -> Sizes:
+    return Sizes(
+        max_rows=settings.max_rows,
+        max_step_tokens=settings.max_step_tokens,
+        max_context=_max_context(settings, base),
+        block_size=settings.block_size,
+    )
 
 
 def _card(settings: Settings, base: ResidentBase) -> BaseCard:
