@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log2
 
+from torch import Tensor
+
 from loadtest.bound import Work
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import (
@@ -45,17 +47,23 @@ class Load:
 
 
 def base_work(base: ResidentBase, load: Load) -> Work:
-    """The base's own part: linear weights and cached keys and values read once; the head runs on each row's last
-    token only."""
+    """The base's own part: linear weights, as they are stored, and cached keys and values read once; the head runs on
+    each row's last token only."""
     shape, itemsize = base.shape, base.dtype.itemsize
     linear = [spec for spec in base.sites.values() if spec.kind is SiteKind.LINEAR]
     runs = {spec.path: load.num_rows if is_head(spec, shape.vocab_size) else load.total_tokens for spec in linear}
     kv_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize * load.num_rows * load.context
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * load.num_rows * load.attended
     return Work(
-        num_bytes=itemsize * sum(s.out_features * s.in_features for s in linear) + kv_bytes,
+        num_bytes=sum(_weight_bytes(base, spec) for spec in linear) + kv_bytes,
         num_flops=sum(2 * s.out_features * s.in_features * runs[s.path] for s in linear) + attention,
     )
+
+
+def _weight_bytes(base: ResidentBase, spec: SiteSpec) -> int:
+    weight = base.model.get_submodule(spec.path).weight
+    assert isinstance(weight, Tensor)
+    return weight.numel() * weight.element_size()
 
 
 def is_head(spec: SiteSpec, vocab_size: int) -> bool:

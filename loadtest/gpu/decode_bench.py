@@ -1,4 +1,4 @@
-"""A decode step of the base alone, 1 to 64 rows, against what this machine could do.
+"""A decode step of the base alone, 1 to 64 rows, in full and in 8 bits, against what this machine could do.
 
 The least a step can take is its bytes (weights, and keys and values of its context, read once) over the bandwidth that
 was measured in this call, or its arithmetic over the rate of a matrix product, whichever is longer.
@@ -14,26 +14,61 @@ from loadtest.gpu.facts import ceilings
 from loadtest.gpu.ground import Ground
 from loadtest.gpu.results import Figures, Found, Value
 from loadtest.gpu.rows import Steps
-from loadtest.gpu.shapes import decoder
+from loadtest.gpu.shapes import decoder, quantised
 from loadtest.gpu.timing import Act, in_turns
 from loadtest.work import Load, base_work
+from peft_serve.kernels.eight_bits import Code
+from peft_serve.model.base import ResidentBase
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
+FEW_ROWS: Final = (1, 32)  # of a base in 8 bits
 CONTEXT: Final = 512
 TARGET: Final = 1.3  # times the bound, at 32 rows
 _EACH_S: Final = 4.0
+_LOADING_S: Final = 6.0  # what a base of 8 B is made in
+_COLUMNS: Final = ("rows", "context", "GB", "Gflop", "bound ms", "step ms", "spread", "steps", "over bound", "tokens/s")
 _WAITS: Final = "waits of the host for the GPU in a decode step (1: its tokens are read)"
 
 
 def decode(ground: Ground) -> Found:
     """One row of the table for each number of rows of the step."""
     shape = decoder(is_quick=ground.is_quick)
-    base, rates = ground.bases.get(shape), ceilings(ground)
-    loads = [
-        Load(num_rows=n, context=16 if ground.is_quick else CONTEXT) for n in (ROWS[:2] if ground.is_quick else ROWS)
-    ]
+    base = ground.bases.get(shape)
+    loads = _loads(ground, ROWS)
     steps = Steps(base, loads)
-    rows: list[tuple[Value, ...]] = []
+    rows = _measured(ground, base, steps, loads)
+    note = f"a step ends when its tokens are on the host; the target at 32 rows is {TARGET:g} times the bound"
+    title = f"A decode step of the base alone, {shape.name}"
+    facts = ((_WAITS, waits(ground, partial(steps.run, steps.decoding(loads[-1])))),) if ground.is_gpu else ()
+    return Found(
+        facts=facts,
+        figures=(Figures(title=title, columns=_COLUMNS, rows=rows, notes=(ground.bases.runs_by, note)),),
+    )
+
+
+def eight_bits(ground: Ground) -> Found:
+    """The same for the base in 8 bits, whose bound is that of the bytes it has: a table for each kind."""
+    figures: list[Figures] = []
+    for code in Code:
+        if figures and ground.left_s < _LOADING_S + _EACH_S:
+            return Found(figures=tuple(figures), left_out=(f"{code}: no time was left",))
+        shape = quantised(decoder(is_quick=ground.is_quick), code)
+        base, loads = ground.bases.get(shape), _loads(ground, FEW_ROWS)
+        rows = _measured(ground, base, Steps(base, loads), loads)
+        title = f"A decode step of the base alone, {shape.name}"
+        figures.append(Figures(title=title, columns=_COLUMNS, rows=rows, notes=(ground.bases.runs_by,)))
+    ground.bases.drop()
+    return Found(figures=tuple(figures))
+
+
+def _loads(ground: Ground, rows: tuple[int, ...]) -> list[Load]:
+    return [
+        Load(num_rows=n, context=16 if ground.is_quick else CONTEXT) for n in (rows[:2] if ground.is_quick else rows)
+    ]
+
+
+def _measured(ground: Ground, base: ResidentBase, steps: Steps, loads: list[Load]) -> tuple[tuple[Value, ...], ...]:
+    rates, rows = ceilings(ground), list[tuple[Value, ...]]()
     for load in loads:
         if ground.left_s < _EACH_S and rows:
             break
@@ -47,14 +82,7 @@ def decode(ground: Ground) -> Found:
                 *(took.median_s / bound_s, load.num_rows / took.median_s),
             )
         )
-    note = f"a step ends when its tokens are on the host; the target at 32 rows is {TARGET:g} times the bound"
-    columns = ("rows", "context", "GB", "Gflop", "bound ms", "step ms", "spread", "steps", "over bound", "tokens/s")
-    title = f"A decode step of the base alone, {shape.name}"
-    facts = ((_WAITS, waits(ground, partial(steps.run, steps.decoding(loads[-1])))),) if ground.is_gpu else ()
-    return Found(
-        facts=facts,
-        figures=(Figures(title=title, columns=columns, rows=tuple(rows), notes=(ground.bases.runs_by, note)),),
-    )
+    return tuple(rows)
 
 
 def waits(ground: Ground, act: Act) -> int:

@@ -66,9 +66,11 @@ ALL: Final = (
     Part(name="bfloat16", group="correctness", where="loadtest.gpu.model_checks:bfloat16", weight=25),
     Part(name="encoders", group="correctness", where="loadtest.gpu.model_checks:encoders", weight=12),
     Part(name="methods", group="correctness", where="loadtest.gpu.method_checks:methods", weight=55, needs=("peft",)),
+    Part(name="eight bits", group="correctness", where="loadtest.gpu.eight_bits_checks:eight_bits", weight=12),
     Part(name="decode", group="bench", where="loadtest.gpu.decode_bench:decode", weight=45),
     Part(name="popularity", group="bench", where="loadtest.gpu.popularity_bench:popularity", weight=45),
     Part(name="many adapters", group="bench", where="loadtest.gpu.many_bench:many", weight=45),
+    Part(name="load", group="bench", where="loadtest.gpu.load_bench:load", weight=40),
     Part(name="peft", group="bench", where="loadtest.gpu.peft_bench:peft", weight=60, needs=("peft",)),
     Part(
         name="attention kernel",
@@ -78,9 +80,17 @@ ALL: Final = (
         needs=_KERNELS,
     ),
     Part(
-        name="low-rank kernel", group="kernels", where="loadtest.gpu.low_rank_bench:low_rank", weight=30, needs=_KERNELS
+        name="low-rank kernel", group="kernels", where="loadtest.gpu.low_rank_bench:low_rank", weight=35, needs=_KERNELS
+    ),
+    Part(
+        name="other kernels",
+        group="kernels",
+        where="loadtest.gpu.other_kernels_bench:others",
+        weight=15,
+        needs=_KERNELS,
     ),
     Part(name="other shapes", group="bench", where="loadtest.gpu.other_bench:others", weight=20),
+    Part(name="decode in 8 bits", group="bench", where="loadtest.gpu.decode_bench:eight_bits", weight=35),
 )
 
 

@@ -5,12 +5,15 @@ finite in bfloat16.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from peft_serve.kernels.eight_bits import Code
+from peft_serve.model.eight_bits import store_in_eight_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class Shape:
     kind: Any  # the model's class
     config: Callable[[], Any]
     dtype: torch.dtype = torch.bfloat16
+    code: Code | None = None  # what its linear weights are stored as, if not in full
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shape) and other.name == self.name
@@ -39,7 +43,16 @@ def make(shape: Shape, device: torch.device, seed: int = 0) -> PreTrainedModel:
             model: PreTrainedModel = shape.kind(shape.config())
     finally:
         torch.set_default_dtype(before)
-    return model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if shape.code is None:
+        return model.to(device)
+    store_in_eight_bits(model, shape.code, device)
+    return model
+
+
+def quantised(shape: Shape, code: Code) -> Shape:
+    """The same, its linear weights in 8 bits."""
+    return replace(shape, name=f"{shape.name}, {code}", code=code)
 
 
 def decoder(*, is_quick: bool) -> Shape:

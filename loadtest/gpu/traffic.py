@@ -1,13 +1,16 @@
-"""A closed loop in this process: the real scheduler and the real runner, without threads and without HTTP.
+"""Traffic in this process: the real scheduler and the real runner, without threads and without HTTP.
 
-So many requests are always on their way; when one ends, the next comes. Adapters are in the host's memory already, as
-in a server whose host cache holds all of them, and are copied to the device when a request asks for one that is not
-there.
+Closed: so many requests are always on their way; when one ends, the next comes. Open: requests come when they come.
+Adapters are in the host's memory already, as in a server whose host cache holds all of them, and are copied to the
+device when a request asks for one that is not there.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Final
+
+import numpy as np
 
 from loadtest.gpu.ground import Ground
 from loadtest.gpu.rows import BLOCK_SIZE
@@ -31,7 +34,8 @@ from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.scheduler import Scheduler
 from peft_serve.scheduling.slots import SlotLedger
 
-_MAX_STEP_TOKENS = 2048
+_MAX_STEP_TOKENS: Final = 2048
+_MOST_WAITING: Final = 1 << 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +66,26 @@ class Served:
         return self.num_tokens / self.seconds
 
 
-class ClosedLoop:
-    """See the module. One loop at a time on a base."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waited:
+    """What an open loop came to; seconds to each first token, of the requests that had one before the end."""
+
+    served: Served
+    first_s: tuple[float, ...]
+    num_asked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """One step: whose tokens came, how many requests ended, and how many adapters were copied."""
+
+    tokens: tuple[RequestId, ...]
+    num_ended: int
+    num_installs: int
+
+
+class Loop:
+    """Scheduler and runner over one base. One loop at a time on a base."""
 
     def __init__(
         self,
@@ -75,10 +97,10 @@ class ClosedLoop:
         num_slots: int,
         lengths: Lengths,
     ) -> None:
-        self._ground = ground
+        self.ground = ground
+        self.lengths = lengths
+        self.num_rows = num_rows
         self._adapters = adapters
-        self._lengths = lengths
-        self._num_rows = num_rows
         self._num_slots = num_slots
         self._ids = count()
         self._footprints: dict[AdapterId, Footprint] = {}
@@ -88,7 +110,7 @@ class ClosedLoop:
             max_step_tokens=_MAX_STEP_TOKENS,
             max_step_adapters=num_rows,
             max_step_rank=1 << 20,
-            max_queue=2 * num_rows,
+            max_queue=_MOST_WAITING,
             block_size=BLOCK_SIZE,
             max_context=lengths.prompt + lengths.answer,
             prefix_caching=False,  # every prompt is the same one
@@ -105,51 +127,23 @@ class ClosedLoop:
             base, num_blocks=num_blocks, num_cross_blocks=0, block_size=BLOCK_SIZE, adapters=adapters
         )
 
-    def run(self, asked: Iterator[AdapterId], *, most_s: float, fewest_steps: int = 4) -> Served:
-        """Serve requests for these adapters for so long, and tell what came after the first answers had ended, so that
-        requests of all ages share the steps. RuntimeError where a request fails. All are ended behind it."""
-        for _ in range(self._num_rows):
-            self._submit(next(asked))
-        num_ended = num_tokens = num_steps = num_installs = 0
-        began_s, until_s = self._ground.clock(), float("inf")
-        while num_steps < fewest_steps or self._ground.clock() < until_s:
-            tokens, ended, installs = self._step()
-            if until_s == float("inf"):
-                num_ended += ended
-                if num_ended >= self._num_rows:
-                    self._ground.settle()
-                    began_s = self._ground.clock()
-                    until_s = began_s + most_s
-            else:
-                num_tokens, num_steps, num_installs = num_tokens + tokens, num_steps + 1, num_installs + installs
-            for _ in range(ended):
-                self._submit(next(asked))
-        self._ground.settle()
-        seconds = self._ground.clock() - began_s
-        for request in self._scheduler.open_requests():
-            self._scheduler.cancel(request)
-        return Served(num_tokens=num_tokens, seconds=seconds, num_steps=num_steps, num_installs=num_installs)
-
-    def close(self) -> None:
-        """Empty the slots, for the next loop on this base."""
-        self._runner.run(Step(id=0, rows=(), removes=tuple(range(1, self._num_slots + 1))))
-
-    def _submit(self, adapter: AdapterId) -> None:
+    def submit(self, adapter: AdapterId, *, answer: int) -> RequestId:
+        """A request that comes now, for so many tokens."""
         number = next(self._ids)
-        # Ages are spread from the start, or all rows would end in the same step for ever.
-        answer = self._lengths.answer if number >= self._num_rows else 1 + number % self._lengths.answer
+        id_ = RequestId(str(number))
         self._scheduler.submit(
             Request(
-                id=RequestId(str(number)),
+                id=id_,
                 adapter=adapter,
-                prompt=tuple(5 + (number + i) % 50 for i in range(self._lengths.prompt)),
+                prompt=tuple(5 + (number + i) % 50 for i in range(self.lengths.prompt)),
                 sampling=SamplingParams(max_new_tokens=answer, ignore_eos=True),
-                arrival_s=self._ground.clock(),
+                arrival_s=self.ground.clock(),
             )
         )
+        return id_
 
-    def _step(self) -> tuple[int, int, int]:
-        """Tokens, ended requests and installs of the next step."""
+    def step(self) -> Stepped:
+        """The next step. RuntimeError where there is none, or a request fails."""
         for adapter in self._scheduler.take_loads():
             self._scheduler.adapter_ready(adapter, self._footprint(adapter))
         step = self._scheduler.plan()
@@ -160,12 +154,86 @@ class ClosedLoop:
         failed = next((event for event in ends if event.reason is FinishReason.FAILED), None)
         if failed is not None:
             raise RuntimeError(f"a request failed: {failed.error}")
-        return sum(isinstance(event, TokenEvent) for event in events), len(ends), len(step.installs)
+        tokens = tuple(event.request for event in events if isinstance(event, TokenEvent))
+        return Stepped(tokens=tokens, num_ended=len(ends), num_installs=len(step.installs))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody asks for anything."""
+        return not self._scheduler.open_requests()
+
+    def end_all(self) -> None:
+        """Whoever is on the way asks for nothing any more."""
+        for request in self._scheduler.open_requests():
+            self._scheduler.cancel(request)
+
+    def close(self) -> None:
+        """Empty the slots, for the next loop on this base."""
+        self._runner.run(Step(id=0, rows=(), removes=tuple(range(1, self._num_slots + 1))))
 
     def _footprint(self, adapter: AdapterId) -> Footprint:
         if adapter not in self._footprints:
             self._footprints[adapter] = self._adapters(adapter).footprint(is_encoder_decoder=False)
         return self._footprints[adapter]
+
+
+class ClosedLoop(Loop):
+    """So many requests are always on their way."""
+
+    def run(self, asked: Iterator[AdapterId], *, most_s: float, fewest_steps: int = 4) -> Served:
+        """Serve requests for these adapters for so long, and tell what came after the first answers had ended, so that
+        requests of all ages share the steps. RuntimeError where a request fails. All are ended behind it."""
+        for number in range(self.num_rows):
+            # Ages are spread from the start, or all rows would end in the same step for ever.
+            self.submit(next(asked), answer=1 + number % self.lengths.answer)
+        num_ended = num_tokens = num_steps = num_installs = 0
+        began_s, until_s = self.ground.clock(), float("inf")
+        while num_steps < fewest_steps or self.ground.clock() < until_s:
+            done = self.step()
+            if until_s == float("inf"):
+                num_ended += done.num_ended
+                if num_ended >= self.num_rows:
+                    self.ground.settle()
+                    began_s = self.ground.clock()
+                    until_s = began_s + most_s
+            else:
+                num_tokens, num_steps = num_tokens + len(done.tokens), num_steps + 1
+                num_installs += done.num_installs
+            for _ in range(done.num_ended):
+                self.submit(next(asked), answer=self.lengths.answer)
+        self.ground.settle()
+        seconds = self.ground.clock() - began_s
+        self.end_all()
+        return Served(num_tokens=num_tokens, seconds=seconds, num_steps=num_steps, num_installs=num_installs)
+
+
+class OpenLoop(Loop):
+    """Requests come when they come, as a Poisson process."""
+
+    def run(self, asked: Iterator[AdapterId], *, per_s: float, most_s: float, most_requests: int = 4096) -> Waited:
+        """Serve requests for these adapters that come at this rate, for so long; what is on its way then is ended.
+        RuntimeError where a request fails."""
+        gaps = np.random.default_rng(0).exponential(1.0 / per_s, size=most_requests)
+        began_s = self.ground.clock()
+        comes_s = [began_s + float(at) for at in np.cumsum(gaps)]
+        came_s: dict[RequestId, float] = {}
+        first_s: list[float] = []
+        num_asked = num_tokens = num_steps = num_installs = 0
+        while self.ground.clock() < began_s + most_s and (num_asked < len(comes_s) or not self.is_idle):
+            while num_asked < len(comes_s) and comes_s[num_asked] <= self.ground.clock():
+                came_s[self.submit(next(asked), answer=self.lengths.answer)] = comes_s[num_asked]
+                num_asked += 1
+            if self.is_idle:
+                continue  # the next one is on its way: a GPU's steps leave no time to sleep
+            done = self.step()
+            now_s = self.ground.clock()
+            first_s += [now_s - came_s.pop(id_) for id_ in done.tokens if id_ in came_s]
+            num_tokens, num_steps = num_tokens + len(done.tokens), num_steps + 1
+            num_installs += done.num_installs
+        seconds = self.ground.clock() - began_s
+        self.end_all()
+        served = Served(num_tokens=num_tokens, seconds=seconds, num_steps=num_steps, num_installs=num_installs)
+        return Waited(served=served, first_s=tuple(first_s), num_asked=num_asked)
 
 
 def forever(adapters: list[AdapterId], order: list[int]) -> Iterator[AdapterId]:

@@ -64,22 +64,27 @@ def test_every_part_runs_on_tiny_shapes(tmp_path: Path) -> None:
         ("graphs", "memory"), ("left out", "it has a meaning on a GPU only")
     )
     assert [check for one in sections.values() for check in one.found.checks if not check.passed] == []
-    for name in ("attention", "low-rank", "one budget", "terms", "models", "bfloat16", "encoders", "methods"):
+    names = ("attention", "low-rank", "one budget", "terms", "models", "bfloat16", "encoders", "methods", "eight bits")
+    for name in names:
         assert sections[name].found.checks, name
     for one in parts:
         if one.group == "bench":
-            (figures,) = sections[one.name].found.figures
-            assert figures.rows, one.name
-            assert all(len(row) == len(figures.columns) for row in figures.rows)
+            assert sections[one.name].found.figures, one.name
+            for figures in sections[one.name].found.figures:
+                assert figures.rows, one.name
+                assert all(len(row) == len(figures.columns) for row in figures.rows), one.name
 
 
-@pytest.mark.parametrize("name", ["attention kernel", "low-rank kernel"])
+@pytest.mark.parametrize("name", ["attention kernel", "low-rank kernel", "other kernels"])
 def test_kernels_stand_beside_plain_torch(name: str) -> None:
     pytest.importorskip("triton")
     (one,) = named([name])
-    (figures,) = one.function()(ground()).figures
-    assert all(len(row) == len(figures.columns) for row in figures.rows)
-    assert all(float(row[figures.columns.index("kernel us")]) > 0 for row in figures.rows)
+    found = one.function()(ground()).figures
+    assert found
+    for figures in found:
+        assert figures.rows
+        assert all(len(row) == len(figures.columns) for row in figures.rows)
+        assert all(float(row[figures.columns.index("kernel us")]) > 0 for row in figures.rows)
 
 
 def test_an_error_of_the_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
