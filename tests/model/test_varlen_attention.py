@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -98,6 +99,23 @@ def test_what_is_covered_is_right_and_the_rest_is_left(case: Case) -> None:
         assert error is None
     assert error is None or error < 1e-2
     assert computed(case, torch.float32) is None
+
+
+def test_keys_in_front_are_read_unless_a_layer_has_none() -> None:
+    made = Made(Case(name="unplaced", rows="unplaced"), torch.bfloat16, is_quick=False)
+    spans = made.spans
+    given = made.on(CPU, torch.bfloat16)
+    assert any(span.absent for span in spans)
+    call = (given.pool, given.q, given.k, given.v, LAYER, given.terms)
+    assert VarlenPlans(varlen_attn).attend(given.plan, *call) is None
+    everywhere = replace(given.plan, spans=tuple(replace(span, absent=frozenset()) for span in spans))
+    assert any(span.num_unplaced for span in everywhere.spans)
+    out = VarlenPlans(varlen_attn).attend(everywhere, *call)
+    exact = made.on(CPU, torch.float32)
+    plan = replace(exact.plan, spans=everywhere.spans)
+    truth = attend_reference(plan, exact.q, exact.k, exact.v, exact.pool, LAYER, exact.terms)
+    assert out is not None
+    assert relative_error(out, truth) < 1e-2
 
 
 def test_the_check_of_a_gpu_sees_an_error() -> None:
