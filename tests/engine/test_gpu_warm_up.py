@@ -11,7 +11,7 @@ import torch
 
 from peft_serve.engine import gpu_warm_up
 from peft_serve.engine.gpu_kernels import GpuKernels
-from peft_serve.engine.gpu_warm_up import Sizes, warm_up
+from peft_serve.engine.gpu_warm_up import StepSizes, warm_up
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.routing import Stream
 from tests.kernels.triton.interpreter import IS_INTERPRETED
@@ -19,7 +19,7 @@ from tests.model.driver import Driver, Job
 from tests.model.tiny_encoders import tiny_encoder
 from tests.model.tiny_models import tiny
 
-SIZES = Sizes(max_rows=3, max_step_tokens=70, max_context=80, block_size=4)
+SIZES = StepSizes(max_rows=3, max_step_tokens=70, max_context=80, block_size=4)
 
 
 class Ticks:
@@ -33,7 +33,7 @@ class Ticks:
         return self._now
 
 
-def warmed(base: ResidentBase, sizes: Sizes = SIZES) -> list[str]:
+def warmed(base: ResidentBase, sizes: StepSizes = SIZES) -> list[str]:
     said: list[str] = []
     warm_up(base, sizes, said.append, clock=Ticks())
     return said

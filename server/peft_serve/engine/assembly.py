@@ -10,7 +10,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from peft_serve.engine.cache_trace import CacheTrace, appender
 from peft_serve.engine.cpu_kernels import speed_up
 from peft_serve.engine.device_memory import DeviceMemory, Sizes, device_memory
 from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
-from peft_serve.engine.gpu_warm_up import Sizes, warm_up
+from peft_serve.engine.gpu_warm_up import StepSizes, warm_up
 from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
 from peft_serve.engine.loop import Engine
 from peft_serve.engine.parts import BaseCard, ServerParts
@@ -175,8 +174,8 @@ def _max_context(settings: Settings, base: ResidentBase) -> int:
     return asked
 
 
-def _step_sizes(settings: Settings, base: ResidentBase) -> Sizes:
-    return Sizes(
+def _step_sizes(settings: Settings, base: ResidentBase) -> StepSizes:
+    return StepSizes(
         max_rows=settings.max_rows,
         max_step_tokens=settings.max_step_tokens,
         max_context=_max_context(settings, base),

@@ -28,7 +28,7 @@ _GREEDY: Final = Draw(params=SamplingParams(), seed=0, index=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class StepSizes:
     """What steps may come to: rows, tokens of one row, and positions of a context."""
 
     max_rows: int
@@ -49,7 +49,7 @@ class Sizes:
         return -(-num_positions // self.block_size)
 
 
-def warm_up(base: ResidentBase, sizes: Sizes, say: Callable[[str], None], *, clock: Callable[[], float]) -> None:
+def warm_up(base: ResidentBase, sizes: StepSizes, say: Callable[[str], None], *, clock: Callable[[], float]) -> None:
     """Run steps of every kind once; nothing of them stays. Where one fails, the server says so and goes on: what the
     steps prove, others have proved before."""
     began_s, adapters = clock(), dict(enumerate(_adapters(base), start=1))
@@ -72,7 +72,7 @@ def warm_up(base: ResidentBase, sizes: Sizes, say: Callable[[str], None], *, clo
     say(f"kernels compiled for this base in {clock() - began_s:.1f} s")
 
 
-def _run_all(base: ResidentBase, sizes: Sizes, runner: StepRunner, adapters: dict[int, Adapter]) -> None:
+def _run_all(base: ResidentBase, sizes: StepSizes, runner: StepRunner, adapters: dict[int, Adapter]) -> None:
     installs = tuple(Install(slot=slot, adapter=adapter.id) for slot, adapter in adapters.items())
     steps = [Step(id=0, rows=(), installs=installs)]
     steps += [Step(id=0, rows=rows) for slot in (BASE_SLOT, *adapters) for rows in _kinds(base, sizes, slot)]
@@ -104,7 +104,7 @@ def _adapters(base: ResidentBase) -> Iterator[Adapter]:
     yield made("warm-up with vectors", has_vectors=True)
 
 
-def _kinds(base: ResidentBase, sizes: Sizes, slot: int) -> Iterator[tuple[Row, ...]]:
+def _kinds(base: ResidentBase, sizes: StepSizes, slot: int) -> Iterator[tuple[Row, ...]]:
     """The rows of steps that a server runs: prompts, and decode steps of one row and of many."""
     if base.shape.is_encoder:
         yield (_read(slot, 0, sizes.prompt),)
@@ -123,7 +123,7 @@ def _kinds(base: ResidentBase, sizes: Sizes, slot: int) -> Iterator[tuple[Row, .
 
 def _row(
     base: ResidentBase,
-    sizes: Sizes,
+    sizes: StepSizes,
     slot: int,
     number: int,
     *,
