@@ -289,7 +289,7 @@ def _make_scheduler(settings: Settings, base: ResidentBase, sizes: Sizes, slots:
             affinity_age_s=_OVERTAKEN_S[settings.scheduling_policy],
             prefix_caching=settings.enable_prefix_caching,
             num_adapter_blocks=sizes.num_adapter_blocks,
-            reads_host_copies=base.device.type == "cpu",
+            reads_host_copies=base.device.type == "cpu" and sizes.spacing == 1,  # in blocks they are copies
         ),
         slots=slots,
         blocks=BlockLedger(num_blocks=sizes.num_blocks, block_size=block_size, spacing=sizes.spacing),

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peft_serve.model.zeros import lazy_zeros
+
 
 class Arena:
     """Blocks of `num_parts` parts each. All of it is zero at first."""
@@ -22,7 +24,7 @@ class Arena:
         self.num_blocks = num_blocks
         self.num_parts = num_parts
         self.block_bytes = num_parts * part_bytes
-        self.memory = torch.zeros(num_blocks * self.block_bytes, dtype=torch.uint8, device=device)
+        self.memory = lazy_zeros((num_blocks * self.block_bytes,), torch.uint8, device)
 
     @property
     def device(self) -> torch.device:
