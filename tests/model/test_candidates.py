@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from peft_serve.core import Draw, SamplingParams
-from peft_serve.model.candidates import candidates, tops
-from peft_serve.model.sampler import Sampler
+from tests.model.at_once import candidates, choose, tops
 
 VOCAB = 40
 
@@ -90,7 +89,7 @@ def test_a_bias_changes_its_own_row_and_no_reported_log_probability() -> None:
     plain = SamplingParams(logprobs=True)
     biased = SamplingParams(logprobs=True, logit_bias=((17, 50.0), (99, 1.0)))
     draws = [Draw(params=params, seed=0, index=0) for params in (plain, plain, biased, plain)]
-    first, second, changed, same = Sampler().choose(scores, draws)
+    first, second, changed, same = choose(scores, draws)
     assert changed.token == 17
     assert changed.logprob == pytest.approx(float(scores[0].log_softmax(-1)[17]))
     assert (same.token, same.logprob) == (second.token, second.logprob)

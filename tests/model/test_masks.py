@@ -7,7 +7,7 @@ import torch
 
 from peft_serve.core import Draw, SamplingParams
 from peft_serve.model.masks import masked
-from peft_serve.model.sampler import Sampler
+from tests.model.at_once import choose
 
 SIZE = 37
 NEVER = float("-inf")
@@ -59,8 +59,8 @@ def test_the_best_allowed_id_is_chosen_whatever_penalties_say(logits: torch.Tens
         draw(mask_of(allowed), do_sample=True, temperature=3.0, top_k=30),
         draw(),
     ]
-    alone = Sampler().choose(logits[3:], draws[3:])
-    chosen = Sampler().choose(logits, draws)
+    alone = choose(logits[3:], draws[3:])
+    chosen = choose(logits, draws)
     assert chosen[0].token == max(allowed, key=lambda i: float(logits[0, i]))
     assert {one.token for one in chosen[:3]} <= allowed
     assert chosen[3] == alone[0]
@@ -68,7 +68,7 @@ def test_the_best_allowed_id_is_chosen_whatever_penalties_say(logits: torch.Tens
 
 def test_log_probabilities_are_those_among_what_is_allowed(logits: torch.Tensor) -> None:
     allowed = [3, 20]
-    (told,) = Sampler().choose(logits[:1], [draw(mask_of(set(allowed)), logprobs=True, num_top_logprobs=5)])
+    (told,) = choose(logits[:1], [draw(mask_of(set(allowed)), logprobs=True, num_top_logprobs=5)])
     expected = logits[0, allowed].log_softmax(-1)
     assert dict(told.top) == pytest.approx(dict(zip(allowed, expected.tolist(), strict=True)))
     assert told.logprob == pytest.approx(float(expected.max()))
@@ -77,5 +77,5 @@ def test_log_probabilities_are_those_among_what_is_allowed(logits: torch.Tensor)
 def test_what_the_base_never_says_stays_unsaid(logits: torch.Tensor) -> None:
     best = int(logits[0, [3, 20]].argmax())
     banned, left = (3, 20) if best == 0 else (20, 3)
-    (chosen,) = Sampler(banned=[banned]).choose(logits[:1], [draw(mask_of({3, 20}))])
+    (chosen,) = choose(logits[:1], [draw(mask_of({3, 20}))], banned=[banned])
     assert chosen.token == left

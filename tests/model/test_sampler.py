@@ -13,7 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as hf
 
 from peft_serve.core import Draw, SamplingParams
-from peft_serve.model.sampler import Chosen, Sampler, best_ids, edited, score, uniform, warped
+from peft_serve.model.sampler import Chosen, best_ids, edited, uniform, warped
+from tests.model.at_once import choose, score
 
 VOCAB = 40
 
@@ -41,11 +42,11 @@ def test_greedy_is_argmax_and_ties_go_to_the_lowest_id() -> None:
     scores = torch.zeros(3, VOCAB)
     scores[0, [5, 9]] = 2.0
     scores[1, 30] = 1.0
-    assert tokens(Sampler().choose(scores, [draw()] * 3)) == [5, 30, 0]
+    assert tokens(choose(scores, [draw()] * 3)) == [5, 30, 0]
 
 
 def test_no_rows() -> None:
-    assert Sampler().choose(torch.empty(0, VOCAB), []) == []
+    assert choose(torch.empty(0, VOCAB), []) == []
     assert score(torch.empty(0, VOCAB), []) == []
 
 
@@ -66,13 +67,13 @@ def test_the_best_of_a_large_vocabulary_is_argmax(size: int) -> None:
 def test_temperature_zero_is_greedy() -> None:
     x = logits(4)
     zero = draw(sampling(temperature=0.0))
-    assert tokens(Sampler().choose(x, [zero] * 4)) == x.argmax(-1).tolist()
+    assert tokens(choose(x, [zero] * 4)) == x.argmax(-1).tolist()
 
 
 def test_suppressed_ids_are_never_chosen() -> None:
     x = logits(2)
     best = x[0].argmax().item()
-    chosen = Sampler().choose(x, [draw(suppress=(int(best), 10**9)), draw()])
+    chosen = choose(x, [draw(suppress=(int(best), 10**9)), draw()])
     assert chosen[0].token == x[0].topk(2).indices[1]
     assert chosen[1].token == x[1].argmax()
 
@@ -82,7 +83,7 @@ def test_the_logits_are_left_as_they_were() -> None:
     before = x.clone()
     penalised = SamplingParams(repetition_penalty=2.0, frequency_penalty=1.0)
     sampled = sampling(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, typical_p=0.5)
-    Sampler().choose(x, [draw(penalised, prompt_history=(1, 2), output_history=(3,)), draw(sampled), draw()])
+    choose(x, [draw(penalised, prompt_history=(1, 2), output_history=(3,)), draw(sampled), draw()])
     assert torch.equal(x, before)
 
 
@@ -134,7 +135,7 @@ def test_greedy_with_penalty_equals_generate() -> None:
         with torch.inference_mode():
             last = model(torch.tensor([prompt + out])).logits[:, -1]
         here = draw(params, index=index, prompt_history=tuple(prompt), output_history=tuple(out))
-        out += tokens(Sampler().choose(last, [here]))
+        out += tokens(choose(last, [here]))
     assert out == want
 
 
@@ -212,13 +213,13 @@ def test_a_draw_does_not_depend_on_its_neighbours(
 ) -> None:
     row = logits(1, seed=3)
     mine = draw(own, seed=seed, index=index)
-    alone = Sampler().choose(row, [mine])
+    alone = choose(row, [mine])
     place = min(place, len(others))
     rest = logits(len(others), seed=4)
     crowd = torch.cat([rest[:place], row, rest[place:]])
     draws = [draw(p, seed=i) for i, p in enumerate(others)]
     draws.insert(place, mine)
-    assert Sampler().choose(crowd, draws)[place] == alone[0]
+    assert choose(crowd, draws)[place] == alone[0]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     num_draws = 4000
     x = logits(1, seed=11, spread=1.0)
     draws = [draw(params, seed=99, index=i) for i in range(num_draws)]
-    chosen = torch.tensor(tokens(Sampler().choose(x.expand(num_draws, -1), draws)))
+    chosen = torch.tensor(tokens(choose(x.expand(num_draws, -1), draws)))
     probs = warped(x, [params]).softmax(-1)[0].double()
     counts = torch.bincount(chosen, minlength=VOCAB).double()
     assert counts[probs == 0].sum() == 0
@@ -240,8 +241,8 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
 
 def test_different_seeds_and_indices_differ() -> None:
     x = logits(1, spread=0.1).expand(64, -1)
-    by_seed = tokens(Sampler().choose(x, [draw(sampling(), seed=s) for s in range(64)]))
-    by_index = tokens(Sampler().choose(x, [draw(sampling(), index=i) for i in range(64)]))
+    by_seed = tokens(choose(x, [draw(sampling(), seed=s) for s in range(64)]))
+    by_index = tokens(choose(x, [draw(sampling(), index=i) for i in range(64)]))
     assert len(set(by_seed)) > 15
     assert len(set(by_index)) > 15
 
@@ -252,7 +253,7 @@ def test_different_seeds_and_indices_differ() -> None:
 def test_logprobs_are_of_the_raw_logits() -> None:
     x = logits(3)
     params = sampling(temperature=0.2, top_k=2, logprobs=True, num_top_logprobs=4)
-    chosen = Sampler().choose(x, [draw(params), draw(), draw(SamplingParams(num_top_logprobs=2))])
+    chosen = choose(x, [draw(params), draw(), draw(SamplingParams(num_top_logprobs=2))])
     log = x.log_softmax(-1)
     assert chosen[0].logprob == pytest.approx(float(log[0, chosen[0].token]))
     best = log[0].topk(4)
@@ -267,9 +268,9 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_top_logprobs_put_the_lowest_id_first_among_equals() -> None:
     x = torch.zeros(1, VOCAB)
     x[0, 20] = 1.0
-    (chosen,) = Sampler().choose(x, [draw(SamplingParams(num_top_logprobs=4))])
+    (chosen,) = choose(x, [draw(SamplingParams(num_top_logprobs=4))])
     assert [i for i, _ in chosen.top] == [20, 0, 1, 2]
-    (all_of_them,) = Sampler().choose(x, [draw(SamplingParams(num_top_logprobs=999))])
+    (all_of_them,) = choose(x, [draw(SamplingParams(num_top_logprobs=999))])
     assert len(all_of_them.top) == VOCAB
 
 
@@ -285,8 +286,8 @@ def test_score_reads_each_row_at_its_ids() -> None:
 def test_half_precision_logits_are_computed_in_float() -> None:
     x = logits(2).bfloat16()
     params = sampling(top_p=0.9, logprobs=True)
-    chosen = Sampler().choose(x, [draw(params), draw(SamplingParams(logprobs=True))])
-    again = Sampler().choose(x.float(), [draw(params), draw(SamplingParams(logprobs=True))])
+    chosen = choose(x, [draw(params), draw(SamplingParams(logprobs=True))])
+    again = choose(x.float(), [draw(params), draw(SamplingParams(logprobs=True))])
     assert chosen == again
 
 
@@ -296,4 +297,4 @@ def test_a_forced_token_wins_over_everything() -> None:
         Draw(params=SamplingParams(), seed=0, index=0, forced=2, suppress=(2,)),
         Draw(params=SamplingParams(), seed=0, index=0),
     ]
-    assert [chosen.token for chosen in Sampler().choose(logits_NV, draws)] == [2, 0]
+    assert [chosen.token for chosen in choose(logits_NV, draws)] == [2, 0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_serve.core import Draw
+from peft_serve.model.sending import sent
 
 _NEVER = float("-inf")
 
@@ -25,10 +26,12 @@ def masked(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     masks = {i: d.allowed for i, d in enumerate(draws) if d.allowed is not None and d.forced is None}
     if not masks:
         return logits_NV
-    forbidden_MV = _forbidden(list(masks.values()), logits_NV.shape[1]).to(logits_NV.device)
+    forbidden_MV = _forbidden(list(masks.values()), logits_NV.shape[1])
+    if logits_NV.device.type == "cuda":
+        forbidden_MV = forbidden_MV.pin_memory().to(logits_NV.device, non_blocking=True)
     if len(masks) == len(draws):
         return logits_NV.masked_fill(forbidden_MV, _NEVER)
-    rows_M = torch.tensor(list(masks), device=logits_NV.device)
+    (rows_M,) = sent([list(masks)], logits_NV.device)
     result_NV = logits_NV.clone()
     result_NV[rows_M] = logits_NV[rows_M].masked_fill_(forbidden_MV, _NEVER)
     return result_NV

@@ -19,6 +19,7 @@ from peft_serve.errors import Internal
 from peft_serve.model.apart import Apart
 from peft_serve.model.arena import Arena
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.bringing import Bringing
 from peft_serve.model.candidates import candidates, tops
 from peft_serve.model.carrier import Carrier
 from peft_serve.model.encoder_pass import EncoderPass
@@ -30,7 +31,11 @@ from peft_serve.model.prefixes import VirtualTokens
 from peft_serve.model.readings import Ask, Rows, read
 from peft_serve.model.residents import Residents
 from peft_serve.model.sampler import Chosen, Sampler, score
-from peft_serve.model.sending import sent
+from peft_serve.model.sending import taken
+
+
+AddTo = Callable[[list[RowResult]], None]
+"""Adds to the results of rows what was asked for beside tokens, once it is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,25 +121,35 @@ class StepRunner:
     def _run_rows(self, rows: Sequence[Row]) -> list[RowResult]:
         if self._encoder is not None:
             return self._read_whole(self._encoder, rows)
-        keep = {i: max(len(row.wanted), row.draw is not None) for i, row in enumerate(rows)}
-        source = self._passes.encode(rows, self._virtual)
-        logits = self._passes.decode(rows, source, keep, self._virtual)
+        kept, logits = self._computed(rows)
         readings = self._read_decoded(rows)
-        kept: list[_Kept] = []
-        for i, count in keep.items():
-            if count:
-                kept.append(_Kept(i, kept[-1].last + 1 if kept else 0, count))
         if logits is None:
             return [_read(row, readings.get(i, ())) for i, row in enumerate(rows)]
-        chosen = self._choose(rows, kept, logits)
-        scores = self._score(rows, kept, logits)
+        bringing = Bringing()
+        chosen_of = self._choose(rows, kept, logits, bringing)
+        scores_of = self._score(rows, kept, logits, bringing)
+        add_candidates = self._candidates(rows, kept, logits, bringing)
+        add_score_tops = self._score_tops(rows, kept, logits, bringing)
+        bringing.bring()  # the one time that the host waits for the device
+        chosen, scores = chosen_of(), scores_of()
         results = [_result(row, chosen.get(i), scores.get(i, ()), readings.get(i, ())) for i, row in enumerate(rows)]
-        self._add_candidates(results, rows, kept, logits)
-        self._add_score_tops(results, rows, kept, logits)
+        add_candidates(results)
+        add_score_tops(results)
         for i, result in enumerate(results):
             if not (_are_numbers(result) and (i not in chosen or chosen[i].is_number)):
                 results[i] = _no_number(rows[i])
         return results
+
+    def _computed(self, rows: Sequence[Row]) -> tuple[list[_Kept], Tensor | None]:
+        """The rows that logits are wanted of, and these."""
+        keep = {i: max(len(row.wanted), row.draw is not None) for i, row in enumerate(rows)}
+        source = self._passes.encode(rows, self._virtual)
+        logits = self._passes.decode(rows, source, keep, self._virtual)
+        kept: list[_Kept] = []
+        for i, count in keep.items():
+            if count:
+                kept.append(_Kept(i, kept[-1].last + 1 if kept else 0, count))
+        return kept, logits
 
     def _read_whole(self, encoder: EncoderPass, rows: Sequence[Row]) -> list[RowResult]:
         asks = []
@@ -155,50 +170,71 @@ class StepRunner:
         asks = [Ask(slot=rows[i].slot, reading=reading, states_SD=states[i]) for i, reading in wanting]
         return {i: given for (i, _), given in zip(wanting, read(self._heads, asks), strict=True)}
 
-    def _choose(self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor) -> dict[int, Chosen]:
+    def _choose(
+        self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor, bringing: Bringing
+    ) -> Callable[[], dict[int, Chosen]]:
         drawing = [(k, draw) for k in kept if (draw := rows[k.row].draw) is not None and not draw.num_candidates]
         if not drawing:
-            return {}
+            return dict
         places = [k.last for k, _ in drawing]
-        chosen = self._sampler.choose(_rows_of(logits_NV, places), [draw for _, draw in drawing])
-        return {k.row: one for (k, _), one in zip(drawing, chosen, strict=True)}
+        told = self._sampler.choose(taken(logits_NV, places), [draw for _, draw in drawing], bringing)
+
+        def by_row() -> dict[int, Chosen]:
+            chosen = told()
+            return {k.row: one for (k, _), one in zip(drawing, chosen, strict=True)}
+
+        return by_row
 
     def _score(
-        self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor
-    ) -> dict[int, tuple[tuple[float, ...], ...]]:
+        self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor, bringing: Bringing
+    ) -> Callable[[], dict[int, tuple[tuple[float, ...], ...]]]:
         wanting = [(k, rows[k.row].wanted) for k in kept if rows[k.row].wanted]
         if not wanting:
-            return {}
+            return dict
         places = [k.last - len(wanted) + 1 + j for k, wanted in wanting for j in range(len(wanted))]
-        each = iter(score(_rows_of(logits_NV, places), [ids for _, w in wanting for ids in w]))
-        return {k.row: tuple(next(each) for _ in wanted) for k, wanted in wanting}
+        told = score(taken(logits_NV, places), [ids for _, w in wanting for ids in w], bringing)
 
-    def _add_candidates(
-        self, results: list[RowResult], rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor
-    ) -> None:
+        def by_row() -> dict[int, tuple[tuple[float, ...], ...]]:
+            each = iter(told())
+            return {k.row: tuple(next(each) for _ in wanted) for k, wanted in wanting}
+
+        return by_row
+
+    def _candidates(self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor, bringing: Bringing) -> AddTo:
         """What the rows of beam searches asked for, and the alternatives to it that are to be reported."""
         asking = [(k, draw) for k in kept if (draw := rows[k.row].draw) is not None and draw.num_candidates]
         if not asking:
-            return
-        logits_MV = _rows_of(logits_NV, [k.last for k, _ in asking])
+            return _no_more
+        logits_MV = taken(logits_NV, [k.last for k, _ in asking])
         draws = [draw for _, draw in asking]
-        best = candidates(logits_MV, draws, self._base.banned_ids)
-        top = tops(logits_MV, [draw.params.num_top_logprobs for draw in draws])
-        for (k, _), each, alternatives in zip(asking, best, top, strict=True):
-            results[k.row] = replace(results[k.row], candidates=each, top=alternatives)
+        best = candidates(logits_MV, draws, self._base.banned_ids, bringing)
+        top = tops(logits_MV, [draw.params.num_top_logprobs for draw in draws], bringing)
 
-    def _add_score_tops(
-        self, results: list[RowResult], rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor
-    ) -> None:
+        def add(results: list[RowResult]) -> None:
+            for (k, _), each, alternatives in zip(asking, best(), top(), strict=True):
+                results[k.row] = replace(results[k.row], candidates=each, top=alternatives)
+
+        return add
+
+    def _score_tops(self, rows: Sequence[Row], kept: Sequence[_Kept], logits_NV: Tensor, bringing: Bringing) -> AddTo:
         """The best ids behind each token that something is wanted of."""
         asking = [(k, row) for k in kept if (row := rows[k.row]).wanted and row.num_wanted_top]
         if not asking:
-            return
+            return _no_more
         places = [k.last - len(row.wanted) + 1 + j for k, row in asking for j in range(len(row.wanted))]
         counts = [row.num_wanted_top if ids else 0 for _, row in asking for ids in row.wanted]
-        each = iter(tops(_rows_of(logits_NV, places), counts))
-        for k, row in asking:
-            results[k.row] = replace(results[k.row], score_tops=tuple(next(each) for _ in row.wanted))
+        told = tops(taken(logits_NV, places), counts, bringing)
+
+        def add(results: list[RowResult]) -> None:
+            each = iter(told())
+            for k, row in asking:
+                results[k.row] = replace(results[k.row], score_tops=tuple(next(each) for _ in row.wanted))
+
+        return add
+
+
+def _no_more(_results: list[RowResult]) -> None:
+    """Nobody asked."""
 
 
 def _result(row: Row, chosen: Chosen | None, scores: tuple[tuple[float, ...], ...], readings: Rows = ()) -> RowResult:
@@ -232,12 +268,6 @@ def _no_number(row: Row) -> RowResult:
     whose = "the base" if row.slot == BASE_SLOT else "the adapter"
     told = f"{whose} gives values that are no numbers (NaN or infinite) for this request; it was not completed"
     return RowResult(request=row.request, branch=row.branch, failure=Internal(told))
-
-
-def _rows_of(logits_NV: Tensor, places: Sequence[int]) -> Tensor:
-    if len(places) == len(logits_NV):
-        return logits_NV
-    return logits_NV[sent([places], logits_NV.device)[0]]
 
 
 def _pool(base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int, arena: Arena | None = None) -> KVPool:

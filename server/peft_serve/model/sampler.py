@@ -7,21 +7,26 @@ read off the cumulated probabilities in order of ids, so that neither the batch 
 a say. Reported log-probabilities are those of the model's own logits, before any of this, among the ids that a
 constraint allows. Ties go to the lowest id.
 
-Shapes: `N` rows, `V` vocabulary, `M` rows of a subset, `P` (row, id) pairs.
+Nothing here waits for a GPU: what is to be told is brought to the host with everything else of the step.
+
+Shapes: `N` rows, `V` vocabulary, `M` rows of a subset, `A` rows that ask for log-probabilities, `P` (row, id) pairs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 import torch
 from torch import Tensor
 
 from peft_serve.core import Draw, SamplingParams
+from peft_serve.model.bringing import Bringing
 from peft_serve.model.masks import masked
+from peft_serve.model.sending import sent, sent_values, taken
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -47,28 +52,45 @@ class Sampler:
         """`banned` are ids that the base never says, unless an id is forced."""
         self._banned = list(banned)
 
-    def choose(self, logits_NV: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
-        """One token for each row; `draws` is parallel to the rows."""
+    def choose(self, logits_NV: Tensor, draws: Sequence[Draw], bringing: Bringing) -> Callable[[], list[Chosen]]:
+        """One token for each row, told when everything has been brought; `draws` is parallel to the rows."""
         assert len(draws) == logits_NV.shape[0], "a draw for each row"
         if not draws:
-            return []
+            return list
         scores_NV = logits_NV = masked(logits_NV, draws)
         if self._banned:
-            scores_NV = logits_NV.clone()
-            scores_NV[:, self._banned] = _NEVER
+            scores_NV = logits_NV.index_fill(1, sent([self._banned], logits_NV.device)[0], _NEVER)
         if any(_is_edited(draw) for draw in draws):
             scores_NV = edited(scores_NV.float(), draws)
-        tokens, best = _with_scores(scores_NV, best_ids(scores_NV))
-        sampled = [row for row, draw in enumerate(draws) if is_sampled(draw.params)]
-        if sampled:
-            drawn = _sample(scores_NV[sampled].float(), [draws[row] for row in sampled])
-            for row, token in zip(sampled, drawn, strict=True):
-                tokens[row] = token
-        for row, draw in enumerate(draws):
-            if draw.forced is not None:
-                tokens[row] = draw.forced
-        chosen = _reported(logits_NV, draws, tokens)
-        return [one if value < inf else replace(one, is_number=False) for one, value in zip(chosen, best, strict=True)]
+        best_N = best_ids(scores_NV)
+        ids_N = _exchanged(best_N, scores_NV, draws)
+        # Where a row holds a NaN, that is the best of it.
+        scores_N = scores_NV.gather(1, best_N.unsqueeze(1)).squeeze(1)
+        found = bringing.add(torch.stack((ids_N.double(), scores_N.double())))
+        reported = _reported(logits_NV, draws, ids_N, bringing)
+
+        def told() -> list[Chosen]:
+            ids, best = found.rows()
+            more = reported()
+            return [
+                Chosen(token=int(i), logprob=logprob, top=top, is_number=value < inf)
+                for i, value, (logprob, top) in zip(ids, best, more, strict=True)
+            ]
+
+        return told
+
+
+def _exchanged(best_N: Tensor, scores_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The best ids, but for rows that draw at random or whose token is forced."""
+    sampled = [row for row, draw in enumerate(draws) if is_sampled(draw.params)]
+    if sampled:
+        drawn_M = _sample(taken(scores_NV, sampled).float(), [draws[row] for row in sampled])
+        best_N = best_N.index_copy(0, sent([sampled], best_N.device)[0], drawn_M)
+    forced = {row: draw.forced for row, draw in enumerate(draws) if draw.forced is not None}
+    if forced:
+        rows_M, forced_M = sent([list(forced), list(forced.values())], best_N.device)
+        best_N = best_N.index_copy(0, rows_M, forced_M)
+    return best_N
 
 
 def best_ids(scores_NV: Tensor) -> Tensor:
@@ -90,23 +112,24 @@ def best_ids(scores_NV: Tensor) -> Tensor:
     return ids_NP.gather(1, places_N1).squeeze(1)
 
 
-def _with_scores(scores_NV: Tensor, ids_N: Tensor) -> tuple[list[int], list[float]]:
-    """Ids and their scores, brought to the host at once. Where a row holds a NaN, that is the best of it."""
-    both_2N = torch.stack((ids_N.double(), scores_NV.gather(1, ids_N.unsqueeze(1)).squeeze(1).double()))
-    ids, scores = both_2N.tolist()
-    return [int(i) for i in ids], scores
-
-
-def score(logits_NV: Tensor, wanted: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
-    """log softmax(logits) at the wanted ids of each row."""
+def score(
+    logits_NV: Tensor, wanted: Sequence[tuple[int, ...]], bringing: Bringing
+) -> Callable[[], list[tuple[float, ...]]]:
+    """log softmax(logits) at the wanted ids of each row, told when everything has been brought."""
     assert len(wanted) == logits_NV.shape[0], "a tuple of ids for each row"
     rows = [row for row, ids in enumerate(wanted) for _ in ids]
     if not rows:
-        return [() for _ in wanted]
+        return lambda: [() for _ in wanted]
     asked = sorted(set(rows))
-    norms = dict(zip(asked, torch.logsumexp(logits_NV[asked].float(), -1).tolist(), strict=True))
-    picked = iter(logits_NV[rows, [i for ids in wanted for i in ids]].float().tolist())
-    return [tuple(next(picked) - norms[row] for _ in ids) for row, ids in enumerate(wanted)]
+    norms_A = bringing.add(torch.logsumexp(taken(logits_NV, asked).float(), -1))
+    rows_P, ids_P = sent([rows, [i for ids in wanted for i in ids]], logits_NV.device)
+    picked_P = bringing.add(logits_NV[rows_P, ids_P].float())
+
+    def told() -> list[tuple[float, ...]]:
+        norms, picked = dict(zip(asked, norms_A.numbers, strict=True)), iter(picked_P.numbers)
+        return [tuple(next(picked) - norms[row] for _ in ids) for row, ids in enumerate(wanted)]
+
+    return told
 
 
 def uniform(seed: int, index: int) -> float:
@@ -139,7 +162,7 @@ def edited(scores_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     biased = {(row, i): bias for row, draw in enumerate(draws) for i, bias in draw.params.logit_bias if i < size}
     if biased:
         rows_P, ids_P = _pairs(list(biased), scores_NV.device)
-        scores_NV[rows_P, ids_P] += scores_NV.new_tensor(list(biased.values()))
+        scores_NV[rows_P, ids_P] += sent_values(list(biased.values()), scores_NV)
     hidden = [(row, i) for row, draw in enumerate(draws) for i in draw.suppress if i < size]
     if hidden:
         rows_P, ids_P = _pairs(hidden, scores_NV.device)
@@ -153,7 +176,7 @@ def edited(scores_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     }
     if repeated:
         rows_P, ids_P = _pairs(list(repeated), scores_NV.device)
-        penalty_P = scores_NV.new_tensor(list(repeated.values()))
+        penalty_P = sent_values(list(repeated.values()), scores_NV)
         score_P = scores_NV[rows_P, ids_P]
         scores_NV[rows_P, ids_P] = torch.where(score_P < 0, score_P * penalty_P, score_P / penalty_P)
     counted = {
@@ -165,31 +188,33 @@ def edited(scores_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     }
     if counted:
         rows_P, ids_P = _pairs(list(counted), scores_NV.device)
-        scores_NV[rows_P, ids_P] -= scores_NV.new_tensor(list(counted.values()))
+        scores_NV[rows_P, ids_P] -= sent_values(list(counted.values()), scores_NV)
     return scores_NV
 
 
 def _pairs(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    both = torch.tensor(pairs, dtype=torch.int64, device=device)
-    return both[:, 0], both[:, 1]
+    rows_P, ids_P = sent([[row for row, _ in pairs], [i for _, i in pairs]], device)
+    return rows_P, ids_P
 
 
-def _sample(scores_MV: Tensor, draws: Sequence[Draw]) -> list[int]:
+def _sample(scores_MV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """[M] An id for each row."""
     probs_MV = warped(scores_MV, [draw.params for draw in draws]).softmax(-1)
     cdf_MV = probs_MV.double().cumsum(-1)
     total_M1 = cdf_MV[:, -1:].contiguous()
-    at = torch.tensor([[uniform(draw.seed, draw.index)] for draw in draws], dtype=torch.float64)
-    token_M1 = torch.searchsorted(cdf_MV, at.to(cdf_MV.device) * total_M1, right=True)
+    at_M = sent_values([uniform(draw.seed, draw.index) for draw in draws], cdf_MV)
+    token_M1 = torch.searchsorted(cdf_MV, at_M[:, None] * total_M1, right=True)
     last_M1 = torch.searchsorted(cdf_MV, total_M1)  # the last id that has a probability
-    return [int(i) for i in torch.minimum(token_M1, last_M1).clamp_(max=cdf_MV.shape[1] - 1).flatten().tolist()]
+    return torch.minimum(token_M1, last_M1).clamp_(max=cdf_MV.shape[1] - 1).flatten()
 
 
 def warped(scores_MV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Scores divided by temperature, -inf where a filter removes the id. Each filter runs on its own rows."""
     scores_MV = scores_MV / _column([p.temperature for p in params], scores_MV)
     size = scores_MV.shape[1]
+    most = max((p.top_k for p in params if p.top_k < size), default=0)
     filters: tuple[tuple[_Filter, list[float], Callable[[float], bool]], ...] = (
-        (_beyond_top_k, [p.top_k for p in params], lambda k: 0 < k < size),
+        (partial(_beyond_top_k, most=most), [p.top_k for p in params], lambda k: 0 < k < size),
         (_beyond_top_p, [p.top_p for p in params], lambda p: p < 1),
         (_below_min_p, [p.min_p for p in params], lambda p: p > 0),
         (_beyond_typical_p, [p.typical_p for p in params], lambda p: p < 1),
@@ -197,9 +222,11 @@ def warped(scores_MV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     for removed, values, is_on in filters:
         rows = [row for row, value in enumerate(values) if is_on(value)]
         if rows:
-            part_MV = scores_MV[rows]
+            part_MV = taken(scores_MV, rows)
             limit_M1 = _column([values[row] for row in rows], part_MV)
-            scores_MV[rows] = part_MV.masked_fill(removed(part_MV, limit_M1), _NEVER)
+            kept_MV = part_MV.masked_fill(removed(part_MV, limit_M1), _NEVER)
+            is_all = part_MV is scores_MV
+            scores_MV = kept_MV if is_all else scores_MV.index_copy(0, sent([rows], scores_MV.device)[0], kept_MV)
     return scores_MV
 
 
@@ -208,12 +235,12 @@ _Filter = Callable[[Tensor, Tensor], Tensor]
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return like.new_tensor(values).unsqueeze(1)
+    return sent_values(values, like).unsqueeze(1)
 
 
-def _beyond_top_k(scores_MV: Tensor, k_M1: Tensor) -> Tensor:
-    """Below the k-th best; ties with it stay."""
-    best_MK = scores_MV.topk(int(k_M1.max()), -1).values
+def _beyond_top_k(scores_MV: Tensor, k_M1: Tensor, *, most: int) -> Tensor:
+    """Below the k-th best; ties with it stay. `most` is the largest k."""
+    best_MK = scores_MV.topk(most, -1).values
     return scores_MV < best_MK.gather(1, k_M1.long() - 1)
 
 
@@ -244,31 +271,51 @@ def _beyond_typical_p(scores_MV: Tensor, p_M1: Tensor) -> Tensor:
     return removed_MV.scatter(1, order_MV, removed_MV)
 
 
-def _reported(logits_NV: Tensor, draws: Sequence[Draw], tokens: Sequence[int]) -> list[Chosen]:
+_More = tuple[float | None, tuple[tuple[int, float], ...]]
+"""The log-probability of a row's token and the best ids, where they are asked for."""
+
+
+def _reported(logits_NV: Tensor, draws: Sequence[Draw], ids_N: Tensor, bringing: Bringing) -> Callable[[], list[_More]]:
+    """What is asked about each row's token."""
     asked = [r for r, draw in enumerate(draws) if draw.params.logprobs or draw.params.num_top_logprobs]
-    chosen = [Chosen(token=token) for token in tokens]
     if not asked:
-        return chosen
-    for row, log_V in zip(asked, logits_NV[asked].float().log_softmax(-1), strict=True):
-        params = draws[row].params
-        chosen[row] = Chosen(
-            token=tokens[row],
-            logprob=float(log_V[tokens[row]]) if params.logprobs else None,
-            top=_top(log_V, min(params.num_top_logprobs, _num_possible(log_V, draws[row]))),
-        )
-    return chosen
+        nothing: list[_More] = [(None, ())] * len(draws)
+        return lambda: nothing
+    log_AV = taken(logits_NV, asked).float().log_softmax(-1)
+    own_A = bringing.add(log_AV.gather(1, taken(ids_N, asked).unsqueeze(1)))
+    tops = best_of(log_AV, [draws[row].params.num_top_logprobs for row in asked], bringing)
+
+    def told() -> list[_More]:
+        each: list[_More] = [(None, ())] * len(draws)
+        for row, own, top in zip(asked, own_A.numbers, tops(), strict=True):
+            if draws[row].allowed is not None:  # what a constraint forbids is no alternative
+                top = tuple(pair for pair in top if pair[1] > _NEVER)
+            each[row] = own if draws[row].params.logprobs else None, top
+        return each
+
+    return told
 
 
-def _num_possible(log_V: Tensor, draw: Draw) -> int:
-    """How many ids there are to tell of: what a constraint forbids is no alternative."""
-    return log_V.shape[0] if draw.allowed is None else int((log_V > _NEVER).sum())
+def best_of(
+    log_AV: Tensor, counts: Sequence[int], bringing: Bringing
+) -> Callable[[], list[tuple[tuple[int, float], ...]]]:
+    """The best ids of float32 rows with their numbers, as many of each row as its count says; among equals the lowest
+    first."""
+    most = min(max(counts, default=0), log_AV.shape[1])
+    if not most:
+        return lambda: [()] * len(counts)
+    # Numbers that are in order where the scores are, and behind those of equal scores the ids, turned round.
+    bits_AV = (log_AV + 0.0).view(torch.int32)
+    ordered_AV = torch.where(bits_AV < 0, bits_AV ^ 0x7FFFFFFF, bits_AV).long()
+    turned_V = torch.arange(log_AV.shape[1] - 1, -1, -1, device=log_AV.device)
+    ids_AK = (ordered_AV * (1 << 32) + turned_V).topk(most, -1).indices
+    found = bringing.add(torch.stack((ids_AK.double(), log_AV.gather(1, ids_AK).double()), dim=1))
 
+    def told() -> list[tuple[tuple[int, float], ...]]:
+        rows = zip(found.rows(), counts, strict=True)
+        return [
+            tuple((int(i), value) for i, value in zip(row[:most], row[most:], strict=True))[:count]
+            for row, count in rows
+        ]
 
-def _top(log_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The best `count` ids; among equals the lowest first."""
-    if not count:
-        return ()
-    least = log_V.topk(count).values[-1]
-    ids = (log_V >= least).nonzero().flatten()
-    best = log_V[ids].sort(descending=True, stable=True)
-    return tuple(zip(ids[best.indices[:count]].tolist(), best.values[:count].tolist(), strict=True))
+    return told

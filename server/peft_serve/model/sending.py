@@ -20,6 +20,25 @@ def sent(each: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
     return packed(each, device, pin=True)
 
 
+def sent_values(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor of the dtype of `like`, where that is."""
+    is_cuda = like.device.type == "cuda"
+    host = torch.tensor(values, dtype=like.dtype, pin_memory=is_cuda)
+    return host.to(like.device, non_blocking=is_cuda)
+
+
+def taken(x_N: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of a tensor in rising order; the very tensor where they are all."""
+    return x_N if len(rows) == len(x_N) else x_N.index_select(0, sent([rows], x_N.device)[0])
+
+
+def refill(held: Tensor, each: Sequence[Sequence[int]]) -> None:
+    """The lists, one behind the other, into int64 memory that is on the device already, as many numbers as it has."""
+    is_cuda = held.device.type == "cuda"
+    numbers = [value for values in each for value in values]
+    held.view(-1).copy_(torch.tensor(numbers, dtype=torch.int64, pin_memory=is_cuda), non_blocking=is_cuda)
+
+
 def packed(each: Sequence[Sequence[int]], device: torch.device, *, pin: bool) -> list[Tensor]:
     """The same as parts of one tensor. `pin` takes host memory that the device can read by itself."""
     numbers = [value for values in each for value in values]

@@ -74,6 +74,9 @@ class DecoderOnly:
 
     def prepare(self) -> None:
         self._replace_attention()
+        for module in self._model.modules():
+            if isinstance(module, PreTrainedModel):  # rows are not padded, and looking for it waits for a GPU
+                module.__dict__["warn_if_padding_and_no_attention_mask"] = _say_nothing
         self._stack().register_forward_hook(self._keep_states)
 
     def _stack(self) -> nn.Module:
@@ -107,6 +110,10 @@ class DecoderOnly:
 
     def read_prompt(self, embeddings_PD: Tensor, positions_P: Tensor) -> None:
         self._decoder(inputs_embeds=embeddings_PD[None], position_ids=positions_P[None], use_cache=False)
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    """The library's word on padding."""
 
 
 def _rope_types(config: Any) -> set[str]:
