@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,11 @@ class Room:
         tiles = (self.narrow + self.wide) * TILE_SIZE
         return tiles + self.merges * MERGE_SIZE + self.blocks + self.rows * self.layers
 
+    def holds(self, least: Room) -> bool:
+        """Whether tables of this room can say what those of another one say."""
+        here, there = astuple(self), astuple(least)
+        return self.layers == least.layers and all(own >= asked for own, asked in zip(here, there, strict=True))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -136,12 +141,14 @@ def lay_out(
     window: int | None = None,
     is_causal: bool = True,
     num_layers: int = 0,
+    room: Room | None = None,
 ) -> Layout:
     """Cut rows into tiles.
 
     `group` query heads share a key/value head. Tokens read up to themselves where it `is_causal`, and the whole context
     elsewhere, where no window is served. `num_layers` says for how many layers it is kept what is absent; for 0 nothing
-    is, and the kernel is another one.
+    is, and the kernel is another one. Tables have the `room` that is given, or as much as they need and somewhat more;
+    ValueError where they need more than is given.
     """
     assert is_causal or window is None, "a window in both directions is not served"
     cut = _Cut(group, sizes, window, is_causal)
@@ -149,15 +156,18 @@ def lay_out(
         cut.add(row, reader)
     narrow, merges, num_parts = _split(cut.narrow, sizes)
     wide = np.array(cut.wide, dtype=np.int32)
-    room = Room(
-        narrow=_rounded(len(narrow)),
-        wide=_rounded(len(wide)),
-        merges=_rounded(len(merges)),
-        parts=_rounded(num_parts),
-        blocks=_rounded(len(cut.blocks)),
-        rows=_rounded(len(readers)) if num_layers else 0,
+    least = Room(
+        narrow=rounded(len(narrow)),
+        wide=rounded(len(wide)),
+        merges=rounded(len(merges)),
+        parts=rounded(num_parts),
+        blocks=rounded(len(cut.blocks)),
+        rows=rounded(len(readers)) if num_layers else 0,
         layers=num_layers,
     )
+    room = room or least
+    if not room.holds(least):
+        raise ValueError(f"rows that need tables of {least} do not fit {room}; take larger ones")
     numbers = np.zeros(room.num_numbers, dtype=np.int32)
     at = 0
     for table, size in (
@@ -246,8 +256,8 @@ def _here(readers: Sequence[Reader], room: Room) -> Numbers:
     return here
 
 
-def _rounded(count: int) -> int:
-    """Steps of nearly one size share a room."""
+def rounded(count: int) -> int:
+    """Steps of nearly one size share a room; so many entries are made for them."""
     return 0 if count == 0 else max(4, power_of_two(count))
 
 

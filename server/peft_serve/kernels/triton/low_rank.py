@@ -68,10 +68,10 @@ class _Own:
 class Group:
     """Layers that were seen to read one tensor."""
 
-    def __init__(self, members: Iterable[LayerFactors], device: torch.device) -> None:
+    def __init__(self, kernel: LowRankKernel, members: Iterable[LayerFactors]) -> None:
         self.members = tuple(members)
         self.places = {layer.index: place for place, layer in enumerate(self.members)}
-        self.layers_M = sent(torch.tensor([layer.index for layer in self.members], dtype=torch.int32), device)
+        self.layers_M = kernel.kept(torch.tensor([layer.index for layer in self.members], dtype=torch.int32))
         for layer in self.members:
             layer.group = self
 
@@ -91,7 +91,7 @@ class LayerFactors:
         self.num_in, self.num_out = num_in, num_out
         self.dtype = dtype
         self.parent = parent
-        self.group = Group([self], kernel.memory.device)
+        self.group = Group(kernel, [self])
 
     def put(self, slot: int, a_RI: Tensor, b_OR: Tensor) -> None:
         """Keep an adapter's factors: A as it is, B turned, so that both are read along their rows.
@@ -215,6 +215,7 @@ class LowRankKernel:
         self._widths: WeakKeyDictionary[Segments, int] = WeakKeyDictionary()
         self._last: Shrunk | None = None
         self.awaiting: set[LayerFactors] = set()  # layers with factors on their way
+        self._named: list[Tensor] = []
 
     def serves(self, like: Tensor) -> bool:
         """Whether it computes with tensors of this kind."""
@@ -234,13 +235,22 @@ class LowRankKernel:
 
     def fill(self, bucket: Bucket, segments: Segments) -> None:
         """Have ops on the bucket serve this step. ValueError where the bucket has no room for it."""
-        rank = max((self._rank(slot) for slot, _, _ in segments.each), default=0)
-        if rank > bucket.max_rank:
+        if not self.fits(segments, bucket.max_rank):
+            rank = max(self._rank(slot) for slot, _, _ in segments.each)
             raise ValueError(f"an adapter of rank {rank} does not fit a bucket for ranks up to {bucket.max_rank}")
         self.memory.entries.reach(segments.num_slots)
         self.memory.entries.publish()
         bucket.fill(segments)
         self._last = None
+
+    def kept(self, host: Tensor) -> Tensor:
+        """A few numbers on the device that stay there: a captured shrink reads them when its group is long another."""
+        self._named.append(sent(host, self.memory.device))
+        return self._named[-1]
+
+    def fits(self, segments: Segments, max_rank: int) -> bool:
+        """Whether a bucket for such ranks has room for the adapters of a step."""
+        return all(self._rank(slot) <= max_rank for slot, _, _ in segments.each)
 
     def written(self, slot: int, layer: int, numbers: tuple[int, int, int, int]) -> None:
         """A layer has other factors."""
@@ -285,7 +295,7 @@ class LowRankKernel:
         members = (*group.members, *layer.group.members)
         is_near = layer.parent is not None and layer.parent == first.parent
         if is_near and (layer.num_in, layer.dtype) == (first.num_in, first.dtype) and len(members) <= _MOST_SHARING:
-            Group(members, self.memory.device)
+            Group(self, members)
 
     def _shrink(self, layer: LayerFactors, x: Tensor, tiles: Tiles, width: int) -> Shrunk:
         if self.awaiting:

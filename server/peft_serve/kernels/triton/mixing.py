@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from peft_serve.kernels.capture import NotCapturable
 from peft_serve.kernels.low_rank import Segments
 from peft_serve.kernels.mixing import Mix
 from peft_serve.kernels.triton.entries import Entries
@@ -21,7 +22,7 @@ from peft_serve.kernels.triton.mixing_kernels import mix
 from peft_serve.kernels.triton.near import near
 from peft_serve.kernels.triton.shrinking import DTYPES, operand
 from peft_serve.kernels.triton.slabs import Piece
-from peft_serve.kernels.triton.tiles import Tiles
+from peft_serve.kernels.triton.tiles import Bucket, Tiles
 
 _SMALL: Final = 16  # blocks up to this size are read whole, others in squares:
 _SIDE: Final = 32
@@ -56,7 +57,12 @@ class LayerBlocks:
             self._memory.slabs.give_back(kept[0])
 
     def op(self, segments: Segments) -> Mix:
-        """Mixes the tokens of a step's adapters; those that have nothing here are passed over."""
+        """Mixes the tokens of a step's adapters; those that have nothing here are passed over.
+
+        Raises `NotCapturable` for a bucket: how many programs there are depends on the adapters.
+        """
+        if isinstance(segments, Bucket):
+            raise NotCapturable("block-diagonal maps are cut into programs by what a step's adapters have")
         tiles = self._memory.tiles(segments)
         self._entries.reach(segments.num_slots)
         num_places = max((self._kept[slot][1] for slot, _, _ in segments.each if slot in self._kept), default=0)

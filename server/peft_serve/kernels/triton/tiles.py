@@ -53,13 +53,15 @@ def tiles_of(segments: Segments, device: torch.device) -> Tiles:
     )
 
 
-class Bucket:
+class Bucket(Segments):
     """Tiles for any step of up to so many tokens, which stay where they are: what a CUDA graph reads at each replay.
 
-    `max_rank` bounds the ranks of the adapters that the steps may have; kernels are given room for it once.
+    `max_rank` bounds the ranks of the adapters that the steps may have; kernels are given room for it once. As segments
+    it says nothing of the step: who has to know more than its tiles cannot be captured.
     """
 
     def __init__(self, num_tokens: int, device: torch.device, *, max_rank: int) -> None:
+        super().__init__((), num_tokens)
         self.max_rank = max_rank
         with torch.inference_mode(False):  # it is written to in either mode
             table_N3 = torch.zeros(num_tokens, 3, dtype=torch.int32, device=device)  # a step's tiles are not more
