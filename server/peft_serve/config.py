@@ -43,6 +43,10 @@ class Settings(BaseSettings):
         default="auto",
         description="Triton kernels of our own on a GPU, tried out at start; on = refuse to start without",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="decode steps captured once and replayed on a GPU; on = refuse to start without",
+    )
     num_threads: int | None = Field(default=None, ge=1, description="torch threads for the forward pass")
 
     # adapters

@@ -13,6 +13,7 @@ from typing import Final, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from peft_serve.alias_figures import AliasFigures
+from peft_serve.decode_figures import DecodeFigures
 from peft_serve.tenant_figures import TenantFigures
 
 Tier = Literal["device", "host", "disk"]
@@ -105,6 +106,7 @@ class Metrics:
         self._make_server_metrics(build)
         self.tenants = TenantFigures(self._registry)
         self.aliases = AliasFigures(self._registry)
+        self.decode = DecodeFigures(self._registry)
 
     def _make_request_metrics(self) -> None:
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.")

@@ -24,6 +24,7 @@ from peft_serve.core import (
 )
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.runner import StepRunner
+from peft_serve.model.step_graphs import Capturing
 from peft_serve.scheduling.activation import active_from
 
 BLOCK_SIZE = 4
@@ -74,6 +75,7 @@ class Driver:
         *,
         seed: int = 0,
         num_blocks: int = 300,
+        capturing: Capturing | None = None,
     ) -> None:
         self.adapters = dict(adapters or {})
         self.base = base
@@ -83,6 +85,7 @@ class Driver:
             num_cross_blocks=num_blocks if base.shape.is_encoder_decoder else 0,
             block_size=BLOCK_SIZE,
             adapters=self.adapters.__getitem__,
+            capturing=capturing,
         )
         self._free = list(range(1, num_blocks))
         self._free_cross = list(range(1, num_blocks))
@@ -109,10 +112,16 @@ class Driver:
             installs.append(Install(slot=slot, adapter=adapter, blocks=blocks))
         return self.run(installs=tuple(installs))
 
-    def finish(self, jobs: list[Job], *, max_chunk: int = 7) -> None:
-        """Run all jobs to their end, every step with a random part of them and random chunks."""
+    def exchange(self, slot: int, adapter: AdapterId, *, is_taken: bool = True) -> StepResult:
+        """Have an adapter without virtual tokens in this very slot, in place of the one that is there."""
+        done = self.run(installs=(Install(slot=slot, adapter=adapter),), removes=(slot,) if is_taken else ())
+        self._resident[adapter] = Resident(slot, (), 0, 0)
+        return done
+
+    def finish(self, jobs: list[Job], *, max_chunk: int = 7, share: float = 0.8) -> None:
+        """Run all jobs to their end, every step with a random part of them, so large a share, and random chunks."""
         while open_jobs := [job for job in jobs if not job.is_finished]:
-            some = [job for job in open_jobs if self._random.random() < 0.8] or open_jobs[:1]
+            some = [job for job in open_jobs if self._random.random() < share] or open_jobs[:1]
             some.sort(key=lambda job: self._resident[job.adapter].slot)
             copies: list[tuple[int, int]] = []
             rows = [self._row(job, self._random.randint(1, max_chunk), copies, str(jobs.index(job))) for job in some]

@@ -34,6 +34,7 @@ from peft_serve.engine.cache_figures import CacheFigures
 from peft_serve.engine.cache_trace import CacheTrace, appender
 from peft_serve.engine.cpu_kernels import speed_up
 from peft_serve.engine.device_memory import DeviceMemory, Sizes, device_memory
+from peft_serve.engine.gpu_graphs import MakeRunner, runner_maker
 from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
 from peft_serve.engine.gpu_warm_up import StepSizes, warm_up
 from peft_serve.engine.loading import Loading, num_load_threads, open_compiled_store
@@ -45,7 +46,6 @@ from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.loader import load_base, locate, name_of, require_configuration
 from peft_serve.model.quantised import num_parameters
-from peft_serve.model.runner import StepRunner
 from peft_serve.rendering.templates import ChatTemplates
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
@@ -101,8 +101,7 @@ def _built(
         on_progress=say,
     )
     speed_up(settings, base, os.environ, say)
-    if speed_up_on_gpu(settings.gpu_kernels, base, say) is not None:
-        warm_up(base, _step_sizes(settings, base), say, clock=time.monotonic)
+    kernels = speed_up_on_gpu(settings.gpu_kernels, base, say)
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
     say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
@@ -125,10 +124,12 @@ def _built(
     checked_for = f"{peft_serve.__version__} {fingerprint} {words} {limits}"
     store.tell_of_detached(compiled.forget)
     catalog = make_catalog(settings, store, root, card.name, loading, checked_for, say)
+    make_runner = runner_maker(settings, base, kernels, metrics, say)
+    if kernels is not None:
+        warm_up(base, _step_sizes(settings, base), say, clock=time.monotonic)
     memory = device_memory(settings, base, card.max_context, say)
-    engine = _make_engine(
-        settings, base, memory, lambda adapter: loading.load(adapter, catalog.files), metrics, num_threads, compiled
-    )
+    load = partial(loading.load, files_of=catalog.files)
+    engine = _make_engine(settings, base, memory, load, make_runner, metrics, num_threads, compiled)
     parts = ServerParts(
         settings=settings,
         base=card,
@@ -210,6 +211,7 @@ def _make_engine(
     base: ResidentBase,
     memory: DeviceMemory,
     load: Callable[[AdapterId], Adapter],
+    make_runner: MakeRunner,
     metrics: Metrics,
     num_threads: int,
     compiled: CompiledStore,
@@ -232,8 +234,7 @@ def _make_engine(
     )
     return Engine(
         scheduler=_make_scheduler(settings, base, sizes, slots),
-        make_runner=lambda adapters: StepRunner(
-            base,
+        make_runner=lambda adapters: make_runner(
             num_blocks=sizes.num_blocks,
             num_cross_blocks=sizes.num_cross_blocks,
             block_size=block_size,

@@ -18,6 +18,7 @@ from torch import Tensor
 from peft_serve.engine.gpu_eight_bits import eight_bit_kernel, eight_bits_error, run_by_kernel
 from peft_serve.engine.gpu_terms import other_kernels, others_error
 from peft_serve.engine.gpu_varlen import choose_attention
+from peft_serve.kernels.capture import HeldTables
 from peft_serve.kernels.low_rank import Segments
 from peft_serve.model.attend import Terms, attend_reference
 from peft_serve.model.base import ResidentBase
@@ -51,6 +52,12 @@ class GpuKernels:
 
     attention: TiledAttention
     low_rank: LowRankKernel
+
+    def held(self, max_rank: int) -> HeldTables:
+        """Where adapters lie, for steps that are captured, with room for ranks up to so many."""
+        from peft_serve.kernels.triton.held import HeldEntries
+
+        return HeldEntries(self.low_rank, max_rank=max_rank)
 
 
 def speed_up(

@@ -29,6 +29,11 @@ class Manners:
         self._generation = 0
         self._known: dict[frozenset[frozenset[Act]], Manner] = {}
 
+    @property
+    def generation(self) -> int:
+        """How often adapters have changed."""
+        return self._generation
+
     def of(self, acts: Iterable[frozenset[Act]]) -> Manner:
         """The one manner of these adapters, told apart from others by being another object."""
         each = frozenset(acts)

@@ -134,17 +134,7 @@ class Passes:
 
     def _works(self, rows: Sequence[Row], in_front: InFront) -> dict[Kind, Work]:
         device = self._base.device
-        spans = [
-            Span(
-                num_tokens=len(row.tokens),
-                start=row.start,
-                blocks=row.blocks,
-                num_unplaced=row.num_unplaced,
-                absent=in_front.absent(row.slot),
-            )
-            for row in rows
-        ]
-        plan = plan_self(spans, block_size=self._pool.block_size, device=device)
+        plan = plan_self(spans_of(rows, in_front), block_size=self._pool.block_size, device=device)
         self._pool.clear(plan.clears)
         works = {Kind.SELF: Work(plan=plan, pool=self._pool)}
         if self._cross_pool is not None:
@@ -153,21 +143,11 @@ class Passes:
 
     def _crossing(self, rows: Sequence[Row], in_front: InFront, pool: KVPool) -> Work:
         """Every row over its source; a new row's source is written behind what its adapter has in front of it."""
-        fronts = {row.slot: in_front.cross(row.slot) for row in rows}
-        crossing, new = [], []
+        crossing, new = crossing_of(rows, in_front), []
         for row in rows:
-            front = fronts[row.slot]
-            num_front = 0 if front is None else front.num_tokens
-            crossing.append(
-                Span(
-                    num_tokens=len(row.tokens),
-                    blocks=row.cross_blocks,
-                    num_source=row.num_source,
-                    num_unplaced=num_front,
-                    absent=frozenset() if front is None else front.absent,
-                )
-            )
             if row.source:
+                front = in_front.cross(row.slot)
+                num_front = 0 if front is None else front.num_tokens
                 if front is not None:
                     pool.store(row.cross_blocks, front.keys_LHPD, front.values_LHPD)
                 new.append(Span(num_tokens=row.num_source - num_front, start=num_front, blocks=row.cross_blocks))
@@ -185,6 +165,35 @@ class Passes:
 
     def _ids(self, values: Iterable[int]) -> Tensor:
         return sent([list(values)], self._base.device)[0]
+
+
+def spans_of(rows: Sequence[Row], in_front: InFront) -> list[Span]:
+    """Each row as its self-attention sees it."""
+    return [
+        Span(
+            num_tokens=len(row.tokens),
+            start=row.start,
+            blocks=row.blocks,
+            num_unplaced=row.num_unplaced,
+            absent=in_front.absent(row.slot),
+        )
+        for row in rows
+    ]
+
+
+def crossing_of(rows: Sequence[Row], in_front: InFront) -> list[Span]:
+    """Each row as its cross-attention sees it."""
+    fronts = {row.slot: in_front.cross(row.slot) for row in rows}
+    return [
+        Span(
+            num_tokens=len(row.tokens),
+            blocks=row.cross_blocks,
+            num_source=row.num_source,
+            num_unplaced=0 if (front := fronts[row.slot]) is None else front.num_tokens,
+            absent=frozenset() if front is None else front.absent,
+        )
+        for row in rows
+    ]
 
 
 def _runs_of_last(row: Row, num_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -121,6 +122,13 @@ def divided(runs: Iterable[tuple[int, int]]) -> Division:
     return tuple(joined)
 
 
+class Table(Protocol):
+    """A vector for each slot, [S, D], in memory that may move as slots come."""
+
+    @property
+    def rows(self) -> Tensor: ...
+
+
 class Route:
     """How the tokens of a stream are divided among adapters.
 
@@ -172,6 +180,9 @@ class Route:
         """The same division over other places."""
         each = self.extents.each
         return Route(self.division, self.active, places, self._device, each, num_slots=self.num_slots)
+
+    def reads(self, table: Table) -> None:
+        """An op of this route reads a table by slot. Who keeps ops for longer than adapters stay wants to know."""
 
     @property
     def slot_of_token(self) -> Tensor:

@@ -32,6 +32,8 @@ from peft_serve.model.readings import Ask, Rows, read
 from peft_serve.model.residents import Residents
 from peft_serve.model.sampler import Chosen, Sampler, score
 from peft_serve.model.sending import taken
+from peft_serve.model.step_graphs import Capturing, StepGraphs
+from peft_serve.model.step_memory import Pools
 
 
 AddTo = Callable[[list[RowResult]], None]
@@ -63,25 +65,30 @@ class StepRunner:
         block_size: int,
         adapters: Callable[[AdapterId], Adapter],
         carrier: Carrier | None = None,
+        capturing: Capturing | None = None,
     ) -> None:
         """`num_blocks` and `num_cross_blocks` count the padding block; the latter is 0 without an encoder.
 
         `adapters` gives the compiled adapter of an `Install` and may raise. With a `carrier` adapters lie among the KV
-        blocks, in its arena.
+        blocks, in its arena. `capturing` says how decode steps are captured, if they are; the pool then has one block
+        more, which rows without a request write to.
         """
         cross = base.runs.cross_cache
         self._base = base
         arena = None if carrier is None else carrier.arena
-        self._pool = _pool(base, base.runs.cache, num_blocks, block_size, arena)
+        num_scratch = 0 if capturing is None else 1
+        self._pool = _pool(base, base.runs.cache, num_blocks + num_scratch, block_size, arena)
         self._cross_pool = None if cross is None else _pool(base, cross, num_cross_blocks, block_size)
         self._passes = Passes(base, pool=self._pool, cross_pool=self._cross_pool)
         self._virtual = VirtualTokens(base, self._passes, self._pool)
         self._encoder = EncoderPass(base, self._virtual) if base.shape.is_encoder else None
         self._heads = Heads(base)
         self._sampler = Sampler(banned=base.banned_ids)
-        free = torch.cuda.empty_cache if base.device.type == "cuda" else _nothing
-        self._residents = Residents(base, adapters, self._virtual, self._heads, carrier=carrier, free=free)
-        self._apart = Apart(self._run_rows, free=free)
+        self._residents = Residents(base, adapters, self._virtual, self._heads, carrier=carrier, free=self._free)
+        self._apart = Apart(self._run_rows, free=self._free)
+        pools = Pools(own=self._pool, cross=self._cross_pool, scratch=self._pool.number(num_blocks))
+        settle = self._residents.settle
+        self._graphs = None if capturing is None else StepGraphs(base, pools, capturing, settle=settle)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -112,6 +119,22 @@ class StepRunner:
             was_short_of_memory=was_short or bool(runnable and self._apart.was_short_of_memory),
         )
 
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """The decode steps that are captured, if any are."""
+        return self._graphs
+
+    def do_without_graphs(self) -> None:
+        """Launch decode steps call by call from now on."""
+        self._graphs = None
+
+    def _free(self) -> None:
+        """Give back what can be done without."""
+        if self._graphs is not None:
+            self._graphs.drop()
+        if self._base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def check(self) -> None:
         """What must hold between steps."""
         self._pool.check()
@@ -141,8 +164,11 @@ class StepRunner:
         return results
 
     def _computed(self, rows: Sequence[Row]) -> tuple[list[_Kept], Tensor | None]:
-        """The rows that logits are wanted of, and these."""
+        """The rows that logits are wanted of, and these: by a graph of the step, or call by call."""
         keep = {i: max(len(row.wanted), row.draw is not None) for i, row in enumerate(rows)}
+        logits = None if self._graphs is None else self._graphs.logits(rows, self._virtual)
+        if logits is not None:  # of every row
+            return [_Kept(i, i, 1) for i, count in keep.items() if count], logits
         source = self._passes.encode(rows, self._virtual)
         logits = self._passes.decode(rows, source, keep, self._virtual)
         kept: list[_Kept] = []
@@ -273,7 +299,3 @@ def _no_number(row: Row) -> RowResult:
 def _pool(base: ResidentBase, shape: KVShape, num_blocks: int, block_size: int, arena: Arena | None = None) -> KVPool:
     dtype, device = base.dtype, base.device
     return KVPool(shape, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device, arena=arena)
-
-
-def _nothing() -> None:
-    """No allocator keeps anything."""

@@ -8,42 +8,39 @@ sequence level, and never changes a parameter of the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
-from peft_serve.adapters.base import SiteKind, SiteSpec
+from peft_serve.adapters.base import SiteSpec
 from peft_serve.adapters.primitives import Adapter, Edit, is_finite
 from peft_serve.adapters.sublayer_primitives import Intervention
 from peft_serve.core import BASE_SLOT
+from peft_serve.kernels.capture import NotCapturable
 from peft_serve.kernels.low_rank import LowRankKernels
 from peft_serve.kernels.row_ops import RowOps
-from peft_serve.model.attention_site import AttentionSite, attention_spec
+from peft_serve.model.attention_site import AttentionSite
 from peft_serve.model.carrier import Carried
 from peft_serve.model.edit_check import check_edit
-from peft_serve.model.expert_site import ExpertsSite, expert_spec
 from peft_serve.model.extents import Extent
 from peft_serve.model.manner import Act, Manner, Manners, acts_of
 from peft_serve.model.packing import FEWEST_WEIGHTS, Pack, Places, packed_linear
-from peft_serve.model.quantised import logical_shapes
-from peft_serve.model.router_site import RouterSite, router_spec
 from peft_serve.model.routing import Lane, Route, Stream, divided
+from peft_serve.model.site_binding import bound_sites, shared_sites
+from peft_serve.model.site_specs import spec_of
 from peft_serve.model.sites_forward import DenseSite, NormSite, Site
 from peft_serve.model.sites_terms import drop_all, put_all
 from peft_serve.model.stacks import Moves, StackLayout, width_of
 from peft_serve.model.sublayer_places import sublayers_of
-from peft_serve.model.sublayers import bind_sublayer, close_sublayer
+from peft_serve.model.sublayers import close_sublayer
 from peft_serve.model.terms.shared import SharedFactors
 from peft_serve.model.terms.term import OtherKernels, UsesOthers
-
-Bind = Callable[[SiteSpec, nn.Module, Lane], Site]
-"""Makes the site of a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,43 +81,10 @@ class AdaptedSites:
         self._vetted: WeakSet[Adapter] = WeakSet()
         self._shared_paths: dict[Stream, set[str]] = {}  # beside each path's own stream
         self._factors = SharedFactors()
-        self._sites = self._bind()
+        lanes = {path: self._lanes[stream] for path, stream in self._streams.items()}
+        self._sites = bound_sites(self._modules, self._sublayers, self.specs, lanes, self._factors, self._like)
         self._deltas = [s.dense.delta for s in dict.fromkeys(self._sites.values()) if isinstance(s, DenseSite)]
-        self._shared = {stream: self._sites_between(stream) for stream in Stream}
-
-    def _binders(self) -> Mapping[SiteKind, Bind]:
-        """What is made of a module, by the kind of its site."""
-        dense = partial(DenseSite, shared=self._factors, like=self._like)
-        return {
-            SiteKind.LINEAR: dense,
-            SiteKind.CONV1D: dense,
-            SiteKind.EMBEDDING: dense,
-            SiteKind.NORM: NormSite,
-            SiteKind.EXPERTS: ExpertsSite,
-            SiteKind.ROUTER: RouterSite,
-            SiteKind.ATTENTION: AttentionSite,
-        }
-
-    def _bind(self) -> dict[str, Site]:
-        binders = self._binders()
-        sites: dict[str, Site] = {}
-        by_module: dict[nn.Module, Site] = {}
-        for path, module in self._modules.items():
-            spec = self.specs[path]
-            if module not in by_module:
-                by_module[module] = binders[spec.kind](spec, module, self._lanes[self._streams[path]])
-            sites[path] = by_module[module]
-        for module, site in by_module.items():
-            module.__dict__["forward"] = site.forward
-        for path, around in self._sublayers.items():
-            sites[path] = bind_sublayer(around, self._lanes[self._streams[path]], self._like)
-        return sites
-
-    def _sites_between(self, stream: Stream) -> tuple[Site, ...]:
-        """Sites that this stream shares with another one."""
-        here = {self._sites[path] for path, s in self._streams.items() if s is stream}
-        there = {self._sites[path] for path, s in self._streams.items() if s is not stream}
-        return tuple(here & there)
+        self._shared = shared_sites(self._sites, self._streams)
 
     @property
     def at(self) -> Mapping[str, Site]:
@@ -140,6 +104,37 @@ class AdaptedSites:
             acts = () if route is None else (self._installed[slot].acts for slot in route.active)
             self._manner = route, None if route is None else self._manners.of(acts)
         return self._manner[1]
+
+    @property
+    def generation(self) -> int:
+        """Another number whenever an adapter has come or gone."""
+        return self._manners.generation
+
+    @property
+    def num_slots(self) -> int:
+        """One more than the largest slot that holds an adapter."""
+        return 1 + max(self._installed, default=BASE_SLOT)
+
+    def acts(self, slots: Iterable[int]) -> frozenset[frozenset[Act]]:
+        """What the adapters in these slots do to the sites. ValueError for a slot that is empty."""
+        return frozenset(self._held(slot).acts for slot in slots)
+
+    @contextmanager
+    def captured(self, slots: frozenset[int], route_of: Callable[[frozenset[int]], Route]) -> Iterator[None]:
+        """Inside the block the tokens of a decoder have routes of the caller's own making, each for the adapters that
+        act in its stream. Raises `NotCapturable` for adapters whose part changes with where a token stands."""
+        if any(self._held(slot).has_extents for slot in slots):
+            raise NotCapturable("interventions ask where in its sequence a token stands")
+        try:
+            for stream in (Stream.TARGET, Stream.HEAD):
+                lane = self._lanes[stream]
+                for site in self._shared[stream]:
+                    site.lane = lane
+                adapted = frozenset(slot for slot in slots if stream in self._installed[slot].streams)
+                lane.route = route_of(adapted) if adapted else None
+            yield
+        finally:
+            self.clear()
 
     @property
     def beside_attention(self) -> Mapping[nn.Module, AttentionSite]:
@@ -232,9 +227,8 @@ class AdaptedSites:
         in a sequence, as those of a soft prompt.
         """
         division = divided(runs)
-        for slot, _ in division:
-            if slot != BASE_SLOT and slot not in self._installed:
-                raise ValueError(f"slot {slot} is empty; install an adapter before its tokens are routed")
+        for slot in {slot for slot, _ in division if slot != BASE_SLOT}:
+            self._held(slot)
         lane = self._lanes[stream]
         for site in self._shared[stream]:
             site.lane = lane
@@ -246,7 +240,7 @@ class AdaptedSites:
         self._make_hot(adapted.union(*others))
         asking = {slot for slot in adapted if self._installed[slot].has_extents}
         found = tuple(extent for extent in extents() if extent.slot in asking) if asking else ()
-        lane.enter(division, adapted, self._layout.places, self._device, found, num_slots=1 + max(self._installed))
+        lane.enter(division, adapted, self._layout.places, self._device, found, num_slots=self.num_slots)
 
     def share(self, path: str, stream: Stream) -> Callable[[Stream], None]:
         """Have a site serve the tokens of another stream too; what is given says whose tokens come next."""
@@ -268,6 +262,11 @@ class AdaptedSites:
         self._layout.check()
         for slot, place in self._layout.places.items():
             assert place.last - place.first == width_of(self._installed[slot].max_rank), slot
+
+    def _held(self, slot: int) -> _Installed:
+        if slot not in self._installed:
+            raise ValueError(f"slot {slot} is empty; install an adapter before its tokens are routed")
+        return self._installed[slot]
 
     def _make_hot(self, slots: set[int]) -> None:
         """Have the rows of these adapters in the stacks; places may move, and routes with them."""
@@ -305,40 +304,3 @@ class AdaptedSites:
         return {self._sites[path]: edit for path, edit in adapter.sites.items()}
 
 
-def spec_of(path: str, module: nn.Module) -> SiteSpec | None:
-    """The site a module is, if it is one.
-
-    An embedding whose forward is more than a scaled look-up (learned positions with an offset, for example)
-    is none, because the normal form does not describe it.
-    """
-    parameters = logical_shapes(module)
-    weight = parameters.get("weight", ())
-    scale = 1.0
-    if isinstance(module, nn.Linear) and len(weight) == 2:
-        kind, (num_out, num_in) = SiteKind.LINEAR, weight
-    elif isinstance(module, Conv1D):
-        kind, (num_in, num_out) = SiteKind.CONV1D, weight
-    elif _is_lookup(module):
-        kind, (num_in, num_out) = SiteKind.EMBEDDING, weight
-        scale = _embed_scale(module)
-    elif type(module).__name__.endswith("Norm") and len(weight) == 1 and not isinstance(module, nn.GroupNorm):
-        kind, num_in, num_out = SiteKind.NORM, weight[0], weight[0]
-    else:
-        return expert_spec(path, module) or router_spec(path, module) or attention_spec(path, module)
-    return SiteSpec(
-        path=path, kind=kind, out_features=num_out, in_features=num_in, parameters=parameters, embed_scale=scale
-    )
-
-
-def _is_lookup(module: nn.Module) -> bool:
-    is_scaled = type(module).__name__.endswith("ScaledWordEmbedding")
-    return type(module) is nn.Embedding or (is_scaled and isinstance(module, nn.Embedding))
-
-
-def _embed_scale(module: nn.Module) -> float:
-    """The factor as the module applies it: a buffer is rounded to the weight's dtype first."""
-    scale = getattr(module, "embed_scale", None)
-    if isinstance(scale, Tensor):
-        assert isinstance(module.weight, Tensor)
-        return float(scale.to(module.weight.dtype))
-    return 1.0 if scale is None else float(scale)

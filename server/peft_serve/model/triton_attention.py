@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from peft_serve.kernels.capture import NotCapturable
 from peft_serve.kernels.triton.attention_terms import Memory, Scores
-from peft_serve.kernels.triton.attention_tiles import Reader, Tables, lay_out
+from peft_serve.kernels.triton.attention_tiles import Reader, Sizes, Tables, lay_out
 from peft_serve.model.attend import Terms
+from peft_serve.model.held_plan import HeldPlan, placed, readers_of
 from peft_serve.model.pools import KVPool
-from peft_serve.model.ragged import Front, Plan, RelativeBias, SlopeBias, Span
+from peft_serve.model.ragged import Front, Plan, RelativeBias, SlopeBias
 
 if TYPE_CHECKING:
     from peft_serve.kernels.triton.attention import TiledAttention
@@ -33,20 +36,36 @@ class PlanAttention:
         self._kernel = kernel
         self._tables: dict[tuple[int, int | None, int, Fronts], Tables] = {}
         self._slopes: dict[SlopeBias, Tensor] = {}  # side by side, for as long as there is a model with them
+        self._held: WeakValueDictionary[int, HeldPlan] = WeakValueDictionary()  # by the plan
 
     def forget(self) -> None:
         """The pass is over: its plans are gone."""
         self._tables.clear()
+
+    @property
+    def sizes(self) -> Sizes:
+        """How the kernel cuts rows."""
+        return self._kernel.sizes
+
+    def hold(self, plan: Plan, pool: KVPool, *, parts: int) -> HeldPlan:
+        """Have the tables of a plan stay where they are for as long as the answer is kept, with room for other rows of
+        one token each. `parts` is what `parts_for` says of the largest."""
+        held = HeldPlan(plan, pool, self.sizes, parts=parts, is_causal=not _is_cross(plan))
+        self._held[id(plan)] = held
+        return held
 
     def attend(
         self, plan: Plan, pool: KVPool | None, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: int, terms: Terms
     ) -> Tensor | None:
         """[T, H, D] of all tokens of a plan, or None where the kernel does not cover what is asked.
 
-        With a pool, the step's keys and values are in it already.
+        With a pool, the step's keys and values are in it already. Raises `NotCapturable` where it does not cover a
+        plan that is held, of which nobody else knows the rows.
         """
         keys = k_TKD if pool is None else pool.layer(layer)[0]
         if not self._kernel.covers(q_THD, keys) or not _is_covered(plan, pool, terms):
+            if id(plan) in self._held:
+                raise NotCapturable("attention that our kernel does not cover is laid out anew for each step")
             return None
         group = q_THD.shape[1] // keys.shape[1]
         if pool is None:
@@ -60,10 +79,13 @@ class PlanAttention:
         return self._kernel.attend(tables, self._scores(terms), q_THD, memory, layer)
 
     def _of_blocks(self, plan: Plan, pool: KVPool, group: int, window: int | None) -> Tables:
+        held = self._held.get(id(plan))
+        if held is not None:
+            return held.tables(group, window)
         key = (id(plan), window, group, ())
         if key not in self._tables:
             layout = lay_out(
-                [*_readers(plan, pool.block_size)],
+                [*readers_of(plan.spans, pool.block_size)],
                 group=group,
                 sizes=self._kernel.sizes,
                 window=window,
@@ -117,28 +139,6 @@ def _is_cross(plan: Plan) -> bool:
     return any(span.num_source for span in plan.spans)
 
 
-def _placed(plan: Plan) -> Iterator[tuple[int, Span]]:
-    at = 0
-    for span in plan.spans:
-        yield at, span
-        at += span.num_tokens
-
-
-def _readers(plan: Plan, block_size: int) -> Iterator[Reader]:
-    """Rows that read blocks."""
-    for at, span in _placed(plan):
-        stop = span.num_source or span.stop
-        yield Reader(
-            token=at,
-            num_tokens=span.num_tokens,
-            place=span.start,
-            stop=stop,
-            blocks=span.blocks[: -(-stop // block_size)],
-            num_unplaced=span.num_unplaced,
-            absent=span.absent,
-        )
-
-
 def _fronts(plan: Plan, layer: int) -> Fronts:
     here = (span.front for span in plan.spans if span.front is not None and layer not in span.front.absent)
     return tuple(dict.fromkeys(here))
@@ -150,7 +150,7 @@ def _source_readers(plan: Plan, fronts: Fronts) -> Iterator[Reader]:
     for front in fronts:
         begins[front] = end
         end += front.num_tokens
-    for at, span in _placed(plan):
+    for at, span in placed(plan.spans):
         own = range(at, at + span.num_tokens)
         first = begins.get(span.front) if span.front is not None else None
         num_front = 0 if span.front is None or first is None else span.front.num_tokens

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -88,3 +89,20 @@ def _prepare() -> None:
 
 if IS_INTERPRETED and find_spec("triton") is not None:
     _prepare()
+
+
+@contextmanager
+def launches_go_to(launch: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+    """Inside the block kernels that are launched are given to `launch`, which is to run them."""
+    from triton.runtime import interpreter
+
+    run = interpreter.InterpretedFunction.run
+
+    def given(self: Any, *args: Any, **kwargs: Any) -> None:
+        launch(lambda: run(self, *args, **kwargs))
+
+    interpreter.InterpretedFunction.run = given
+    try:
+        yield
+    finally:
+        interpreter.InterpretedFunction.run = run

@@ -45,4 +45,5 @@ class SlotTable:
         if self.slots.isdisjoint(route.active):
             return None
         self._reach(route.num_slots - 1)
+        route.reads(self)
         return route.slot_of_token
