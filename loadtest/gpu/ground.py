@@ -3,14 +3,17 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from loadtest.bound import MachineRates
 from loadtest.gpu.shapes import Shape, make
-from peft_serve.engine.gpu_kernels import speed_up
+from peft_serve.engine.gpu_graphs import capturing_by, why_not
+from peft_serve.engine.gpu_kernels import GpuKernels, speed_up
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.cuda_graphs import CudaRecorder
+from peft_serve.model.step_graphs import Capturing
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,15 +21,15 @@ class Bases:
     """The large bases of one process, made on the device; one at a time, since two may not fit."""
 
     device: torch.device
-    _kept: tuple[Shape, ResidentBase, str] | None = field(default=None)
+    _kept: tuple[Shape, ResidentBase, str, GpuKernels | None] | None = field(default=None)
 
     def get(self, shape: Shape) -> ResidentBase:
         """A base of this shape with random weights, run by the kernels that a server would use."""
         if self._kept is None or self._kept[0] != shape:
             self.drop()
             base, said = ResidentBase(make(shape, self.device), name=shape.name), list[str]()
-            speed_up("auto", base, said.append)
-            self._kept = shape, base, "; ".join(said) or "plain torch"
+            kernels = speed_up("auto", base, said.append)
+            self._kept = shape, base, "; ".join(said) or "plain torch", kernels
         return self._kept[1]
 
     @property
@@ -34,6 +37,15 @@ class Bases:
         """What runs the base that is there, in words."""
         assert self._kept is not None, "a base is there"
         return self._kept[2]
+
+    def capturing(self, *, max_rows: int, max_rank: int = 64) -> Capturing | None:
+        """How decode steps of the base that is there are captured at their first, None where they cannot be."""
+        assert self._kept is not None, "a base is there"
+        _, base, _, kernels = self._kept
+        if kernels is None or why_not(base, kernels) is not None:
+            return None
+        recorder = CudaRecorder(base.device)
+        return replace(capturing_by(recorder, base, kernels, max_rows=max_rows, max_rank=max_rank), seen=1)
 
     def drop(self) -> None:
         """Give its memory back."""

@@ -59,6 +59,13 @@ ALL: Final = (
         is_for_gpu=True,
         needs=_KERNELS,
     ),
+    Part(
+        name="decode graphs",
+        group="correctness",
+        where="loadtest.gpu.step_graph_checks:step_graphs",
+        weight=15,
+        needs=_KERNELS,
+    ),
     Part(name="memory", group="correctness", where="loadtest.gpu.memory_checks:memory", weight=10, is_for_gpu=True),
     Part(name="one budget", group="correctness", where="loadtest.gpu.arena_checks:one_budget", weight=10),
     Part(name="terms", group="correctness", where="loadtest.gpu.term_checks:terms", weight=15),

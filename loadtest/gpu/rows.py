@@ -25,6 +25,7 @@ from peft_serve.core import (
 )
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.runner import StepRunner
+from peft_serve.model.step_graphs import Capturing
 
 BLOCK_SIZE: Final = 16
 _GREEDY: Final = Draw(params=SamplingParams(), seed=0, index=0)
@@ -33,8 +34,16 @@ _GREEDY: Final = Draw(params=SamplingParams(), seed=0, index=0)
 class Steps:
     """A runner with room for the rows of `loads`, and adapters in its slots."""
 
-    def __init__(self, base: ResidentBase, loads: Sequence[Load], *, num_source: int = 0) -> None:
-        """`num_source` is the length of every row's source, on an encoder-decoder."""
+    def __init__(
+        self,
+        base: ResidentBase,
+        loads: Sequence[Load],
+        *,
+        num_source: int = 0,
+        capturing: Capturing | None = None,
+    ) -> None:
+        """`num_source` is the length of every row's source, on an encoder-decoder; `capturing` says how decode steps
+        are captured, if they are."""
         self.base = base
         self.num_source = num_source
         self._adapters: dict[AdapterId, Adapter] = {}
@@ -46,6 +55,7 @@ class Steps:
             num_cross_blocks=1 + cross if cross else 0,
             block_size=BLOCK_SIZE,
             adapters=self._adapters.__getitem__,
+            capturing=capturing,
         )
 
     def holding(self, adapters: Mapping[int, Adapter]) -> AbstractContextManager[None]:

@@ -302,5 +302,3 @@ class AdaptedSites:
         if adapter not in self._vetted:
             self.vet(adapter)
         return {self._sites[path]: edit for path, edit in adapter.sites.items()}
-
-
