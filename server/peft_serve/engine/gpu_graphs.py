@@ -105,8 +105,8 @@ def capturing_by(
     max_rank: int,
     told: Callable[[str], None] = lambda _: None,
 ) -> Capturing:
-    """How the decode steps of a base that the kernels run are captured. Its attention is our own kernel from then on, in
-    every step: a row would else have other bits where it shares a step with a prompt, which is not captured."""
+    """How the decode steps of a base that the kernels run are captured. Its attention is our own kernel from then on,
+    in every step: a row would else have other bits where it shares a step with a prompt, which is not captured."""
     attention = PlanAttention(kernels.attention)
     base.runs.attention.whole = attention
     return Capturing(

@@ -35,7 +35,6 @@ from peft_serve.model.sending import taken
 from peft_serve.model.step_graphs import Capturing, StepGraphs
 from peft_serve.model.step_memory import Pools
 
-
 AddTo = Callable[[list[RowResult]], None]
 """Adds to the results of rows what was asked for beside tokens, once it is there."""
 
