@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from peft_serve.kernels.large_pages import LargePages
 from peft_serve.kernels.native import NativeCode, NativeError
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -80,6 +81,7 @@ class FewRows:
         self._take.restype = None
         self.each: Any = library.few_rows_each
         """Up to three products of the same rows at once: (addresses, count, x, addresses of results, rows)."""
+        self._memory = LargePages()
         library.few_rows_panel.restype = ctypes.c_long
         self._panel = int(library.few_rows_panel())
         self._try_out()
@@ -94,7 +96,7 @@ class FewRows:
         assert weight.device.type == "cpu", f"the kernel runs on a CPU, not on {weight.device}"
         assert dtype in DTYPES, f"the kernel computes {DTYPES}, not {dtype}"
         num_panels = -(-num_out // self._panel)
-        panels = torch.empty(num_panels * num_in * self._panel, dtype=dtype)
+        panels = self._memory.empty(num_panels * num_in * self._panel, dtype)
         bias = None if bias_O is None else bias_O.detach().float().clone()
         layer = _Layer(
             panels.data_ptr(), None if bias is None else bias.data_ptr(), num_out, num_in, dtype == torch.bfloat16
