@@ -61,6 +61,18 @@ def test_a_row_has_the_same_bits_in_any_batch(
         torch.set_num_threads(before)
 
 
+def test_a_vocabulary_of_any_size_is_shared_out_whole(few_rows: FewRows) -> None:
+    """More panels than a call has parts of the usual size for."""
+    weight, x = _random(600_000, 2, dtype=torch.float32), _random(3, 2, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        y = few_rows.linear(weight, None)(x)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(y, linear(x, weight))
+
+
 def test_any_strides_are_read(few_rows: FewRows) -> None:
     weight, x = _random(40, 30, dtype=torch.float32), _random(6, 60, dtype=torch.float32)[:, ::2]
     by_column = few_rows.linear(weight.t().contiguous().t(), None)

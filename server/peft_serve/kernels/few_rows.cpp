@@ -30,9 +30,12 @@ constexpr int NV = VL == 4 ? 4 : 2;  // vectors in a panel's row
 constexpr int NR = NV * VL;
 constexpr int MR = 6;          // rows that are summed at once: MR * NV sums stay in registers
 constexpr int KC = 128;        // of a panel that is read once for all blocks of rows: it stays in the L1 cache
-constexpr long AHEAD = 2048;  // bytes of a stream that are asked for in advance
+constexpr long AHEAD = 2048;      // bytes of each of several streams that are asked for in advance,
+constexpr long FAR_AHEAD = 8192;  // and of a single one
 constexpr int MC = 96;         // rows whose x stays in the L2 cache
 constexpr int MOST_PRODUCTS = 3;  // side by side
+constexpr long LEAST_PART = 4;    // panels that a thread takes at once,
+constexpr long MOST_PART = 64;    // and this many at most
 
 typedef float Vec __attribute__((vector_size(VL * 4)));
 typedef float LooseVec __attribute__((vector_size(VL * 4), aligned(4)));
@@ -167,7 +170,7 @@ struct Product {
     for (long k = 0; k < K; k += KC) {
       const long num_k = K - k < KC ? K - k : KC;
       const W* from = panel(p) + k * NR;
-      sum_block<W, R, P>(x + k, K, from, K * NR, num_k, sums, P * NR, k == 0, from + AHEAD / sizeof(W), NR);
+      sum_block<W, R, P>(x + k, K, from, K * NR, num_k, sums, P * NR, k == 0, from + FAR_AHEAD / sizeof(W), NR);
     }
     for (int r = 0; r < R; ++r) put(r, p * NR, sums + r * P * NR, P * NR);
   }
@@ -182,7 +185,7 @@ struct Product {
           const long num_k = K - k < KC ? K - k : KC;
           for (long b = 0; b < blocks; ++b) {
             const long from = rows * b / blocks, to = rows * (b + 1) / blocks;
-            const W* ahead = panel(p) + (k + num_k) * NR + b * num_k * (NR / blocks);
+            const W* ahead = panel(p) + k * NR + FAR_AHEAD / sizeof(W) + b * num_k * (NR / blocks);
             rows_of(to - from, x + (m + from) * K + k, panel(p) + k * NR, num_k, sums + from * NR, k == 0, ahead, NR / blocks);
           }
         }
@@ -218,6 +221,23 @@ struct Product {
   long num_panels() const { return (N + NR - 1) / NR; }
 };
 
+// How the panels of a call are cut for its threads: large parts first, in which a thread reads on and on, and small ones at
+// the end, so that nobody waits long for another.
+struct Parts {
+  static constexpr long MOST = 256;
+  long limits[MOST + 1], count = 0;
+
+  explicit Parts(long panels) {
+    const long shares = 2 * team::num_threads();
+    for (long at = 0; at < panels && count < MOST;) {
+      limits[count++] = at;
+      const long part = (panels - at) / shares;
+      at += part > MOST_PART ? MOST_PART : (part < 1 ? 1 : part + LEAST_PART - 1) / LEAST_PART * LEAST_PART;
+    }
+    limits[count] = panels;
+  }
+};
+
 // Products of the same rows, side by side: one team shares the panels of all of them.
 template <class W>
 void run(const Product<W>* each, long count) {
@@ -226,11 +246,10 @@ void run(const Product<W>* each, long count) {
     panels += each[i].num_panels();
     features += each[i].N;
   }
-  const long threads = team::num_threads();
-  long grain = panels / (threads * 4);
-  grain = grain < 4 ? 4 : grain > 32 ? 32 : grain / 4 * 4;
-  if (each->M * each->K * features < 80000) grain = panels;  // less than what starting a team costs
-  team::share(panels, grain, [=](long first, long last) {
+  const Parts parts(panels);
+  const bool is_small = each->M * each->K * features < 80000;  // less than what starting a team costs
+  team::share(parts.count, is_small ? parts.count : 1, [&](long first_part, long last_part) {
+    const long first = parts.limits[first_part], last = parts.limits[last_part];
     long before = 0;
     for (long i = 0; i < count && before < last; ++i) {
       const long here = each[i].num_panels();
