@@ -8,49 +8,19 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "lanes.h"
 #include "team.h"
 
 namespace {
 
-#if defined(__AVX__)
-constexpr int VL = 8;
-#else
-constexpr int VL = 4;
-#endif
 constexpr int CHUNK = 32;
 constexpr int MAX_HEAD = 256;
 constexpr int MAX_QUERIES = 8192;  // numbers of all query heads of a key/value head
 
-typedef float Vec __attribute__((vector_size(VL * 4)));
-typedef float LooseVec __attribute__((vector_size(VL * 4), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(VL * 4)));
-typedef uint16_t bf16;
-
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-inline Vec all(float f) { return f - Vec{}; }
-
-inline float widen(bf16 v) {
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline float widen(float v) { return v; }
-inline void narrow(float f, float* to) { *to = f; }
-inline void narrow(float f, bf16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  *to = is_nan ? bf16((bits >> 16) | 0x40) : bf16((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-// The sums of VL vectors' lanes, as one vector.
-inline Vec lane_sums(const Vec* a) {
-#if defined(__AVX__)
-  Vec two[4], four[2];
+// The sums of LANES vectors' lanes, as one vector.
+inline Lanes lane_sums(const Lanes* a) {
+  Lanes two[4], four[2];
   for (int i = 0; i < 4; ++i)
     two[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
              __builtin_shufflevector(a[2 * i], a[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
@@ -59,34 +29,6 @@ inline Vec lane_sums(const Vec* a) {
               __builtin_shufflevector(two[2 * i], two[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
   return __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
          __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
-#else
-  Vec two[2];
-  for (int i = 0; i < 2; ++i)
-    two[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 4, 2, 6) +
-             __builtin_shufflevector(a[2 * i], a[2 * i + 1], 1, 5, 3, 7);
-  return __builtin_shufflevector(two[0], two[1], 0, 1, 4, 5) + __builtin_shufflevector(two[0], two[1], 2, 3, 6, 7);
-#endif
-}
-
-// e^x for x <= 0, to about one unit in the last place; zero below the smallest normal number.
-inline Vec exp_of(Vec x) {
-  const Vec least = all(-87.3f);
-  const Ints is_small = x < least;
-  x = is_small ? least : x;  // NaN stays what it is
-  const Vec magic = all(12582912.0f);
-  const Vec n = (x * 1.44269504088896341f + magic) - magic;
-  Vec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  p = p * reinterpret_cast<Vec>(power);
-  return is_small ? Vec{} : p;
 }
 
 }  // namespace
@@ -127,11 +69,13 @@ struct Task {
     const long row = task / pages.kv_heads, kv = task % pages.kv_heads;
     const long D = pages.head, G = heads / pages.kv_heads;
     alignas(64) float queries[MAX_QUERIES], sums[MAX_QUERIES], shares[CHUNK];
-    float most[MAX_QUERIES / VL], total[MAX_QUERIES / VL];
+    float most[MAX_QUERIES / LANES], total[MAX_QUERIES / LANES];
     for (long g = 0; g < G; ++g) {
       const T* from = q + row * q_row + (kv * G + g) * q_head;
-      for (long d = 0; d < D; ++d) queries[g * D + d] = widen(from[d]) * scale;
-      for (long d = 0; d < D; ++d) sums[g * D + d] = 0;
+      for (long d = 0; d < D; d += LANES) {
+        store(queries + g * D + d, load(from + d) * scale);
+        store(sums + g * D + d, Lanes{});
+      }
       most[g] = -INFINITY;
       total[g] = 0;
     }
@@ -152,7 +96,7 @@ struct Task {
     }
     for (long g = 0; g < G; ++g) {
       T* to = out + (row * heads + kv * G + g) * D;
-      for (long d = 0; d < D; ++d) narrow(sums[g * D + d] / total[g], to + d);
+      for (long d = 0; d < D; d += LANES) store(to + d, load(sums + g * D + d) / total[g]);
     }
   }
 
@@ -177,8 +121,10 @@ struct Task {
       } else {
         float* wide_key = wide + c * D;
         float* wide_value = wide + (CHUNK + c) * D;
-        for (long d = 0; d < D; ++d) wide_key[d] = widen(key[d]);
-        for (long d = 0; d < D; ++d) wide_value[d] = widen(value[d]);
+        for (long d = 0; d < D; d += LANES) {
+          store(wide_key + d, load(key + d));
+          store(wide_value + d, load(value + d));
+        }
         keys[c] = wide_key;
         values[c] = wide_value;
       }
@@ -187,11 +133,11 @@ struct Task {
 
   // q . k of each position into `scores`; gives the largest of them and of `most`.
   float score(const float* query, const float* const* keys, int count, float most, float* scores) const {
-    for (int c = 0; c < count; c += VL) {
-      Vec dots[VL] = {};
-      for (long d = 0; d < pages.head; d += VL) {
-        const Vec part = load(query + d);
-        for (int i = 0; i < VL; ++i) dots[i] += part * load(keys[c + i] + d);
+    for (int c = 0; c < count; c += LANES) {
+      Lanes dots[LANES] = {};
+      for (long d = 0; d < pages.head; d += LANES) {
+        const Lanes part = load(query + d);
+        for (int i = 0; i < LANES; ++i) dots[i] = added(dots[i], part, load(keys[c + i] + d));
       }
       store(scores + c, lane_sums(dots));
     }
@@ -201,7 +147,7 @@ struct Task {
 
   // Scores become e^(score - most); gives their sum.
   static float shares_of(float* scores, int count, float most) {
-    for (int c = 0; c < count; c += VL) store(scores + c, exp_of(load(scores + c) - most));
+    for (int c = 0; c < count; c += LANES) store(scores + c, exp_of(load(scores + c) - most));
     float total = 0;
     for (int c = 0; c < count; ++c) total += scores[c];
     return total;
@@ -210,18 +156,18 @@ struct Task {
   // sums = sums * shrink + shares . values
   void add(float* sums, const float* const* values, const float* shares, int count, float shrink) const {
     long d = 0;
-    for (; d + 8 * VL <= pages.head; d += 8 * VL) add_part<8>(sums + d, values, d, shares, count, shrink);
-    for (; d + 4 * VL <= pages.head; d += 4 * VL) add_part<4>(sums + d, values, d, shares, count, shrink);
-    for (; d < pages.head; d += VL) add_part<1>(sums + d, values, d, shares, count, shrink);
+    for (; d + 8 * LANES <= pages.head; d += 8 * LANES) add_part<8>(sums + d, values, d, shares, count, shrink);
+    for (; d + 4 * LANES <= pages.head; d += 4 * LANES) add_part<4>(sums + d, values, d, shares, count, shrink);
+    for (; d < pages.head; d += LANES) add_part<1>(sums + d, values, d, shares, count, shrink);
   }
 
   template <int N>
   static void add_part(float* sums, const float* const* values, long d, const float* shares, int count, float shrink) {
-    Vec acc[N];
-    for (int n = 0; n < N; ++n) acc[n] = load(sums + n * VL) * shrink;
+    Lanes acc[N];
+    for (int n = 0; n < N; ++n) acc[n] = load(sums + n * LANES) * shrink;
     for (int c = 0; c < count; ++c)
-      for (int n = 0; n < N; ++n) acc[n] += load(values[c] + d + n * VL) * shares[c];
-    for (int n = 0; n < N; ++n) store(sums + n * VL, acc[n]);
+      for (int n = 0; n < N; ++n) acc[n] = added(acc[n], load(values[c] + d + n * LANES), shares[c]);
+    for (int n = 0; n < N; ++n) store(sums + n * LANES, acc[n]);
   }
 };
 
@@ -240,14 +186,14 @@ extern "C" {
 
 // Whether heads of this size, so many queries to a key, are computed here.
 int attention_covers(long head, long queries) {
-  return head % VL == 0 && head <= MAX_HEAD && head * queries <= MAX_QUERIES;
+  return head % LANES == 0 && head <= MAX_HEAD && head * queries <= MAX_QUERIES;
 }
 
 // out [rows, heads, head] of queries that lie `q_row` and `q_head` numbers apart.
 void attention(const Pages* pages, const Rows* rows, const void* q, long q_row, long q_head, void* out, long heads,
                float scale) {
   if (pages->is_bf16)
-    attend<bf16>(*pages, *rows, q, q_row, q_head, out, heads, scale);
+    attend<Half>(*pages, *rows, q, q_row, q_head, out, heads, scale);
   else
     attend<float>(*pages, *rows, q, q_row, q_head, out, heads, scale);
 }
