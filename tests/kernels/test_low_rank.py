@@ -15,7 +15,7 @@ from peft_serve.kernels.native import NativeCode, NativeError, cache_folder, fin
 needs_compiler = pytest.mark.skipif(find_compiler(os.environ) is None, reason="this machine has no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 RANKS = {1: 1, 2: 8, 3: 3, 5: 16, 6: 13, 7: 64, 9: 4}  # by slot; slots 4 and 8 have nothing here
-SIZES = [(1, 1), (7, 5), (16, 8), (75, 70), (33, 641), (257, 96), (640, 330)]
+SIZES = [(1, 1), (7, 5), (16, 8), (75, 70), (33, 641), (257, 96), (640, 330), (96, 128)]
 Row = tuple[int, int, int]
 
 

@@ -37,12 +37,13 @@ inline Lanes load(const Half* from) {
 }
 
 inline void store(float* to, Lanes lanes) { *reinterpret_cast<LooseLanes*>(to) = lanes; }
-inline void store(Half* to, Lanes lanes) {  // rounded to the nearest, ties to even
+// Rounded to the nearest, ties to even, as the upper halves of words; what is no number stays none.
+inline Words rounded_words(Lanes lanes) {
   const Words words = reinterpret_cast<Words>(lanes);
-  const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
-  const Words is_number = reinterpret_cast<Words>(lanes == lanes);
-  const Words kept = (rounded & is_number) | (((words >> 16) | 0x40) & ~is_number);
-  *reinterpret_cast<LooseShorts*>(to) = __builtin_convertvector(kept, Shorts);
+  return lanes == lanes ? words + 0x7fff + ((words >> 16) & 1) : words | 0x400000;
+}
+inline void store(Half* to, Lanes lanes) {
+  *reinterpret_cast<LooseShorts*>(to) = __builtin_convertvector(rounded_words(lanes) >> 16, Shorts);
 }
 
 // One half of sixteen numbers, in an order that is the same for everything of one type: all that a dot product asks.
@@ -50,6 +51,15 @@ inline Lanes load_part(const float* from, int part) { return load(from + part * 
 inline Lanes load_part(const Half* from, int part) {
   const Words both = *reinterpret_cast<const LooseWords*>(from);
   return reinterpret_cast<Lanes>(part ? both & 0xffff0000u : both << 16);
+}
+
+// Both halves of sixteen numbers, in that order.
+inline void store_parts(float* to, Lanes first, Lanes second) {
+  store(to, first);
+  store(to + LANES, second);
+}
+inline void store_parts(Half* to, Lanes first, Lanes second) {
+  *reinterpret_cast<LooseWords*>(to) = (rounded_words(second) & 0xffff0000u) | (rounded_words(first) >> 16);
 }
 
 // The first numbers of a row that ends after `count`, zeros behind them.

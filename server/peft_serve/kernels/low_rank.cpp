@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int RANKS = 4;           // that one pass over the inputs sums up
-constexpr int TOKENS = 3;          // that share such a pass: RANKS * TOKENS sums stay in registers
+constexpr int TOKENS = 2;          // that share such a pass: RANKS * TOKENS sums stay in registers, and what is widened
 constexpr long NEAR_TOKENS = 24;   // whose inputs stay in the cache while the ranks go by
 constexpr int ROWS = 8;            // of B that one pass over the outputs adds up
 constexpr int SHARING = 6;         // tokens that share a pass over the ranks, two vectors of outputs each
@@ -79,39 +79,49 @@ void shrink(const T* x, long x_step, long num_tokens, const T* a, long num_in, f
   long m = 0;
   for (; m + TOKENS <= num_tokens; m += TOKENS)
     shrink_block<T, TOKENS, N>(x + m * x_step, x_step, a, num_in, low + m * low_step, low_step);
-  const T* rest = x + m * x_step;
-  if (num_tokens - m == 2) shrink_block<T, 2, N>(rest, x_step, a, num_in, low + m * low_step, low_step);
-  if (num_tokens - m == 1) shrink_block<T, 1, N>(rest, x_step, a, num_in, low + m * low_step, low_step);
+  if (m < num_tokens) shrink_block<T, 1, N>(x + m * x_step, x_step, a, num_in, low + m * low_step, low_step);
 }
 
+// One half of the next sixteen numbers of a row, zeros behind its end.
 template <class T>
-inline void add(T* y, Lanes lanes, long count) {
-  if (count >= LANES)
-    store(y, load(y) + lanes);
-  else if (count > 0)
-    store_of(y, load_of(y, count) + lanes, count);
+inline Lanes part_of(const T* from, int part, long count) {
+  if (count >= 2 * LANES) return load_part(from, part);
+  T padded[2 * LANES] = {};
+  if (count > 0) std::memcpy(padded, from, count * sizeof(T));
+  return load_part(padded, part);
+}
+
+// Sums of two vectors of outputs, as `load_part` has them.
+template <class T>
+inline void add(T* y, Lanes first, Lanes second, long count) {
+  if (count >= 2 * LANES) return store_parts(y, load_part(y, 0) + first, load_part(y, 1) + second);
+  if (count <= 0) return;
+  T padded[2 * LANES];
+  store_parts(padded, part_of(y, 0, count) + first, part_of(y, 1, count) + second);
+  std::memcpy(y, padded, count * sizeof(T));
 }
 
 // sums[0..num_out) += low . B for R rows of B, each a stream from memory
 template <class T, int R>
 inline void sum_rows(const float* low, const T* b, long b_step, long num_out, float* sums) {
-  for (long o = 0; o < num_out; o += LANES) {
-    const bool is_whole = num_out - o >= LANES;
-    Lanes sum = load(sums + o);
+  for (long o = 0; o < num_out; o += 2 * LANES) {
+    Lanes first = load(sums + o), second = load(sums + o + LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const T* from = b + r * b_step + o;
       fetch(from, B_AHEAD);
-      sum = added(sum, is_whole ? load(from) : load_of(from, num_out - o), low[r]);
+      first = added(first, part_of(from, 0, num_out - o), low[r]);
+      second = added(second, part_of(from, 1, num_out - o), low[r]);
     }
-    store(sums + o, sum);
+    store(sums + o, first);
+    store(sums + o + LANES, second);
   }
 }
 
 // y[0..num_out) += low . B for one token
 template <class T>
 void expand_one(T* y, const float* low, const T* b, long b_step, long rank, long num_out, float* sums) {
-  std::memset(sums, 0, (num_out + LANES) * sizeof(float));
+  std::memset(sums, 0, (num_out + 2 * LANES) * sizeof(float));
   long r = 0;
   for (; r + ROWS <= rank; r += ROWS) sum_rows<T, ROWS>(low + r, b + r * b_step, b_step, num_out, sums);
   if (rank - r >= 4) {
@@ -119,10 +129,10 @@ void expand_one(T* y, const float* low, const T* b, long b_step, long rank, long
     r += 4;
   }
   for (; r < rank; ++r) sum_rows<T, 1>(low + r, b + r * b_step, b_step, num_out, sums);
-  for (long o = 0; o < num_out; o += LANES) add(y + o, load(sums + o), num_out - o);
+  for (long o = 0; o < num_out; o += 2 * LANES) add(y + o, load(sums + o), load(sums + o + LANES), num_out - o);
 }
 
-// y[m][0..num_out) += low[m] . tile[..][0..num_out), num_out <= 2 * LANES
+// y[m][0..num_out) += low[m] . tile[..][0..num_out), num_out <= 2 * LANES; a tile and sums are as `load_part` has them
 template <class T, int M>
 inline void expand_block(T* y, long y_step, const float* low, long low_step, const float* tile, long rank,
                          long num_out) {
@@ -137,10 +147,7 @@ inline void expand_block(T* y, long y_step, const float* low, long low_step, con
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    add(y + m * y_step, sums[m][0], num_out);
-    add(y + m * y_step + LANES, sums[m][1], num_out - LANES);
-  }
+  for (int m = 0; m < M; ++m) add(y + m * y_step, sums[m][0], sums[m][1], num_out);
 }
 
 template <class T>
@@ -162,7 +169,9 @@ template <class T>
 void expand_many(T* y, long y_step, long num_tokens, const float* low, long low_step, const T* b, long b_step,
                  long rank, long num_out, float* tile) {
   for (long r = 0; r < rank; ++r)
-    for (long o = 0; o < NARROW; o += LANES) store(tile + r * NARROW + o, load_of(b + r * b_step + o, num_out - o));
+    for (long o = 0; o < NARROW; o += 2 * LANES)
+      for (int part = 0; part < 2; ++part)
+        store(tile + r * NARROW + o + part * LANES, part_of(b + r * b_step + o, part, num_out - o));
   for (long m = 0; m < num_tokens; m += SHARING)
     for (long o = 0; o < num_out; o += 2 * LANES)
       expand_few(num_tokens - m, y + m * y_step + o, y_step, low + m * low_step, low_step, tile + o, rank, num_out - o);
@@ -260,7 +269,7 @@ struct Terms {
     const float* from = low + s.first * low_step;
     if (s.size() > STREAMED)
       return expand_many(to, num_out, s.size(), from, low_step, b, num_out, rank, here, kept.of(rank * NARROW));
-    float* sums = kept.of(WIDE + LANES);
+    float* sums = kept.of(WIDE + 2 * LANES);
     for (long m = 0; m < s.size(); ++m) expand_one(to + m * num_out, from + m * low_step, b, num_out, rank, here, sums);
   }
 
