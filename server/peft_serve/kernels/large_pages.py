@@ -24,26 +24,23 @@ class LargePages:
     """Gives out memory and takes none back: for what is made once, at start."""
 
     def __init__(self) -> None:
-        self._rest = torch.empty(0, dtype=torch.uint8)  # of the last piece
+        self._piece: mmap.mmap | None = None
+        self._at = self._end = 0  # what is free of it
 
     def empty(self, num_numbers: int, dtype: torch.dtype) -> Tensor:
-        """[num_numbers] that nobody has written, at the start of a cache line. Where nothing has been written, no
-        memory is taken yet."""
-        num_bytes = num_numbers * dtype.itemsize
-        taken = -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
-        if taken > len(self._rest):
-            self._rest = _piece(max(taken, PIECE_BYTES))
-        found, self._rest = self._rest[:num_bytes], self._rest[taken:]
-        return found.view(dtype)
-
-
-def _piece(num_bytes: int) -> Tensor:
-    """At least so many bytes, at the start of a large page."""
-    whole = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-    if sys.platform == "linux":
-        memory = mmap.mmap(-1, whole + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        piece = torch.frombuffer(memory, dtype=torch.uint8)
-        return piece[-piece.data_ptr() % PAGE_BYTES :][:whole]
-    return torch.empty(whole, dtype=torch.uint8)
+        """[num_numbers] that nobody has written, at the start of a cache line, with a storage of its own. Where nothing
+        has been written, no memory is taken yet."""
+        if sys.platform != "linux" or not num_numbers:
+            return torch.empty(num_numbers, dtype=dtype)
+        taken = -(-num_numbers * dtype.itemsize // _LINE_BYTES) * _LINE_BYTES
+        if self._piece is None or taken > self._end - self._at:
+            whole = -(-max(taken, PIECE_BYTES) // PAGE_BYTES) * PAGE_BYTES
+            self._piece = mmap.mmap(-1, whole + PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel without them
+                self._piece.madvise(mmap.MADV_HUGEPAGE)
+            address = torch.frombuffer(self._piece, dtype=torch.uint8).data_ptr()
+            self._at = -address % PAGE_BYTES
+            self._end = self._at + whole
+        found = torch.frombuffer(self._piece, dtype=dtype, count=num_numbers, offset=self._at)
+        self._at += taken
+        return found
