@@ -25,6 +25,7 @@ def test_tensors_share_a_piece_and_no_number() -> None:
     assert [len(tensor) for tensor in made] == sizes
     assert all((tensor == i).all() for i, tensor in enumerate(made))
     assert all(tensor.data_ptr() % 64 == 0 for tensor in made)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in made)  # what is counted as held
     places = [tensor.data_ptr() for tensor in made if len(tensor)]
     assert max(places) - min(places) < PAGE_BYTES
 

@@ -221,8 +221,8 @@ struct Product {
   long num_panels() const { return (N + NR - 1) / NR; }
 };
 
-// How the panels of a call are cut for its threads: large parts first, in which a thread reads on and on, and small ones at
-// the end, so that nobody waits long for another.
+// How the panels of a call are cut for its threads: large parts first, in which a thread reads on and on, and small ones
+// at the end, so that nobody waits long for another.
 struct Parts {
   static constexpr long MOST = 256;
   long limits[MOST + 1], count = 0;
