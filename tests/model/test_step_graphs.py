@@ -14,11 +14,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from peft_serve.adapters.primitives import Adapter, Affine, BlockDiagonal, Edit, LowRank, Replace
-from peft_serve.core import BASE, AdapterId
+from peft_serve.core import BASE, AdapterId, Draw, RequestId, Row, SamplingParams, Step
+from peft_serve.model.arena import Arena
 from peft_serve.model.base import ResidentBase
+from peft_serve.model.carrier import Carrier
+from peft_serve.model.runner import StepRunner
 from peft_serve.model.step_graphs import Capturing, Recorder, Replay
+from peft_serve.model.wire import wire_to
 from tests.kernels.triton.interpreter import IS_INTERPRETED
-from tests.model.driver import Driver, Job
+from tests.model.driver import BLOCK_SIZE, Driver, Job
 from tests.model.slow_tiles import SlowTiles
 from tests.model.tape import HostAskedError, Tape, TapeRecorder
 from tests.model.tiny_models import causal_sizes, randomised, t5_sizes, tiny
@@ -100,17 +104,15 @@ class Bench:
         attention = PlanAttention(kernel or SlowTiles(SIZES))  # type: ignore[arg-type]
         self.base.runs.attention.whole = attention
         self.outcomes: Counter[str] = Counter()
-        self.driver = Driver(
-            self.base,
-            capturing=Capturing(
-                recorder=self.recorder,
-                attention=attention,
-                tables=HeldEntries(self.kernel, max_rank=32),
-                max_rows=8,
-                told=lambda outcome: self.outcomes.update([outcome]),
-                **{"seen": 1, **more},
-            ),
+        self.capturing = Capturing(
+            recorder=self.recorder,
+            attention=attention,
+            tables=HeldEntries(self.kernel, max_rank=32),
+            max_rows=8,
+            told=lambda outcome: self.outcomes.update([outcome]),
+            **{"seen": 1, **more},
         )
+        self.driver = Driver(self.base, capturing=self.capturing)
         assert self.driver.runner.graphs is not None
         self.graphs = self.driver.runner.graphs
 
@@ -183,6 +185,52 @@ def test_tables_that_have_moved_are_not_read_where_they_were() -> None:
     bench.answers(second.id, BASE, BASE)
     assert bench.num_recorded == 3, "a kernel's own table did not reach to that slot"
     assert len(bench.graphs) == 1
+
+
+def test_adapters_on_their_way_are_waited_for_before_a_replay() -> None:
+    bench = Bench(llama)
+    order: list[str] = []
+    bench.graphs._settle = lambda: order.append("settled")
+    bench.answers(BASE, BASE, BASE)
+    assert len(order) == bench.outcomes["captured"] + bench.outcomes["replayed"] > 1
+
+
+def test_in_an_arena_rows_without_a_request_write_to_its_last_block() -> None:
+    bench = Bench(llama)
+    cache, num_parts = bench.base.runs.cache, 2 * bench.base.runs.cache.num_layers
+    part_bytes = cache.bytes_per_block(BLOCK_SIZE, torch.float32) // num_parts
+    arena = Arena(num_blocks=9, num_parts=num_parts, part_bytes=part_bytes, device=CPU)
+    own = StepRunner(
+        bench.base,
+        num_blocks=8,
+        num_cross_blocks=0,
+        block_size=BLOCK_SIZE,
+        adapters=bench.driver.adapters.__getitem__,
+        carrier=Carrier(arena, wire_to(CPU, pinned_bytes=0, say=str), order=()),
+        capturing=bench.capturing,
+    )
+    draw = Draw(params=SamplingParams(), seed=0, index=0)
+    found = []
+    for runner, spacing in ((own, num_parts), (bench.driver.runner, 1)):
+        tokens = [7, 8, 9]
+        for start in range(6):
+            rows = tuple(
+                Row(
+                    request=RequestId(str(i)),
+                    slot=0,
+                    tokens=(tokens[i],),
+                    start=start,
+                    blocks=(spacing * (1 + i), spacing * (4 + i)),
+                    draw=draw,
+                )
+                for i in range(3)
+            )
+            tokens = [result.token or 0 for result in runner.run(Step(id=start, rows=rows)).rows]
+            runner.check()
+        found.append(tokens)
+    assert found[0] == found[1]
+    assert arena.stretch(8 * num_parts, 1).any(), "a fourth row was idle"
+    assert not arena.stretch(7 * num_parts, 1).any(), "a block that nobody has"
 
 
 def test_what_cannot_be_captured_runs_call_by_call_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
