@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peft_serve.adapters.filesystem import FileSystem
+from peft_serve.adapters.own_memory import own_memory
 
 _FULL: Final = 0.9  # of the budget is left when files had to go, so that not every write looks through the folder
 _LEFTOVER_S: Final = 3600.0  # what is that old and in tmp was left by a crash
@@ -63,7 +64,7 @@ class BoundedFolder:
         stamp = self._fs.stamp(path)
         if stamp is None or stamp[1] > self._max_bytes:
             return None
-        content = torch.empty(stamp[1], dtype=torch.uint8)
+        content = own_memory(stamp[1], torch.uint8)
         try:
             num_read = self._fs.read_into(path, content.numpy().data)
         except FileNotFoundError:  # another process made room

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from peft_serve.adapters.own_memory import own_memory
 from peft_serve.adapters.primitives import Adapter, Affine, mapped
 from peft_serve.adapters.shared_primitives import SharedMap
 
@@ -40,7 +41,7 @@ def _in_one_piece(tensors: dict[int, Tensor], dtype: torch.dtype, turned: set[in
     for name, tensor in tensors.items():
         starts[name] = end
         end += -(-tensor.numel() // step) * step
-    piece = torch.empty(end, dtype=dtype)
+    piece = own_memory(end, dtype)
     places = {}
     for name, tensor in tensors.items():
         flat = piece[starts[name] : starts[name] + tensor.numel()]

@@ -156,7 +156,7 @@ def _claimed(num_blocks: int, fewest: int, settings: Settings, base: ResidentBas
     for _ in range(_TRIES):
         try:
             return Arena(num_blocks=num_blocks, num_parts=num_parts, part_bytes=part_bytes, device=base.device)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if not is_short_of_memory(error):
                 raise
         if num_blocks == fewest:

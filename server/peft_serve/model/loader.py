@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -241,7 +242,7 @@ def _read_model(
             )
     except ImportError as error:
         raise NotServable(f"{source}: {_first_line(error)}; quantised bases need peft-serve[quantised]") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last: cut short, or damaged
         raise NotServable(
             f"{source}: its weights cannot be loaded from safetensors files: {_first_line(error)}{_offline(location)}"
         ) from error

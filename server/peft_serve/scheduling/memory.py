@@ -57,7 +57,7 @@ class Memory:
         if num_cross > self._cross_blocks.capacity:
             raise PromptTooLong(
                 f"request {tracked.id} needs {num_cross} blocks for its source; this server has "
-                f"{self._cross_blocks.capacity}: shorten it, or start the server with more kv_cache_bytes"
+                f"{self._cross_blocks.capacity}: shorten it, or start the server with a larger --kv-cache-bytes"
             )
 
     def has_room(self, tracked: Tracked, footprint: Footprint) -> bool:
@@ -273,8 +273,8 @@ def _too_long(what: str, capacity: int, num_pinned: int) -> PromptTooLong:
     beside = f" beside {num_pinned} that pinned adapters hold" if num_pinned else ""
     unpin = " unpin one (GET /adapters lists them, POST /adapters/{name}/unpin)," if num_pinned else ""
     return PromptTooLong(
-        f"{what}; this server has {capacity} for it{beside}: shorten it,{unpin} or start the server with more "
-        "kv_cache_bytes"
+        f"{what}; this server has {max(0, capacity)} for it{beside}: shorten it,{unpin} or start the server with a "
+        "larger --kv-cache-bytes, or --device-memory-bytes where that is given"
     )
 
 
