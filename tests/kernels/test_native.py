@@ -169,3 +169,15 @@ def test_a_cache_that_cannot_be_written_is_refused(sources: Path, tmp_path: Path
 def test_the_cache_follows_the_base_directory_specification() -> None:
     assert cache_folder({"XDG_CACHE_HOME": "/cache"}) == Path("/cache/peft-serve/kernels")
     assert cache_folder({}) == Path.home() / ".cache/peft-serve/kernels"
+
+
+@pytest.mark.parametrize(("name", "is_linked"), [("gcc", True), ("clang", True), ("g++", False), ("clang++-18", False)])
+def test_a_driver_made_for_c_is_told_of_the_library_of_cpp(
+    sources: Path, tmp_path: Path, name: str, is_linked: bool
+) -> None:
+    driver, told = tmp_path / name, tmp_path / "told"
+    driver.write_text(f'#!/bin/sh\necho "$@" > {told}\nexit 1\n')
+    driver.chmod(0o700)
+    with pytest.raises(NativeError, match="does not compile"):
+        NativeCode(Compiler(driver), tmp_path / "cache", sources=sources).library("squares")
+    assert told.read_text().strip().endswith(".cpp -lstdc++") is is_linked

@@ -98,23 +98,27 @@ class NativeCode:
         texts = [(self._sources / f"{name}.cpp").read_bytes() for name in names]
         texts += [path.read_bytes() for path in sorted(self._sources.glob("*.h"))]
         flags = (*_FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native")
-        key = _digest([*texts, " ".join(flags).encode(), compiler.identity().encode(), _cpu().encode()])
+        libraries = () if "++" in compiler.path.name else ("-lstdc++",)  # gcc and clang link none by themselves
+        told = " ".join((*flags, *libraries)).encode()
+        key = _digest([*texts, told, compiler.identity().encode(), _cpu().encode()])
         try:
             self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             _expect_own(self._cache)
             built = self._cache / f"{'-'.join(names)}-{key}.so"
             if not built.exists():
                 self._say(f"compiling {', '.join(names)} for this CPU, once")
-                self._compile(compiler, flags, names, built)
+                self._compile(compiler, flags, libraries, names, built)
         except OSError as error:
             raise NativeError(f"the cache of compiled code is not writable: {error}; set XDG_CACHE_HOME") from error
         return built
 
-    def _compile(self, compiler: Compiler, flags: Sequence[str], names: Sequence[str], built: Path) -> None:
+    def _compile(
+        self, compiler: Compiler, flags: Sequence[str], libraries: Sequence[str], names: Sequence[str], built: Path
+    ) -> None:
         sources = [str(self._sources / f"{name}.cpp") for name in names]
         with tempfile.TemporaryDirectory(dir=self._cache) as folder:
             made = Path(folder) / built.name
-            command = [str(compiler.path), *flags, "-o", str(made), *sources]
+            command = [str(compiler.path), *flags, "-o", str(made), *sources, *libraries]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=self._timeout_s, check=False)
             except subprocess.TimeoutExpired as error:
