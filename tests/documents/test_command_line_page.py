@@ -97,5 +97,5 @@ def test_the_tables_are_those_of_the_code() -> None:
     assert [int(code) for code in codes] == [code.value for code in Exit]
     same = PAGE[PAGE.index("`--served-model-name`, `--dtype`") : PAGE.index("are called alike")]
     alike = re.findall(r"`--([a-z-]+)`", same)
-    assert len(alike) == 9
+    assert len(alike) == 10
     assert {name.replace("-", "_") for name in alike} <= set(Settings.model_fields)
