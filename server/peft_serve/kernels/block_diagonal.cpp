@@ -5,9 +5,9 @@
 // gets the same bits alone and in any step. A block's inputs are taken up before its outputs are written: y may be x.
 
 #include <cstdint>
-#include <memory>
 
 #include "lanes.h"
+#include "segments.h"
 #include "team.h"
 
 namespace {
@@ -15,20 +15,6 @@ namespace {
 constexpr int SHARING = 4;           // tokens that share a pass over a block: two vectors of outputs each
 constexpr long WORTH_TEAM = 60000;   // multiply-adds; fewer take less time than starting a team
 constexpr long AHEAD = 1024;         // bytes asked for in advance
-
-// Memory that a thread keeps from call to call.
-struct Kept {
-  std::unique_ptr<float[]> memory;
-  long size = 0;
-
-  float* of(long wanted) {
-    if (size < wanted) {
-      memory.reset(new float[wanted]);
-      size = wanted;
-    }
-    return memory.get();
-  }
-};
 
 // What one adapter has at a layer; nothing where there are no blocks.
 struct Blocks {
@@ -39,18 +25,6 @@ struct Blocks {
 struct Layer {
   int64_t num_features;
   Blocks of_slot[];
-};
-
-// Tokens [first, last) belong to the adapter of a slot.
-struct Segment {
-  int64_t slot, first, last;
-
-  long size() const { return last - first; }
-};
-
-struct Segments {
-  int64_t count;
-  Segment each[];
 };
 
 // y[m][o..] = x[m] . R[..][o..] for M tokens and W vectors of outputs; x [M, k] is float32.

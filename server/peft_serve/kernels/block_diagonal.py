@@ -9,18 +9,15 @@ Shapes: `T` tokens, `D` features, `n` blocks of size `k`, n k = D.
 from __future__ import annotations
 
 import ctypes
-from array import array
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_serve.kernels.low_rank import DTYPES, Segments, SlotFactors
+from peft_serve.kernels.low_rank import DTYPES, Segments
 from peft_serve.kernels.mixing import Mix
 from peft_serve.kernels.native import NativeCode, NativeError
-
-_HEADER: Final = 1  # numbers in front of a layer's blocks: its features
-_EACH: Final = 3  # numbers of one slot: where its blocks lie, their size, and how many they are
+from peft_serve.kernels.slot_numbers import SlotFactors, SlotNumbers
 
 
 class LayerBlocks:
@@ -30,7 +27,7 @@ class LayerBlocks:
         self._run = kernel.function(dtype)
         self._num_features, self._dtype = num_features, dtype
         self._kept: dict[int, Tensor] = {}
-        self._numbers = array("q", (num_features,))
+        self._table = SlotNumbers(num_features, each=3)  # where its blocks lie, their size, and how many they are
 
     def put(self, slot: int, blocks_NKK: Tensor) -> None:
         """Keep an adapter's blocks."""
@@ -38,19 +35,17 @@ class LayerBlocks:
         assert blocks_NKK.shape == (num_blocks, size, size), "blocks are squares"
         assert num_blocks * size == self._num_features, "blocks fit their layer"
         own_NKK = blocks_NKK.to(self._dtype).contiguous()
-        self._reach(slot + 1)
         self._kept[slot] = own_NKK
-        self._write(slot, own_NKK.data_ptr(), size, num_blocks)
+        self._table.write(slot, own_NKK.data_ptr(), size, num_blocks)
 
     def drop(self, slot: int) -> None:
         """Forget the slot, if it has something here. Ops that were made before are not to be called again."""
         if self._kept.pop(slot, None) is not None:
-            self._write(slot, 0, 0, 0)
+            self._table.clear(slot)
 
     def op(self, segments: Segments) -> Mix:
         """Mixes the tokens of a step's adapters; those that have nothing here are passed over."""
-        self._reach(segments.num_slots)
-        numbers, run, dtype = self._numbers, self._run, self._dtype
+        blocks, run, dtype = self._table.reaching(segments.num_slots), self._run, self._dtype
         shape = (segments.num_tokens, self._num_features)
 
         def mix(y_TD: Tensor, x_TD: Tensor) -> None:
@@ -58,7 +53,7 @@ class LayerBlocks:
                 raise ValueError(f"blocks for {list(shape)} got x {x_TD.shape} and y {y_TD.shape}")
             x_TD = x_TD.to(dtype).contiguous()
             own_TD = y_TD.to(dtype).contiguous()  # y itself, as a rule
-            run(numbers.buffer_info()[0], segments.address, own_TD.data_ptr(), x_TD.data_ptr())
+            run(blocks.address, segments.address, own_TD.data_ptr(), x_TD.data_ptr())
             if own_TD is not y_TD:
                 y_TD.copy_(own_TD)
 
@@ -66,18 +61,7 @@ class LayerBlocks:
 
     def by_slot(self, segments: Segments) -> SlotFactors:
         """The blocks that the kernel reads for the adapters of a step, for a caller in C++."""
-        self._reach(segments.num_slots)
-        return SlotFactors(self._numbers)
-
-    def _reach(self, num_slots: int) -> None:
-        """Make room for so many slots. The numbers move then, away from ops that were made before."""
-        missing = _HEADER + num_slots * _EACH - len(self._numbers)
-        if missing > 0:
-            self._numbers = self._numbers + array("q", bytes(8 * missing))
-
-    def _write(self, slot: int, *numbers: int) -> None:
-        at = _HEADER + slot * _EACH
-        self._numbers[at : at + _EACH] = array("q", numbers)
+        return self._table.reaching(segments.num_slots)
 
 
 class BlockDiagonalKernel:

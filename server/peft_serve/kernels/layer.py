@@ -21,9 +21,10 @@ from torch import Tensor
 from peft_serve.kernels.attention import PagedAttention, Pages, Rows
 from peft_serve.kernels.block_diagonal import BlockDiagonalKernel
 from peft_serve.kernels.few_rows import FewRows, Product
-from peft_serve.kernels.low_rank import LowRankKernel, Segments, SlotFactors
+from peft_serve.kernels.low_rank import LowRankKernel, Segments
 from peft_serve.kernels.native import NativeCode
 from peft_serve.kernels.row_ops import Norm, RowOps
+from peft_serve.kernels.slot_numbers import SlotFactors
 
 NUM_PROJECTIONS: Final = 7  # q, k, v, o, gate, up, down
 NUM_NORMS: Final = 4  # before attention, of each head's queries and keys, after attention

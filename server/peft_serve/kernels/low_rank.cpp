@@ -6,10 +6,10 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <thread>
 
 #include "lanes.h"
+#include "segments.h"
 #include "team.h"
 
 namespace {
@@ -177,20 +177,6 @@ void expand_many(T* y, long y_step, long num_tokens, const float* low, long low_
       expand_few(num_tokens - m, y + m * y_step + o, y_step, low + m * low_step, low_step, tile + o, rank, num_out - o);
 }
 
-// Memory that a thread keeps from call to call.
-struct Kept {
-  std::unique_ptr<float[]> memory;
-  long size = 0;
-
-  float* of(long wanted) {
-    if (size < wanted) {
-      memory.reset(new float[wanted]);
-      size = wanted;
-    }
-    return memory.get();
-  }
-};
-
 // What one adapter has at a layer; nothing where the rank is 0.
 struct Factors {
   const void *a, *b;
@@ -200,18 +186,6 @@ struct Factors {
 struct Layer {
   int64_t num_in, num_out;
   Factors of_slot[];
-};
-
-// Tokens [first, last) belong to the adapter of a slot.
-struct Segment {
-  int64_t slot, first, last;
-
-  long size() const { return last - first; }
-};
-
-struct Segments {
-  int64_t count;
-  Segment each[];
 };
 
 // The work of a call is cut into units, counted through all segments: so many tokens and ranks, and so many outputs.

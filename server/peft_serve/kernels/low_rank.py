@@ -12,13 +12,13 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
 from peft_serve.kernels.native import NativeCode, NativeError
+from peft_serve.kernels.slot_numbers import SlotFactors, SlotNumbers
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
@@ -56,10 +56,6 @@ class LowRankKernels(Protocol):
     def layer(self, num_in: int, num_out: int, dtype: torch.dtype, parent: str | None = None) -> Factors: ...
 
 
-_HEADER = 2  # numbers in front of a layer's factors: in and out features
-_EACH = 3  # numbers of one slot: the addresses of A and B, and the rank
-
-
 class Segments:
     """Tokens [first, last) and the slot of their adapter, (slot, first, last) each, as the kernel reads them.
 
@@ -77,17 +73,6 @@ class Segments:
         self.address = self._numbers.buffer_info()[0]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotFactors:
-    """Where a layer's factors lie, for as long as no adapter comes or goes."""
-
-    numbers: array[int]
-
-    @property
-    def address(self) -> int:
-        return self.numbers.buffer_info()[0]
-
-
 class LayerFactors:
     """The factors of one layer's adapters by slot, and where they lie."""
 
@@ -98,7 +83,7 @@ class LayerFactors:
         self._dtype = dtype
         self._num_in, self._num_out = num_in, num_out
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._numbers = array("q", (num_in, num_out))
+        self._table = SlotNumbers(num_in, num_out, each=3)  # the addresses of A and B, and the rank
 
     def put(self, slot: int, a_RI: Tensor, b_OR: Tensor) -> None:
         """Keep an adapter's factors: A as it is, B turned, so that both are read along their rows.
@@ -109,9 +94,8 @@ class LayerFactors:
         rank = len(a_RI)
         assert a_RI.shape == (rank, self._num_in), "a factor fits its layer"
         assert b_RO.shape == (rank, self._num_out), "a factor fits its layer"
-        self._reach(slot + 1)
         self._kept[slot] = a_RI, b_RO
-        self._write(slot, a_RI.data_ptr(), b_RO.data_ptr(), rank)
+        self._table.write(slot, a_RI.data_ptr(), b_RO.data_ptr(), rank)
 
     def put_early(self, slot: int, a_RI: Tensor, b_OR: Tensor, wait: Callable[[], None]) -> None:
         """`put`, behind what has to come first."""
@@ -121,18 +105,17 @@ class LayerFactors:
     def drop(self, slot: int) -> None:
         """Forget the slot, if it has something here. Ops that were made before are not to be called again."""
         if self._kept.pop(slot, None) is not None:
-            self._write(slot, 0, 0, 0)
+            self._table.clear(slot)
 
     def op(self, segments: Segments, out_scale: Tensor | None = None, shift: Tensor | None = None) -> Add:
         """Adds the terms of a step's adapters; those that have none here are passed over."""
         assert out_scale is None and shift is None, "vectors are terms of their own here"  # noqa: PT018
-        self._reach(segments.num_slots)
-        numbers, run = self._numbers, self._run
-        layer, steps = numbers.buffer_info()[0], segments.address
+        factors, run = self._table.reaching(segments.num_slots), self._run
+        layer, steps = factors.address, segments.address
         num_x, num_y = segments.num_tokens * self._num_in, segments.num_tokens * self._num_out
         dtype = self._dtype
 
-        def add(y: Tensor, x: Tensor, _alive: object = (numbers, segments)) -> None:  # for as long as it is read
+        def add(y: Tensor, x: Tensor, _alive: object = (factors, segments)) -> None:  # for as long as it is read
             if x.numel() != num_x or y.numel() != num_y:
                 raise ValueError(f"factors for {segments.num_tokens} tokens got x {x.shape} and y {y.shape}")
             if x.dtype is not dtype or not x.is_contiguous():
@@ -148,18 +131,7 @@ class LayerFactors:
 
     def by_slot(self, segments: Segments) -> SlotFactors:
         """The factors that the kernel reads for the adapters of a step, for a caller in C++."""
-        self._reach(segments.num_slots)
-        return SlotFactors(self._numbers)
-
-    def _reach(self, num_slots: int) -> None:
-        """Make room for so many slots. The numbers move then, away from ops that were made before."""
-        missing = _HEADER + num_slots * _EACH - len(self._numbers)
-        if missing > 0:
-            self._numbers = self._numbers + array("q", bytes(8 * missing))
-
-    def _write(self, slot: int, *numbers: int) -> None:
-        at = _HEADER + slot * _EACH
-        self._numbers[at : at + _EACH] = array("q", numbers)
+        return self._table.reaching(segments.num_slots)
 
 
 class LowRankKernel:

@@ -10,7 +10,8 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit, LowRank
 from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import add_low_rank_grids_
-from peft_serve.kernels.low_rank import Factors, LayerFactors, LowRankKernels, SlotFactors
+from peft_serve.kernels.low_rank import Factors, LayerFactors, LowRankKernels
+from peft_serve.kernels.slot_numbers import SlotFactors
 from peft_serve.model.routing import Route, Way
 from peft_serve.model.stacks import Place, SiteStack
 from peft_serve.model.terms.term import OutOp

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from peft_serve.adapters.primitives import Affine, BlockDiagonal, Edit, Paired
 from peft_serve.kernels.block_diagonal import LayerBlocks
-from peft_serve.kernels.low_rank import SlotFactors
 from peft_serve.kernels.mixing import Blocks, Mix, MixingKernels, mixed_by_blocks, mixed_in_pairs
+from peft_serve.kernels.slot_numbers import SlotFactors
 from peft_serve.kernels.subsets import Batch, Subset
 from peft_serve.model.routing import Route
 from peft_serve.model.terms.tables import SlotTable
