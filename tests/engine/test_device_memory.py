@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from errno import ENOMEM
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,20 @@ def test_a_budget_too_small_for_a_block_is_refused() -> None:
         device_memory(sized(device_memory_bytes=MIB).model_copy(update={"block_size": 1 << 14}), base(), 64, silent)
 
 
+@pytest.mark.parametrize(("name", "num_cross_blocks"), [("llama", 0), ("t5", 2)])
+def test_less_than_a_block_is_one_block(name: str, num_cross_blocks: int) -> None:
+    settings = sized(kv_cache_bytes=MIB).model_copy(update={"block_size": 1 << 14})
+    sizes = device_memory(settings, base(name), 64, silent).sizes
+    assert (sizes.num_blocks, sizes.num_cross_blocks) == (2, num_cross_blocks), "and the one that is nobody's"
+
+
 def test_an_encoder_gives_it_all_to_adapters() -> None:
     memory = device_memory(sized(device_memory_bytes=3 * MIB), base("bert"), 64, silent)
     assert (memory.carrier, memory.sizes.max_adapter_bytes) == (None, 3 * MIB)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-def test_a_device_that_has_less_than_it_says_gives_less(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError(), OSError(ENOMEM, "Cannot allocate memory")])
+def test_a_device_that_has_less_than_it_says_gives_less(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(*, num_blocks: int, **facts: Any) -> Arena:
         if num_blocks > fits:
             raise error

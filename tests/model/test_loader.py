@@ -97,6 +97,16 @@ def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path), device="cpu")
 
 
+def test_a_file_that_was_cut_short_is_refused_in_a_line(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(NotServable) as refusal:
+        load_base(str(tmp_path), device="cpu")
+    assert "\n" not in str(refusal.value)
+    assert "safetensors" in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
