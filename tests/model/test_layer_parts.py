@@ -171,7 +171,7 @@ def test_the_bits_are_those_spelled_out_and_other_rows_keep_theirs(worn: tuple[B
 def test_only_what_no_kernel_knows_cuts_the_layer(worn: tuple[Bench, str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench, term = worn
     calls = list[Any]()
-    kernel = bench.layer._layer._kernel
+    kernel = bench.layer._layer.kernel
     inner = kernel.run
     monkeypatch.setattr(kernel, "run", lambda *told: (calls.append(told[-2:]), inner(*told)))
     with_term, without = (bench.run(bench.layer.forward, DECODING, acts=acts) for acts in (True, False))

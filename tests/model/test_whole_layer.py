@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from peft_serve.adapters.base import SiteKind
 from peft_serve.adapters.primitives import Adapter, Affine
+from peft_serve.adapters.sublayer_primitives import Intervention, SubspaceEdit
 from peft_serve.config import Settings
 from peft_serve.core import BASE, AdapterId
 from peft_serve.engine.cpu_kernels import speed_up
@@ -53,8 +55,10 @@ class _Seen:
         self.counts = {"whole": 0, "begun": 0, "own": 0}
         for layer in _whole(base):
             layer._own = self._counted(layer._own)  # type: ignore[method-assign]
-        kernel = _whole(base)[0]._layer._kernel
+        kernel = _whole(base)[0]._layer.kernel
         self._run, kernel.run = kernel.run, self._ran
+        self._run_each, kernel.run_each = kernel.run_each, self._ran_each
+        self.rows = 0  # calls with several layers
 
     def _counted(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -68,6 +72,11 @@ class _Seen:
         if first == Stage.NORM_BEFORE:
             self.counts["whole" if last == Stage.END else "begun"] += 1
         self._run(*told)
+
+    def _ran_each(self, *told: Any) -> None:
+        self.rows += 1
+        self.counts["whole"] += told[2]
+        self._run_each(*told)
 
 
 def _spelled_out(base: ResidentBase) -> None:
@@ -195,6 +204,56 @@ def test_bits_are_the_same_in_bfloat16() -> None:
     _spelled_out(bases[1])
     jobs = [_served(base, _adapters(base, "lora", "lora"), _jobs()) for base in bases]
     assert [job.logprobs for job in jobs[0]] == [job.logprobs for job in jobs[1]]
+
+
+def test_layers_that_run_whole_run_in_one_call() -> None:
+    base = _base("qwen2")
+    _served(base, {}, _jobs(2))  # a pass shows which layer follows which
+    first, second = _whole(base)
+    assert (first.follower, second.follower) == (second, None)
+    seen = _Seen(base)
+    _served(base, _adapters(base, "lora"), _jobs(4))
+    assert seen.rows > 0
+    assert seen.counts["whole"] == 2 * seen.rows, "no decoding layer was called alone"
+
+
+def test_what_acts_behind_a_layer_comes_between() -> None:
+    """Layers that wear nothing inside run whole; what leaves the first one is changed before the second reads it."""
+    bases = (_base("llama"), _base("llama"))
+    _spelled_out(bases[1])
+    seen = _Seen(bases[0])
+    given = []
+    for base in bases:
+        _served(base, {}, _jobs(2))
+        given.append(_served(base, {AdapterId("sha256:" + "1" * 64): _intervening(base)}, _jobs(4)))
+    assert [job.logprobs for job in given[0]] == [job.logprobs for job in given[1]]
+    assert seen.counts["whole"] > 2 * seen.rows > 0, "some layers ran whole and alone"
+    alone = _served(_base("llama"), {}, _jobs(4))
+    assert given[0][1].logprobs != pytest.approx(alone[1].logprobs, rel=1e-3), "the edit does something"
+
+
+def _intervening(base: ResidentBase) -> Adapter:
+    (path,) = (p for p, spec in base.adapted.specs.items() if spec.kind is SiteKind.LAYER and ".0." in p)
+    size, generator = base.shape.hidden_size, torch.Generator().manual_seed(3)
+    edit = SubspaceEdit(
+        source_RD=torch.randn(2, size, generator=generator),
+        source_bias_R=torch.randn(2, generator=generator),
+        projection_RD=torch.randn(2, size, generator=generator) / size,
+    )
+    sites = {path: Intervention(first=edit, last=edit, num_first=2, num_last=2, activation=None, subtracts=True)}
+    return Adapter(id=AdapterId("sha256:" + "1" * 64), method="TEST", sites=sites)
+
+
+def test_layers_with_something_between_them_run_one_by_one() -> None:
+    bases = (_base("llama"), _base("llama"))
+    _spelled_out(bases[1])
+    for base in bases:
+        base.model.get_submodule("model.layers.0").register_forward_hook(lambda _, __, y: 2 * y)
+    seen = _Seen(bases[0])
+    given = [_served(base, {}, _jobs(4)) for base in bases]
+    assert [job.logprobs for job in given[0]] == [job.logprobs for job in given[1]]
+    assert [layer.follower for layer in _whole(bases[0])] == [None, None]
+    assert seen.counts["whole"] > 0 == seen.rows
 
 
 class Doubled(LlamaDecoderLayer):

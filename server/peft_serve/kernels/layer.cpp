@@ -37,6 +37,7 @@ enum NormAt { BEFORE, HEADS_Q, HEADS_K, AFTER, NORMS };
 // What a layer does, one after the other; `Stage` of layer.py.
 enum Stage {
   NORM_BEFORE, READ, NORM_HEADS, ROTATE, ATTEND, WRITE, ADD_WRITTEN, NORM_AFTER, OPEN, GATE_OPENED, CLOSE, ADD_CLOSED,
+  STAGES,
 };
 
 struct Norm {
@@ -226,5 +227,15 @@ void layer_run(const Layer* layer, const Pass* pass, const Here* here, const voi
                long first, long last) {
   const Run run{*layer, *pass, *here, x, attended, y};
   for (long at = first; at < last; ++at) run.stage(at);
+}
+
+// `count` layers one after the other, all stages of each, from x to y over `between`; the three are apart.
+void layers_run(const Layer* const* layers, const Here* const* heres, long count, const Pass* pass, const void* x,
+                void* between, void* y) {
+  for (long i = 0; i < count; ++i) {
+    void* const to = (count - i) % 2 ? y : between;
+    layer_run(layers[i], pass, heres[i], x, pass->attended, to, NORM_BEFORE, STAGES);
+    x = to;
+  }
 }
 }

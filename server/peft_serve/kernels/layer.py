@@ -179,9 +179,13 @@ class LayerKernel:
         row_ops: RowOps,
         blocks: BlockDiagonalKernel,
     ) -> None:
-        self.run: Any = code.library("layer").layer_run
+        library = code.library("layer")
+        self.run: Any = library.layer_run
         self.run.argtypes = [_POINTER] * 6 + [_LONG] * 2
         self.run.restype = None
+        self.run_each: Any = library.layers_run
+        self.run_each.argtypes = [_POINTER] * 2 + [_LONG] + [_POINTER] * 4
+        self.run_each.restype = None
         self._kernels = {
             dtype: _Kernels(
                 *(_address(each) for each in (ops.rms_norm, ops.own_rms_norm, ops.rotate, ops.gate, ops.add)),
@@ -217,8 +221,8 @@ class KernelLayer:
             gate.num_out,
         )
         self._kept = (kernels, parts)  # what the addresses lead to
-        self._kernel = kernel
-        self._at = ctypes.addressof(self._facts)
+        self.kernel = kernel
+        self.address = ctypes.addressof(self._facts)
         self.dtype = q.dtype
         self.num_heads, self.num_kv_heads, self.head = self._facts.heads, self._facts.kv_heads, parts.head
         self._widths = (
@@ -240,7 +244,24 @@ class KernelLayer:
         `attended` [T, H D], without gaps, is what the output projection reads where the kernel has not attended.
         """
         given = (x.data_ptr(), (step.memory.attended if attended is None else attended).data_ptr(), y.data_ptr())
-        self._kernel.run(self._at, step.address, here.address, *given, first, last)
+        self.kernel.run(self.address, step.address, here.address, *given, first, last)
+
+
+class LayerRow:
+    """Layers of the same sizes, whole and one after the other, in one call."""
+
+    def __init__(self, layers: Sequence[KernelLayer], heres: Sequence[Here]) -> None:
+        self._kept = (tuple(layers), tuple(heres))
+        pointers = _POINTER * len(layers)
+        self._layers = pointers(*(layer.address for layer in layers))
+        self._heres = pointers(*(here.address for here in heres))
+        self._kernel, self._count = layers[0].kernel, len(layers)
+
+    def run(self, step: Step, x: Tensor, y: Tensor) -> None:
+        """From x [.., T, I] to y [.., T, I], both without gaps."""
+        between = torch.empty_like(x)
+        places = (x.data_ptr(), between.data_ptr(), y.data_ptr())
+        self._kernel.run_each(self._layers, self._heres, self._count, step.address, *places)
 
 
 class Step:

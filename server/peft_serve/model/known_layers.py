@@ -23,13 +23,14 @@ from peft_serve.model.base import ResidentBase
 from peft_serve.model.gated_mlp import is_silu
 from peft_serve.model.layer_parts import Inside
 from peft_serve.model.paged import PagedDecode
+from peft_serve.model.passing import StepBook
 from peft_serve.model.pools import KVPool, KVShape
 from peft_serve.model.ragged import Span, plan_self
 from peft_serve.model.rotary_attention import RotaryAttention
 from peft_serve.model.sites import AdaptedSites
 from peft_serve.model.sites_forward import DenseSite, NormSite, Site
 from peft_serve.model.sublayers import SublayerSite
-from peft_serve.model.whole_layer import StepBook, WholeLayer
+from peft_serve.model.whole_layer import WholeLayer
 
 _NAMES: Final = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
 _PROJECTIONS: Final = (
@@ -90,7 +91,7 @@ def _inside_of(
     attention = _between(sublayers, module.input_layernorm, module.self_attn)
     gated = _between(sublayers, module.post_attention_layernorm, module.mlp)
     # What acts on all that leaves a layer sees it behind this forward too.
-    behind = {site for p, site in inner.items() if adapted.specs[p].kind is SiteKind.LAYER}
+    behind = frozenset(site for p, site in inner.items() if adapted.specs[p].kind is SiteKind.LAYER)
     here = frozenset(inner.values()) - behind
     known: set[Site | None] = {*projections, *norms, prompts, attention, gated}
     if len(projections) != NUM_PROJECTIONS or len({id(site.lane) for site in here}) != 1 or not here <= known:
@@ -101,6 +102,7 @@ def _inside_of(
         norms=norms,
         prompts=prompts,
         sublayers=(attention, gated),
+        behind=behind,
         lane=projections[0].lane,
     )
 

@@ -110,7 +110,8 @@ class Inside:
     norms: tuple[NormSite | None, ...]  # in the kernel's order
     prompts: AttentionSite | None
     sublayers: tuple[SublayerSite | None, SublayerSite | None]  # of attention, and of the gated layer
-    lane: Lane  # of all of them
+    behind: frozenset[Site]  # what acts on all that leaves the layer, and so behind it
+    lane: Lane  # of all the others
 
     def parts(self, route: Route | None, acting: frozenset[Site]) -> tuple[SitePart, ...]:
         """How the kernel and the sites of the projections share the work of a route with these sites acting."""

@@ -6,77 +6,60 @@ kernel once, a step's tokens once a step, and what adapters add once for each ma
 
 The same kernels run in the same order, so the bits are those of the layer spelled out. That one stays in use for an
 unusual pass. Which adapters' terms run in Python, between which stages, is `layer_parts`'s; whether a layer is of this
-kind, `known_layers`'s.
+kind, `known_layers`'s; what a pass's layers know of one another, `passing`'s.
+
+A layer that runs whole takes those along that follow it and run whole too: they are called later, with what they have
+given by then. Python between two layers is slow, a layer's weights have driven it out of the caches.
 
 Shapes: `T` tokens, `I` features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from peft_serve.kernels.layer import Here, KernelLayer, Stage, Step, StepFacts
-from peft_serve.model.attention import Kind, RaggedAttention, Work
+from peft_serve.kernels.layer import Here, KernelLayer, LayerRow, Stage, Step
+from peft_serve.model.attention import Kind, Work
 from peft_serve.model.layer_parts import WHOLE, Attending, Frame, Inside, Part, cut
 from peft_serve.model.manner import Manner
-from peft_serve.model.paged import PagedDecode
+from peft_serve.model.passing import Angles, StepBook
 from peft_serve.model.pools import KVPool
-from peft_serve.model.rotary_attention import RotaryAttention
 from peft_serve.model.routing import Route
 from peft_serve.model.sites import AdaptedSites
-
-Angles = tuple[Tensor, Tensor]
 
 _MOST_MANNERS: Final = 64  # that a layer remembers
 
 
-class StepBook:
-    """What the layers of one base are told of the pass that runs; gone with it."""
-
-    def __init__(self, attention: RaggedAttention, paged: PagedDecode) -> None:
-        self.attention = attention
-        self.paged = paged
-        self._steps: WeakKeyDictionary[Work, dict[tuple[object, ...], Step]] = WeakKeyDictionary()
-
-    def step(self, work: Work, angles: Angles, layer: KernelLayer, part: RotaryAttention, route: Route | None) -> Step:
-        """The pass, as layers of these sizes, this attention and these angles see it."""
-        steps = self._steps.setdefault(work, {})
-        key = (id(angles[0]), part.terms.window, layer.sizes)  # the step holds the angles: no others have their id
-        if key not in steps:
-            steps[key] = layer.step(self._facts(work, angles, part, route))
-        return steps[key]
-
-    def _facts(self, work: Work, angles: Angles, part: RotaryAttention, route: Route | None) -> StepFacts:
-        plan = work.plan
-        assert plan.writes_T is not None, "a decoder keeps what it reads"
-        return StepFacts(
-            num_tokens=len(plan.writes_T),
-            places_T=plan.writes_T,
-            angles=angles,
-            rows=self.paged.rows(plan.cached[0], part.terms) if plan.is_one_group else None,
-            segments=None if route is None else route.segments,
-            slot_T=None if route is None else route.slot_of_token,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Acting:
     """The layer in one memory and one manner: what its kernel is told, and its parts."""
 
     here: Here
     decoding: tuple[Part, ...]  # where the kernel attends
     reading: tuple[Part, ...]  # where it does not, as for prompts
+    is_changed_behind: bool  # something acts on what leaves the layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Layers that run in one call."""
+
+    members: tuple[WholeLayer, ...]
+    run: LayerRow
+    follower: WholeLayer | None  # of the last one, as far as it was known
 
 
 class WholeLayer:
-    """The forward of one decoder layer."""
+    """The forward of one decoder layer. `follower` is the one that a pass has shown to run on what this one gives,
+    with the same angles."""
+
+    follower: WholeLayer | None
 
     def __init__(
         self, module: nn.Module, layer: KernelLayer, inside: Inside, adapted: AdaptedSites, book: StepBook
@@ -94,6 +77,8 @@ class WholeLayer:
         self._book = book
         self._pool: KVPool | None = None
         self._known: dict[Manner | None, Acting] = {}  # in this pool, since adapters last came or went
+        self.follower = None
+        self._rows: dict[Acting, Row] = {}  # by this layer's own part in each
 
     def forward(
         self,
@@ -105,6 +90,9 @@ class WholeLayer:
     ) -> Tensor:
         """As the module's own; where a pass asks for something unusual, it is the module's own."""
         work = self._book.attention.work(Kind.SELF)
+        passing = None if work is None else self._book.passing(work)
+        if passing is not None and passing.has_run(self, hidden_states):
+            return hidden_states
         if work is None or not self._serves(hidden_states, work, position_embeddings, past_key_values):
             return self._own(
                 hidden_states,
@@ -113,20 +101,49 @@ class WholeLayer:
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        assert position_embeddings is not None, "`_serves` has seen them"
+        assert passing is not None and position_embeddings is not None, "`_serves` has seen them"  # noqa: PT018
+        passing.enter(self, hidden_states, position_embeddings)
         step = self._book.step(work, position_embeddings, self._layer, self._inside.attention, self._inside.lane.route)
-        return self._run(self._in_pass(work), step, work, hidden_states)
-
-    def _run(self, acting: Acting, step: Step, work: Work, x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
+        acting = self._in_pass(work)
         parts = acting.decoding if step.has_rows and acting.here.has_pages else acting.reading
-        if parts is WHOLE:
-            self._layer.run(step, acting.here, x, y, Stage.NORM_BEFORE, Stage.END)
-            return y
+        row = self._row(acting, work) if parts is WHOLE else None
+        if row is None or len(row.members) == 1:
+            return passing.leave((self,), self._in_parts(parts, acting.here, step, work, hidden_states))
+        y = torch.empty_like(hidden_states)
+        row.run.run(step, hidden_states, y)
+        return passing.leave(row.members, y)
+
+    def _row(self, acting: Acting, work: Work) -> Row:
+        """This layer and those that run in one call with it, all decoding in `acting`'s manner."""
+        found = self._rows.get(acting)
+        if found is None or found.members[-1].follower is not found.follower:  # the first pass has yet to tell of it
+            members, heres, last = [self], [acting.here], acting
+            while not last.is_changed_behind and (then := members[-1].follower) is not None:
+                last = then._in_pass(work)
+                if last.decoding is not WHOLE or not last.here.has_pages:
+                    break
+                members.append(then)
+                heres.append(last.here)
+            run = LayerRow([each._layer for each in members], heres)
+            found = self._rows[acting] = Row(members=tuple(members), run=run, follower=members[-1].follower)
+        return found
+
+    def is_alike(self, other: WholeLayer) -> bool:
+        """Whether a step is told to both in the same words."""
+        ours, its = self._inside, other._inside
+        return (
+            self._layer.sizes == other._layer.sizes
+            and ours.attention.terms.window == its.attention.terms.window
+            and ours.lane is its.lane
+            and self._book is other._book
+        )
+
+    def _in_parts(self, parts: Sequence[Part], here: Here, step: Step, work: Work, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
         frame = Frame(work, step.memory, x, y)
         for part in parts:
             if part.first < part.last:
-                self._layer.run(step, acting.here, x, y, part.first, part.last, frame.attended_TD)
+                self._layer.run(step, here, x, y, part.first, part.last, frame.attended_TD)
             for deed in part.deeds:
                 deed(frame)
         return y
@@ -152,11 +169,12 @@ class WholeLayer:
         assert pool is not None, "the attention has seen it"
         manner = self._adapted.manner(route)
         if pool is not self._pool:
-            self._known, self._pool = {}, pool
+            self._known, self._rows, self._pool = {}, {}, pool
         if manner not in self._known:
             if manner is not None:
                 kept = (each for each in self._known if each is None or each.generation == manner.generation)
                 self._known = {each: self._known[each] for each in list(kept)[:_MOST_MANNERS]}
+                self._rows = {each: self._rows[each] for each in self._known.values() if each in self._rows}
             self._known[manner] = self._made(route, pool)
         return self._known[manner]
 
@@ -168,6 +186,9 @@ class WholeLayer:
         here = Here(pages, pool.layer(at), [part.terms for part in parts], gains)
         deeds = inside.deeds(parts, sites)
         reading = cut(deeds | {Stage.ATTEND: [self._attending]}, attends=False)
+        decoding = cut(deeds, attends=True) if deeds else WHOLE
         if inside.prompts is not None and inside.prompts in sites:
-            return Acting(here=here, decoding=reading, reading=reading)
-        return Acting(here=here, decoding=cut(deeds, attends=True) if deeds else WHOLE, reading=reading)
+            decoding = reading
+        return Acting(
+            here=here, decoding=decoding, reading=reading, is_changed_behind=not inside.behind.isdisjoint(sites)
+        )
