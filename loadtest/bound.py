@@ -11,8 +11,8 @@ counted in `loadtest.work`.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -63,6 +63,49 @@ class Work:
         return self.num_flops / rates.flops_per_s
 
 
+class RateMeter:
+    """Takes this machine's rates, with torch's threads as they are set.
+
+    `num_bytes` is what a step reads: the arrays are of that size (and at most `LARGEST_BYTES`), so that a base that
+    fits in a cache is held against the cache's bandwidth. Flops are those of large products: in `dtype`, or in float32
+    where torch has no fast product of the narrower one (a CPU without its instructions: a hundredth), since a step may
+    widen its weights as well.
+    """
+
+    def __init__(
+        self, *, device: str, dtype: torch.dtype, num_bytes: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._device, self._clock = device, clock
+        size = max(1024, min(num_bytes, LARGEST_BYTES) // dtype.itemsize)
+        self._arrays = [torch.ones(size, dtype=dtype, device=device) for _ in range(3)]
+        self._moved = size * dtype.itemsize
+        smallest = min(MATRIX_SIZES)
+        products = {kind: _product(smallest, device, kind) for kind in (dtype, torch.float32)}
+        for act in products.values():
+            act()  # the first one prepares
+        self._kind = min(products, key=lambda kind: self._seconds(products[kind]))
+        self._products = {n: _product(n, device, self._kind) for n in MATRIX_SIZES}
+
+    def once(self) -> MachineRates:
+        """What one pass of each reaches, the best matrix product of several sizes."""
+        a, b, c = self._arrays
+        moved = self._moved
+        size = len(a)
+        return MachineRates(
+            copy_bytes_per_s=2 * moved / self._seconds(lambda: a.copy_(b)),
+            triad_bytes_per_s=3 * moved / self._seconds(lambda: torch.add(b, c, alpha=3, out=a)),
+            read_bytes_per_s=moved / self._seconds(lambda: a.view(-1, 1024).amax(1) if size % 1024 == 0 else a.amax()),
+            flops_per_s=max(2 * n**3 / self._seconds(act) for n, act in self._products.items()),
+        )
+
+    def _seconds(self, act: Callable[[], object]) -> float:
+        began = self._clock()
+        act()
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return self._clock() - began
+
+
 def measure_rates(
     *,
     device: str,
@@ -71,46 +114,18 @@ def measure_rates(
     quick: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> MachineRates:
-    """This machine's rates, with torch's threads as they are set.
-
-    `num_bytes` is what a step reads: the arrays are of that size (and at most `LARGEST_BYTES`), so that a base that
-    fits in a cache is held against the cache's bandwidth.
-    """
-    passes = 3 if quick else 10
-    size = max(1024, min(num_bytes, LARGEST_BYTES) // dtype.itemsize)
-    a, b, c = (torch.ones(size, dtype=dtype, device=device) for _ in range(3))
-    moved = size * dtype.itemsize
-
-    def best_s(act: Callable[[], object]) -> float:
-        return min(_seconds(act, device, clock) for _ in range(passes + 1))
-
-    return MachineRates(
-        copy_bytes_per_s=2 * moved / best_s(lambda: a.copy_(b)),
-        triad_bytes_per_s=3 * moved / best_s(lambda: torch.add(b, c, alpha=3, out=a)),
-        read_bytes_per_s=moved / best_s(lambda: a.view(-1, 1024).amax(1) if size % 1024 == 0 else a.amax()),
-        flops_per_s=_best_rate(best_s, device, dtype),
-    )
+    """The best of several passes of a `RateMeter`."""
+    meter = RateMeter(device=device, dtype=dtype, num_bytes=num_bytes, clock=clock)
+    return joined((meter.once() for _ in range(4 if quick else 11)), max)
 
 
-def _best_rate(best_s: Callable[[Callable[[], object]], float], device: str, dtype: torch.dtype) -> float:
-    """Flops a second of large products: in `dtype`, or in float32 where torch has no fast product of the narrower one
-    (a CPU without its instructions: a hundredth), since a step may widen its weights as well."""
-    rates = {}
-    for kind in {dtype, torch.float32}:
-        smallest = min(MATRIX_SIZES)
-        rates[kind] = 2 * smallest**3 / best_s(_product(smallest, device, kind))
-    fastest = max(rates, key=rates.__getitem__)
-    return max(2 * n**3 / best_s(_product(n, device, fastest)) for n in MATRIX_SIZES)
+def joined(passes: Iterable[MachineRates], of: Callable[[Sequence[float]], float]) -> MachineRates:
+    """One figure of each rate for several passes: their best, or their median."""
+    each = [astuple(one) for one in passes]
+    copy, triad, read, flops = (of(figures) for figures in zip(*each, strict=True))
+    return MachineRates(copy_bytes_per_s=copy, triad_bytes_per_s=triad, read_bytes_per_s=read, flops_per_s=flops)
 
 
 def _product(size: int, device: str, dtype: torch.dtype) -> Callable[[], object]:
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return lambda: left @ right
-
-
-def _seconds(act: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
-    began = clock()
-    act()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - began

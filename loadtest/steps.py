@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,8 @@ from peft_serve.engine.cpu_kernels import speed_up
 from peft_serve.engine.gpu_kernels import speed_up as speed_up_on_gpu
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.runner import StepRunner
+
+T = TypeVar("T")
 
 _BLOCK_SIZE = 16
 
@@ -79,6 +82,21 @@ class StepBench:
         rows = self._rows(load, slots)
         skipped = _warm_ups(repeats)
         return median([self._once_s(rows) for _ in range(repeats + skipped)][skipped:])
+
+    def between(self, load: Load, beside: Callable[[], T], *, repeats: int) -> tuple[float, list[T]]:
+        """Seconds of a step of the base alone, and what `beside` gave: each twice in every round, in the order beside,
+        step, step, beside, so that a machine whose rates change changes them for both."""
+        slots = [BASE_SLOT] * load.num_rows
+        self._fill(load, slots)
+        rows = self._rows(load, slots)
+        for _ in range(_warm_ups(repeats)):
+            self._once_s(rows)
+        times, given = list[float](), list[T]()
+        for _ in range(repeats):
+            given.append(beside())
+            times += [self._once_s(rows) for _ in range(2)]
+            given.append(beside())
+        return median(times), given
 
     def beside_base_s(self, load: Load, slots: list[int], *, repeats: int) -> tuple[float, float]:
         """Seconds of a step whose rows use these slots, and of one without adapters: medians of so many, taken in

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 
-from loadtest.bound import LARGEST_BYTES, MATRIX_SIZES, MachineRates, Work, measure_rates
+from loadtest.bound import LARGEST_BYTES, MATRIX_SIZES, MachineRates, Work, joined, measure_rates
 from loadtest.cli import main
 from loadtest.report import load_report
 from loadtest.steps import StepBench, load_base
@@ -120,11 +122,25 @@ def test_rows_of_any_length_are_stepped(base: ResidentBase) -> None:
         bench.step_s(Load(num_rows=4, num_tokens=48), repeats=1)
 
 
+def test_rates_are_taken_in_turns_with_steps(base: ResidentBase) -> None:
+    seen = list[str]()
+    bench = StepBench(base, num_positions=64, max_rows=4, clock=lambda: float(len(seen)))
+    inner, bench._once_s = bench._once_s, lambda rows: (seen.append("step"), inner(rows))[1]  # type: ignore[method-assign]
+    step_s, given = bench.between(Load(num_rows=1, context=3), lambda: seen.append("rate") or len(seen), repeats=2)
+    assert seen[-8:] == ["rate", "step", "step", "rate"] * 2
+    assert len(given) == 4
+    assert step_s == 0
+    assert joined([RATES, replace(RATES, flops_per_s=30.0)], max).flops_per_s == 30.0
+    assert joined([RATES, replace(RATES, flops_per_s=30.0)], median).flops_per_s == 20.0
+
+
 def test_the_report_puts_steps_beside_their_bounds() -> None:
-    points = [bound.Point(num_rows=n, work=Work(num_bytes=100.0, num_flops=5.0 * n), step_s=2.0) for n in (1, 8)]
-    report = bound.report(points, RATES, base="b")
-    assert [row[6] for row in report.rows] == [2.0, 0.5]
-    assert [row[7] for row in report.rows] == [0.5, 4.0]
+    points = [
+        bound.Point(num_rows=n, work=Work(num_bytes=100.0, num_flops=5.0 * n), step_s=2.0, rates=RATES) for n in (1, 8)
+    ]
+    report = bound.report(points, base="b")
+    assert [row[8] for row in report.rows] == [2.0, 0.5]
+    assert [row[9] for row in report.rows] == [0.5, 4.0]
     assert report.plot is not None
     assert report.plot.bounds["bound"] == ((1.0, 1000.0), (8.0, 4000.0))
 
@@ -135,4 +151,4 @@ def test_the_command_files_a_report(tiny_work: Path, tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     report = load_report(folder)
     assert [row[0] for row in report.rows] == [1, 4, 16]
-    assert all(float(row[5]) > 0 for row in report.rows)
+    assert all(float(row[7]) > 0 for row in report.rows)
