@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import nsmallest
+from itertools import islice
 from random import Random
 from typing import Final, Literal, Protocol, get_args
 
@@ -43,12 +44,12 @@ class Shuffled:
 
     def order(self, adapter: AdapterId, replicas: Sequence[ReplicaState]) -> tuple[str, ...]:  # noqa: ARG002
         """See `Placement`."""
-        names = [replica.name for replica in replicas if not replica.is_full]
+        names = [replica.name for replica in replicas if replica.num_ongoing < replica.max_ongoing]
         return tuple(self._rng.sample(names, min(self._most, len(names))))
 
 
 class LeastLoaded:
-    """`least-loaded`: whoever has the smallest share of the requests it takes; of equals, any."""
+    """`least-loaded`: whoever has the fewest requests for what it runs at once; of equals, any."""
 
     def __init__(self, rng: Random, *, most: int = MOST_ASKED) -> None:
         self._rng = rng
@@ -58,9 +59,9 @@ class LeastLoaded:
         """See `Placement`."""
         draw = self._rng.random
         open_ones = [
-            (replica.num_ongoing / replica.max_ongoing, draw(), replica.name)
-            for replica in replicas
-            if not replica.is_full
+            (one.num_ongoing / (one.max_running or one.max_ongoing), draw(), one.name)  # its load, without a call
+            for one in replicas
+            if one.num_ongoing < one.max_ongoing
         ]
         return tuple(name for _, _, name in nsmallest(self._most, open_ones))
 
@@ -77,6 +78,6 @@ class HashOrder:
         """See `Placement`."""
         if adapter == BASE:
             return self._base.order(adapter, replicas)
-        full = {replica.name for replica in replicas if replica.is_full}
-        ranks = self._ranks.of(adapter, frozenset(replica.name for replica in replicas))
-        return tuple(name for name in ranks if name not in full)[: self._most]
+        full = {replica.name for replica in replicas if replica.num_ongoing >= replica.max_ongoing}
+        ranks = self._ranks.of(adapter, [replica.name for replica in replicas])
+        return tuple(islice((name for name in ranks if name not in full), self._most))

@@ -31,10 +31,10 @@ class Ranks:
 
     def __init__(self, *, max_kept: int = _KEPT) -> None:
         self._max_kept = max_kept
-        self._names: frozenset[str] = frozenset()
+        self._names: list[str] = []
         self._orders: dict[str, tuple[str, ...]] = {}  # least recently used first
 
-    def of(self, adapter: str, names: frozenset[str]) -> tuple[str, ...]:
+    def of(self, adapter: str, names: list[str]) -> tuple[str, ...]:
         """The names in the adapter's order."""
         if names != self._names:
             self._names = names

@@ -20,6 +20,7 @@ class ReplicaState:
     resident: frozenset[AdapterId] = frozenset()  # on its device
     on_host: frozenset[AdapterId] = frozenset()  # in its host memory
     wait_s: float = 0.0  # until a new request's first token, as its engine reckons
+    max_running: int | None = None  # of its requests, those that run at once while others wait; None: all of them
 
     @property
     def is_full(self) -> bool:
@@ -28,5 +29,5 @@ class ReplicaState:
 
     @property
     def load(self) -> float:
-        """The share of the requests it takes that it has; 1 from full on."""
-        return 1.0 if self.is_full else self.num_ongoing / self.max_ongoing
+        """Its requests over those that it runs at once: above 1, some of them wait."""
+        return self.num_ongoing / (self.max_running or self.max_ongoing)

@@ -14,14 +14,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 from random import Random
 
 from peft_serve.core import BASE, AdapterId
 from peft_serve.placement.placements import MOST_ASKED, LeastLoaded
-from peft_serve.placement.rendezvous import Ranks
+from peft_serve.placement.rendezvous import Ranks, ranked
 from peft_serve.placement.replicas import ReplicaState
 
 
@@ -29,16 +30,16 @@ from peft_serve.placement.replicas import ReplicaState
 class Bounds:
     """When a replica is saturated, when it is at ease again, and how far a cold adapter's may be above the mean."""
 
-    saturated_load: float = 0.5  # share of the requests it takes
-    easy_load: float = 0.25
+    saturated_load: float = 1.0  # requests over those that run at once
+    easy_load: float = 0.5
     saturated_wait_s: float = 1.0
     easy_wait_s: float = 0.5
     spread: float = 1.25
 
     def __post_init__(self) -> None:
-        if not 0 < self.easy_load <= self.saturated_load <= 1:
+        if not 0 < self.easy_load <= self.saturated_load:
             told = f"easy_load is {self.easy_load} and saturated_load {self.saturated_load}"
-            raise ValueError(f"{told}: they are shares, and the first is not above the second")
+            raise ValueError(f"{told}: both are above zero, and the first is not above the second")
         if not 0 < self.easy_wait_s <= self.saturated_wait_s:
             told = f"easy_wait_s is {self.easy_wait_s} and saturated_wait_s {self.saturated_wait_s}"
             raise ValueError(f"{told}: both are above zero, and the first is not above the second")
@@ -69,31 +70,51 @@ class ResidencyAware:
         """See `Placement`."""
         if adapter == BASE:
             return self._base.order(adapter, replicas)
-        known = {replica.name: replica for replica in replicas}
-        ranks = self._ranks.of(adapter, frozenset(known))
-        line = [replica for replica in map(known.__getitem__, ranks) if not replica.is_full]
-        warm = [replica for replica in line if adapter in replica.resident]
-        warm += [replica for replica in line if adapter in replica.on_host and adapter not in replica.resident]
-        first = self._copy(warm, line) if warm else self._home(line, replicas)
-        rest = [*sorted(warm, key=_load), *line]
-        names = dict.fromkeys(replica.name for replica in (*first, *rest))
-        return tuple(names)[: self._most]
+        names: dict[str, None] = {}
+        for replica in self._line(adapter, replicas):
+            names[replica.name] = None
+            if len(names) == self._most:
+                break
+        return tuple(names)
 
-    def _copy(self, warm: Sequence[ReplicaState], line: Sequence[ReplicaState]) -> list[ReplicaState]:
-        """Whoever of those who have it is to serve it, or who is to have it too."""
+    def _line(self, adapter: AdapterId, replicas: Sequence[ReplicaState]) -> Iterator[ReplicaState]:
+        """Everybody who is not full, best first, some twice; reckoned no farther than it is read."""
+        warm = _ranked(adapter, [one for one in replicas if adapter in one.resident])
+        warm += _ranked(adapter, [one for one in replicas if adapter in one.on_host and adapter not in one.resident])
+        chosen = self._chosen(warm)
+        yield from chosen
+        ranks = self._ranks.of(adapter, [replica.name for replica in replicas])
+        known = {replica.name: replica for replica in replicas if not replica.is_full}
+        if not warm:
+            bound = self._bound(replicas) if replicas else 0
+            yield from islice((one for one in _in_order(ranks, known) if one.num_ongoing < bound), 1)
+        elif not chosen:
+            yield from islice((one for one in _in_order(ranks, known) if self._bounds.is_easy(one)), 1)
+        yield from sorted(warm, key=_load)
+        yield from _in_order(ranks, known)
+
+    def _chosen(self, warm: Sequence[ReplicaState]) -> list[ReplicaState]:
+        """Whoever of those who have it is to serve it; nobody where all of them are saturated."""
         for replica in warm:
             if self._bounds.is_easy(replica):
                 return [replica]
-        least = min(warm, key=_load)
-        if not self._bounds.is_saturated(least):
-            return [least]
-        return [replica for replica in line if self._bounds.is_easy(replica)][:1]
+        least = min(warm, key=_load, default=None)
+        return [] if least is None or self._bounds.is_saturated(least) else [least]
 
-    def _home(self, line: Sequence[ReplicaState], replicas: Sequence[ReplicaState]) -> list[ReplicaState]:
-        """The first in the line below the bound, with the request that is to be placed counted in the mean."""
+    def _bound(self, replicas: Sequence[ReplicaState]) -> int:
+        """The requests at which a replica gets no cold adapter; the request that is to be placed is in the mean."""
         total = 1 + sum(replica.num_ongoing for replica in replicas)
-        bound = ceil(self._bounds.spread * total / max(1, len(replicas)))
-        return [replica for replica in line if replica.num_ongoing < bound][:1]
+        return ceil(self._bounds.spread * total / len(replicas))
+
+
+def _ranked(adapter: AdapterId, those: Sequence[ReplicaState]) -> list[ReplicaState]:
+    """Those who are not full, in the adapter's order: that of all the others, without them."""
+    known = {replica.name: replica for replica in those if not replica.is_full}
+    return [*_in_order(ranked(adapter, known), known)]
+
+
+def _in_order(ranks: Sequence[str], known: Mapping[str, ReplicaState]) -> Iterator[ReplicaState]:
+    return (known[name] for name in ranks if name in known)
 
 
 def _load(replica: ReplicaState) -> tuple[float, float]:
