@@ -18,6 +18,7 @@ from loadtest.machine import Provenance, command_line, commit, machine, others_c
 from loadtest.options import add_common, read_options
 from loadtest.page import find_results, page
 from loadtest.report import Report, log_entry
+from loadtest.simulation import command as simulation
 from loadtest.stage import Stage
 from loadtest.targets import judged
 from loadtest.trace import Trace, TraceSpec, build_trace
@@ -143,6 +144,9 @@ def _parser() -> ArgumentParser:
     played.add_argument("--closed", action="store_true", help="closed loop with --concurrency in flight")
     offline = "eviction policies on a server's --cache-trace, without a server"
     _add_cache_replay(commands.add_parser("cache-replay", help=offline, description=offline))
+    simulated = commands.add_parser("simulate", help=simulation.ABOUT, description=simulation.ABOUT)
+    simulation.add_options(simulated)
+    simulated.set_defaults(reckoning=simulation.run_parsed)
     compare.add_options(add("compare", "one trace on several servers and loops", compare.run_parsed))
     sides = "this server, peft, llama.cpp's server and others, side by side: a table by traffic and load"
     beside.add_options(add("beside", sides, beside.run_parsed))

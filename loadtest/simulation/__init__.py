@@ -1,0 +1,1 @@
+"""A simulation of many replicas: the shipped placements and eviction over measured times, without a server."""
