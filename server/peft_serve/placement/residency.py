@@ -79,8 +79,9 @@ class ResidencyAware:
 
     def _line(self, adapter: AdapterId, replicas: Sequence[ReplicaState]) -> Iterator[ReplicaState]:
         """Everybody who is not full, best first, some twice; reckoned no farther than it is read."""
-        warm = _ranked(adapter, [one for one in replicas if adapter in one.resident])
-        warm += _ranked(adapter, [one for one in replicas if adapter in one.on_host and adapter not in one.resident])
+        those = [one for one in replicas if adapter in one.resident or adapter in one.on_host]
+        warm = _ranked(adapter, those)
+        warm.sort(key=lambda one: adapter not in one.resident)
         chosen = self._chosen(warm)
         yield from chosen
         ranks = self._ranks.of(adapter, [replica.name for replica in replicas])
