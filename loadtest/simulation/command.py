@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from rich.console import Console
 
@@ -27,6 +27,7 @@ from loadtest.simulation.traffic import TrafficSpec
 from peft_serve.placement.choosing import make_placement
 from peft_serve.placement.placements import PLACEMENTS, PlacementName
 from peft_serve.placement.rendezvous import Ranks
+from peft_serve.placement.residency import Bounds
 
 ABOUT: Final = "placements on 2 to 1,000 simulated replicas: hit rates, times to the first token, goodput"
 BYTES_OF_RANK: Final = 625_000  # of the 0.1 B shape, every layer adapted
@@ -58,6 +59,7 @@ class Plan:
     warm_up_s: float = 60.0
     duration_s: float = 60.0
     report_s: float = 0.5
+    bounds: Bounds
     seed: int = 0
 
     @property
@@ -97,7 +99,7 @@ Found = dict[tuple[Case, PlacementName], Figures]
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of `simulate`."""
-    many = {"action": "append", "default": []}
+    many: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--replicas", type=whole_from(1), **many, help="replicas (repeatable; default 2, 8 and 64)")
     parser.add_argument("--adapters", type=whole_from(1), default=100, help="adapters for each replica (default 100)")
     parser.add_argument("--popularity", type=popularity, **many, help="repeatable; default zipf:1 and drift")
@@ -119,6 +121,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=above_zero, default=0.5, help="seconds between a replica's reports (default 0.5)"
     )
+    least = "requests over rows at which a replica is saturated, and below which it is at ease (default 1,0.5)"
+    parser.add_argument("--bounds", type=in_words(_bounds), default="1,0.5", help=f"of residency: {least}")
     parser.add_argument("--warm-up", type=above_zero, help="seconds before the measured ones (default 60, quick 5)")
     parser.add_argument("--duration", type=above_zero, help="seconds that are measured (default 60, quick 5)")
     parser.add_argument("--seed", type=whole_from(0), default=0)
@@ -131,6 +135,14 @@ def _ranks(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"ranks {text!r}: write whole numbers from 1 on, for instance 64,32,16,8")
     return tuple(map(int, parts))
+
+
+def _bounds(text: str) -> Bounds:
+    try:
+        saturated, easy = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"bounds {text!r}: write two numbers, for instance 1,0.5") from None
+    return Bounds(saturated_load=saturated, easy_load=easy)
 
 
 def run_parsed(parsed: Namespace) -> Report:
@@ -162,6 +174,7 @@ def read_plan(parsed: Namespace) -> Plan:
         warm_up_s=parsed.warm_up or haste_s,
         duration_s=parsed.duration or haste_s,
         report_s=parsed.report,
+        bounds=parsed.bounds,
         seed=parsed.seed,
     )
 
@@ -212,7 +225,7 @@ def _play(plan: Plan, case: Case, name: PlacementName, ranks: Ranks, tick: Calla
         shape=plan.shape,
         times=plan.sourced.times,
     )
-    placement = make_placement(name, placement_rng(plan.seed), most=1, ranks=ranks)
+    placement = make_placement(name, placement_rng(plan.seed), bounds=plan.bounds, most=1, ranks=ranks)
     return figures(traffic, Cluster(spec, placement, traffic).play(tick, ticks=TICKS), plan.window)
 
 

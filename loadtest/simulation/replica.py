@@ -155,7 +155,7 @@ class Replica:
 
     def _admit(self, budget: int) -> int:
         """Seat those who wait while there are rows and tokens; tokens of their prompts."""
-        taken, passed = 0, []
+        taken, passed = 0, list[int]()
         while self._ready and self._num_rows < self._shape.max_rows and taken < budget and len(passed) < _OVERTAKERS:
             request = self._ready.popleft()
             if not self._seat(self._requests.adapters[request]):

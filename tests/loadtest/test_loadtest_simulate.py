@@ -335,6 +335,16 @@ def test_the_command_files_what_it_finds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "told"),
+    [("--bounds 1", "two numbers"), ("--bounds 1,2", "not above the second"), ("--ranks 8,0", "whole numbers from 1")],
+)
+def test_options_that_cannot_be_are_refused(options: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", *options.split()])
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
     [
         ("--model a.json --url http://localhost:1", "leave one of them out"),
         ("--model none.json", "none.json"),
