@@ -15,7 +15,33 @@ def plots_of(report: Report) -> list[Plot]:
     latency = _latency_over_load(report) if report.name == "w2" else None
     speed = _speed_by_popularity(report) if report.name == "w4" else None
     own = report.plot if speed is None else None  # W4's own shows the same as ratios
-    return [plot for plot in (latency, speed, own) if plot is not None]
+    simulated = _by_placement(report) if report.name == "simulate" else []
+    return [*(plot for plot in (latency, speed, own) if plot is not None), *simulated]
+
+
+def _by_placement(report: Report) -> list[Plot]:
+    """A simulation's first tokens at the 99th percentile and hits on the device, by case and placement."""
+    cases = tuple(dict.fromkeys(str(row[0]) for row in report.rows))
+    shown = (
+        ("TTFT p99 ms", "The slowest first tokens", "TTFT p99, ms"),
+        ("device", "Adapters found on the device", "share of requests"),
+    )
+    plots = []
+    for column, title, y_label in shown:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in rows_of(report):
+            case, placement = (str(row[name]) for name in report.columns[:2])
+            series.setdefault(placement, []).append((float(cases.index(case)), float(row[column])))
+        plots.append(
+            Plot(
+                title=title,
+                x_label=report.columns[0],
+                y_label=y_label,
+                series={name: tuple(points) for name, points in series.items()},
+                ticks=cases,
+            )
+        )
+    return plots
 
 
 def _latency_over_load(report: Report) -> Plot | None:

@@ -33,6 +33,7 @@ QUESTIONS: Mapping[str, tuple[str, str]] = {
     "edge": ("The edge", "What becomes of the others when clients misbehave, or when there are too many of them?"),
     "policies": ("Scheduling policies", "What does each order of the queue do for whom, and what does it cost?"),
     "cache-replay": ("Caches, offline", "Which hit rate would another eviction policy or size have had?"),
+    "simulate": ("Many replicas", "Which placement serves adapters best on 2 to 1,000 simulated replicas?"),
     "compare": ("Peers", "How do others fare on the same trace, and do they say the same?"),
     "beside": ("Side by side", "Is this faster than peft, llama.cpp and others, row by row, and with what memory?"),
     "replay": ("Replay", "How does one saved trace run?"),

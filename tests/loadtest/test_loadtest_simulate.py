@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.cli import main
+from loadtest.figures import plots_of
 from loadtest.lengths import Lengths, parse_lengths
 from loadtest.popularity import zipf_weights
 from loadtest.report import load_report
@@ -331,6 +332,11 @@ def test_the_command_files_what_it_finds(tmp_path: Path) -> None:
     assert tables[0].rows == tables[1].rows
     assert [row[:2] for row in tables[0].rows] == [("2, zipf:1, full", "residency"), ("2, zipf:1, full", "random")]
     assert "loadtest/LOG.md" in tables[0].notes[0]
+    in_time, latest, hits = plots_of(tables[0])
+    by_name = dict(zip(tables[0].columns, tables[0].rows[1], strict=True))
+    assert latest.series["random"] == ((0, by_name["TTFT p99 ms"]),)
+    assert hits.series["random"] == ((0, by_name["device"]),)
+    assert in_time.series["random"][0][1] == pytest.approx(by_name["in time"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
