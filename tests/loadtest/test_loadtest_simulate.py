@@ -126,11 +126,12 @@ def test_rows_share_steps_and_each_step_gives_each_a_token() -> None:
 
 def test_a_step_takes_time_for_tokens_ranks_and_positions() -> None:
     times = replace(PLAIN, token=0.1, rank=0.01, position=0.001, from_disk=0.0)
-    traffic = requests((0, 0, 4, 2), (0, 0, 6, 1), (0, 1, 5, 1))
+    traffic = requests((0, 0, 4, 2), (0, 0, 6, 1), (0, 1, 5, 1), (50, BASE_NUMBER, 3, 1))
     played = play(cluster(times=times), traffic)
     # The first step has the first request alone, the second its one token and both other prompts.
     assert played.first_s[0] == pytest.approx(1 + 0.4 + 0.08 + 0.004)
     assert played.end_s[0] - played.first_s[0] == pytest.approx(1 + 1.2 + 0.16 + 0.015)
+    assert played.first_s[3] == pytest.approx(50 + 1 + 0.3 + 0.003)
 
 
 def test_long_prompts_are_read_in_parts() -> None:
