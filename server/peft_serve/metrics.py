@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from peft_serve.alias_figures import AliasFigures
 from peft_serve.decode_figures import DecodeFigures
+from peft_serve.gateway_figures import GatewayFigures, GatewayState, LoadedAdapter
 from peft_serve.tenant_figures import TenantFigures
 
 Tier = Literal["device", "host", "disk"]
@@ -50,11 +51,13 @@ class RequestFigures:
 class StateFigures:
     """The moment's state, set just before a scrape."""
 
+    now_s: float  # unix seconds
     num_running: int
     num_waiting: int
     resident_adapters: tuple[str, ...]
     waiting_adapters: tuple[str, ...]
     host_adapters: tuple[str, ...]
+    loaded: tuple[LoadedAdapter, ...]  # under every name they are asked for by
     device_bytes: int
     host_bytes: int
     kv_usage: float
@@ -136,15 +139,7 @@ class Metrics:
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait.")
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKENS)
-        self._cache_config = Gauge(
-            "vllm:cache_config_info", "Size of the KV cache.", ["block_size", "num_gpu_blocks"], registry=r
-        )
-        self._lora_info = Gauge(
-            "vllm:lora_requests_info",
-            "Resident and waiting adapters.",
-            ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
-            registry=r,
-        )
+        self._gateway = GatewayFigures(r, self._model_name)
         self._step_s = Histogram(
             "peft_serve_step_seconds", "Plan, run and commit of a step.", buckets=_LATENCY_S, registry=r
         )
@@ -307,12 +302,17 @@ class Metrics:
         self._stalled.set(state.stalled_s)
         for name in ENGINE_STATES:
             self._engine_state.labels(name).set(name == state.engine_state)
-        self._cache_config.clear()
-        self._cache_config.labels(str(state.block_size), str(state.num_blocks)).set(1)
-        # Gateways read exactly one sample, whose *running* are the adapters that are ready to run: the residents.
-        self._lora_info.clear()
-        resident, waiting = ",".join(state.resident_adapters), ",".join(state.waiting_adapters)
-        self._lora_info.labels(str(state.max_resident), resident, waiting).set(1)
+        self._gateway.set_state(
+            GatewayState(
+                now_s=state.now_s,
+                loaded=state.loaded,
+                waiting=state.waiting_adapters,
+                num_resident=len(state.resident_adapters),
+                max_resident=state.max_resident,
+                block_size=state.block_size,
+                num_blocks=state.num_blocks,
+            )
+        )
         self._adapter_resident.clear()
         for tier, names in (("device", state.resident_adapters), ("host", state.host_adapters)):
             for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ ZIP = {"content-type": "application/zip"}
 
 @dataclass(frozen=True)
 class Load:
-    """The metrics of a server before it was asked anything, while it was busy, and afterwards."""
+    """The metrics of a server before it was asked anything, while it was busy, afterwards, and while it drained."""
 
     before: Page
     busy: Page
     after: Page
+    draining: Page
+    draining_status: dict[str, int]  # of the routes that are asked about it meanwhile
+    drained_status: int  # of the answer that ran
     routes: frozenset[str]
 
 
@@ -55,6 +59,22 @@ def busy(served: ServedModel) -> Page:
     return seen
 
 
+def draining(served: ServedModel) -> tuple[Page, dict[str, int], int]:
+    """A look while one request runs and no other is let in, as after SIGTERM."""
+    running: Future[int] = Future()
+    asked = threading.Thread(target=lambda: running.set_result(ask(served, "a", **LONG)))
+    asked.start()
+    deadline = time.monotonic() + 20
+    while not served.engine.snapshot().num_running:
+        assert time.monotonic() < deadline, "it runs"
+        time.sleep(0.001)
+    served.engine.close_admission()
+    seen = page(served)
+    statuses = {path: served.client.get(path).status_code for path in ("/readyz", "/health", "/livez", "/metrics")}
+    asked.join()
+    return seen, statuses, running.result()
+
+
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     root = tmp_path_factory.mktemp("load")
@@ -71,4 +91,14 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
             assert ask(served, name) == 200
         seen = busy(served)
         routes = frozenset(served.client.get("/openapi.json").json()["paths"])
-        return Load(before=before, busy=seen, after=page(served), routes=routes)
+        after = page(served)
+        drained, statuses, status = draining(served)
+        return Load(
+            before=before,
+            busy=seen,
+            after=after,
+            draining=drained,
+            draining_status=statuses,
+            drained_status=status,
+            routes=routes,
+        )

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 class Page:
     """Every sample by its series name."""
 
+    text: str
     types: Mapping[str, str]  # of each series name, its family's type
     samples: Mapping[str, tuple[tuple[Mapping[str, str], float], ...]]
 
@@ -23,7 +24,7 @@ class Page:
             for sample in family.samples:
                 types[sample.name] = family.type
                 samples.setdefault(sample.name, []).append((sample.labels, sample.value))
-        return cls(types, {name: tuple(each) for name, each in samples.items()})
+        return cls(text, types, {name: tuple(each) for name, each in samples.items()})
 
     def labels(self, name: str) -> set[str]:
         """The labels that a scraped series of the name has; Prometheus puts on the first two."""

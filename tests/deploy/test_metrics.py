@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from peft_serve import __version__
-from peft_serve.core import AdapterId
-from peft_serve.engine.snapshot import EngineSnapshot
 from peft_serve.metrics import ENGINE_STATES
-from tests.api.api_fakes import FakeEngine, make_world
-from tests.api.conftest import http, populate
 from tests.deploy.conftest import Load
-from tests.deploy.pages import Page
 
 COUNTED = {
     "vllm:time_to_first_token_seconds_count": {},
@@ -99,79 +91,5 @@ def test_a_dashboard_made_for_vllm_finds_the_model(load: Load) -> None:
 
 
 def test_families_have_the_types_that_gateways_expect(load: Load) -> None:
-    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "lora_requests_info"):
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"):
         assert load.after.types[f"vllm:{name}"] == "gauge"
-
-
-# ---- the Gateway API inference extension's endpoint picker, as its extractor reads a page ----
-
-
-@dataclass
-class Endpoint:
-    """What the picker schedules by."""
-
-    waiting: int = 0
-    running: int = 0
-    kv_usage: float = 0.0
-    active_models: set[str] = field(default_factory=set)
-    waiting_models: set[str] = field(default_factory=set)
-    max_active_models: int = 0
-    block_size: int = 0
-    num_blocks: int = 0
-
-
-def extracted(seen: Page) -> Endpoint:
-    """Of a family one sample counts; of the adapters' family the one with the largest value that names any."""
-    endpoint = Endpoint(
-        waiting=int(seen.samples["vllm:num_requests_waiting"][0][1]),
-        running=int(seen.samples["vllm:num_requests_running"][0][1]),
-        kv_usage=seen.samples["vllm:kv_cache_usage_perc"][0][1],
-    )
-    latest, latest_value = None, 0.0
-    for labels, value in seen.samples["vllm:lora_requests_info"]:
-        if (labels["running_lora_adapters"] or labels["waiting_lora_adapters"]) and value > latest_value:
-            latest, latest_value = labels, value
-    if latest is not None:
-        endpoint.active_models = split(latest["running_lora_adapters"])
-        endpoint.waiting_models = split(latest["waiting_lora_adapters"])
-        endpoint.max_active_models = int(latest["max_lora"])
-    config, _ = seen.samples["vllm:cache_config_info"][0]
-    endpoint.block_size, endpoint.num_blocks = int(config["block_size"]), int(config["num_gpu_blocks"])
-    return endpoint
-
-
-def split(names: str) -> set[str]:
-    return {name.strip() for name in names.split(",") if name.strip()}
-
-
-class PickedEngine(FakeEngine):
-    """The fake engine in a state that a picker has to read."""
-
-    waiting: tuple[AdapterId, ...] = ()
-
-    def snapshot(self) -> EngineSnapshot:
-        return replace(super().snapshot(), num_running=3, num_waiting=5, kv_usage=0.25, waiting_adapters=self.waiting)
-
-
-async def test_an_endpoint_picker_sees_residents_and_waiting_adapters(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    world = make_world(tiny_tokenizer, tmp_path)
-    engine = PickedEngine(world.parts.codec)
-    world = replace(world, engine=engine, parts=replace(world.parts, engine=engine))
-    populate(world)
-    async with http(world) as client:
-        nobody = extracted(Page.read((await client.get("/metrics")).text))
-        assert (nobody.waiting, nobody.running, nobody.kv_usage) == (5, 3, 0.25)
-        assert (nobody.active_models, nobody.waiting_models) == (set(), set())
-        for name in ("plain", "soft"):
-            await client.post(f"/adapters/{name}/load")
-        engine.waiting = (world.adapters["complaints"],)
-        engine.start()
-        await client.post("/generate?adapter=complaints", json={"inputs": "a", "parameters": {"max_new_tokens": 1}})
-        engine.stop()
-        for _ in range(2):  # what was told before must not stay beside it
-            seen = Page.read((await client.get("/metrics")).text)
-            assert len(seen.samples["vllm:lora_requests_info"]) == 1
-            picked = extracted(seen)
-            assert picked.waiting_models == {"complaints"}
-            assert len(picked.active_models) == 2
-            assert (picked.max_active_models, picked.block_size, picked.num_blocks) == (8, 16, 99)

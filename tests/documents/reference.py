@@ -239,7 +239,8 @@ def metrics_page() -> str:
     for family in registry.collect():
         if not family.name.startswith("process_"):
             name = family.name + ("_total" if family.type == "counter" else "")
-            names = ", ".join(f"`{label}`" for label in labels.get(family.name, ()))
+            own = getattr(family, "_labelnames", ())
+            names = ", ".join(f"`{label}`" for label in labels.get(family.name, own))
             lines.append(row(f"`{name}`", family.type, names, family.documentation))
     return "\n".join(lines) + "\n"
 

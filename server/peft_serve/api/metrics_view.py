@@ -28,7 +28,7 @@ def _seen_line(line: str, principal: Principal) -> str | None:
     if line.startswith("#") or "{" not in line:
         return line
     labels = {found["name"]: found["value"] for found in _LABEL.finditer(line)}
-    adapter, tenant = labels.get("adapter"), labels.get("tenant")
+    adapter, tenant = labels.get("adapter", labels.get("adapter_name")), labels.get("tenant")
     if adapter is not None and adapter not in _NOT_ONE and not principal.sees_all_of(adapter):
         return None
     if "alias" in labels and not principal.sees_all_of(labels["alias"]):

@@ -6,6 +6,7 @@ None of them waits for anything but the metrics page, and that only for a render
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from enum import Enum
 from typing import Final
 
@@ -25,8 +26,10 @@ from peft_serve.api.principal import principal_of
 from peft_serve.api.service import Service
 from peft_serve.api.store_threads import StoreThreads
 from peft_serve.api.ui import moved
+from peft_serve.core import BASE
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.errors import AdapterInvalid, AdapterUnavailable, Unavailable
+from peft_serve.gateway_figures import LoadedAdapter
 from peft_serve.metrics import CONTENT_TYPE, StateFigures
 
 MAX_STALL_S: Final = 60.0
@@ -117,11 +120,13 @@ class OperationRoutes:
     def _figures(self, snapshot: EngineSnapshot) -> StateFigures:
         name = self._service.name_of
         return StateFigures(
+            now_s=self._service.now(),
             num_running=snapshot.num_running,
             num_waiting=snapshot.num_waiting,
             resident_adapters=tuple(dict.fromkeys(name(r.adapter) for r in snapshot.resident)),
-            waiting_adapters=tuple(dict.fromkeys(name(adapter) for adapter in snapshot.waiting_adapters)),
+            waiting_adapters=tuple(name(adapter) for adapter in snapshot.waiting_adapters if adapter != BASE),
             host_adapters=tuple(dict.fromkeys(name(adapter) for adapter in snapshot.host_adapters)),
+            loaded=tuple(self._loaded(snapshot)),
             device_bytes=snapshot.device_bytes,
             host_bytes=snapshot.host_bytes,
             kv_usage=snapshot.kv_usage,
@@ -132,6 +137,12 @@ class OperationRoutes:
             engine_state=snapshot.state.value,
             stalled_s=snapshot.stalled_s,
         )
+
+    def _loaded(self, snapshot: EngineSnapshot) -> Iterator[LoadedAdapter]:
+        on_device = {resident.adapter for resident in snapshot.resident}
+        for adapter in (*snapshot.host_adapters, *on_device):
+            for name in self._service.names_of(adapter):
+                yield LoadedAdapter(name=name, is_on_device=adapter in on_device, is_pinned=adapter in snapshot.pinned)
 
     async def models(self, request: Request) -> Response:
         base = self._parts.base

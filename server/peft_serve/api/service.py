@@ -26,7 +26,9 @@ from peft_serve.engine.client import EngineClient
 from peft_serve.engine.parts import ServerParts
 
 MAX_NAMES: Final = 4096
-"""Names remembered for metrics; the one that was asked for longest ago is forgotten first."""
+"""Adapters whose names are remembered for metrics; the one that was asked for longest ago is forgotten first."""
+MAX_NAMES_OF_ONE: Final = 4
+"""Of an adapter that was published under several names, those that it was asked for by last."""
 
 
 class Service:
@@ -42,7 +44,7 @@ class Service:
         self.text_threads = TextThreads(max_waiting=parts.settings.max_queue)
         self._admission: Admission | None = None
         self._trial: Trial | None = None
-        self._names: dict[AdapterId, str] = {}
+        self._names: dict[AdapterId, tuple[str, ...]] = {}
         self.intake = Intake(parts, self.trial, now=now, new_id=self.new_id)
         card = parts.base
         seen = f"{__version__} {card.name} {card.class_name} {card.dtype} {card.num_parameters}"
@@ -80,11 +82,15 @@ class Service:
 
     def learn(self, adapter: AdapterId, name: str) -> None:
         """Remember by which name an adapter was last asked for."""
-        self._names.pop(adapter, None)
-        self._names[adapter] = name
+        others = (each for each in self._names.pop(adapter, ()) if each != name)
+        self._names[adapter] = (name, *others)[:MAX_NAMES_OF_ONE]
         if len(self._names) > MAX_NAMES:
             del self._names[next(iter(self._names))]
 
     def name_of(self, adapter: AdapterId) -> str:
         """The name an adapter was last asked for by; without one, the beginning of its digest."""
-        return self._names.get(adapter, adapter[:19])
+        return self.names_of(adapter)[0]
+
+    def names_of(self, adapter: AdapterId) -> tuple[str, ...]:
+        """The names it was lately asked for by, the last first; without one, the beginning of its digest."""
+        return self._names.get(adapter) or (adapter[:19],)
