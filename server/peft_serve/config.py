@@ -141,7 +141,9 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(
         default=None, description="YAML file of keys, tenants and quotas; it is read again when it changes"
     )
-    metrics_public: bool = Field(default=False, description="answer /metrics without a key, where keys are asked for")
+    metrics_public: bool = Field(
+        default=False, description="answer /metrics (and /metrics/gateway) without a key, where keys are asked for"
+    )
     max_body_bytes: int = Field(default=4 * MIB, ge=1024, description="largest request body that is not an upload")
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="time for a request's body to come, and a second more for each KiB of it"

@@ -17,6 +17,17 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 MAX_HOST_SERIES: Final = 256  # adapters that are on the host only; those used last are told
+GATEWAY_SERIES: Final = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:cache_config_info",
+    "vllm:lora_requests_info",
+    "vllm:lora_adapter_loaded",
+    "vllm:num_gpu_loaded_lora_adapters",
+    "vllm:max_gpu_lora_adapters",
+)
+"""All that endpoint pickers read, those of `Metrics` among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

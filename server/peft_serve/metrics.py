@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from peft_serve.alias_figures import AliasFigures
 from peft_serve.decode_figures import DecodeFigures
-from peft_serve.gateway_figures import GatewayFigures, GatewayState, LoadedAdapter
+from peft_serve.gateway_figures import GATEWAY_SERIES, GatewayFigures, GatewayState, LoadedAdapter
 from peft_serve.tenant_figures import TenantFigures
 
 Tier = Literal["device", "host", "disk"]
@@ -331,6 +331,10 @@ class Metrics:
     def render(self) -> bytes:
         """The page a scraper reads, as `CONTENT_TYPE`."""
         return generate_latest(self._registry)
+
+    def render_for_gateways(self) -> bytes:
+        """Of it what endpoint pickers read: so little that they may ask twenty times a second."""
+        return generate_latest(self._registry.restricted_registry(GATEWAY_SERIES))
 
     def _label(self, adapter: str) -> str:
         if adapter in self._labels:

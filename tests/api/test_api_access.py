@@ -224,7 +224,8 @@ def test_a_need_is_met_by_its_own_scope() -> None:
 async def test_metrics_may_be_made_public(tiny_tokenizer: Any, tmp_path: Path) -> None:
     with running(keyed_world(tiny_tokenizer, tmp_path, SCOPED, metrics_public=True)) as world:
         app = create_app(world.parts)
-        assert (await begin(app, "GET", "/metrics")).status == 200
+        for path in ("/metrics", "/metrics/gateway"):
+            assert (await begin(app, "GET", path)).status == 200
         assert (await begin(app, "GET", "/adapters")).status == 401
 
 

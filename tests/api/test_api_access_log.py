@@ -112,7 +112,7 @@ async def test_a_failure_of_the_server_is_a_warning(client: httpx.AsyncClient, w
 async def test_probes_are_told_at_debug_only(
     client: httpx.AsyncClient, lines: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for path in ("/livez", "/readyz", "/health", "/metrics"):
+    for path in ("/livez", "/readyz", "/health", "/metrics", "/metrics/gateway"):
         await client.get(path)
     assert lines.fields == []
     caplog.set_level(logging.DEBUG, logger="peft_serve.access")

@@ -228,6 +228,9 @@ async def test_a_picker_knows_adapters_by_the_names_that_requests_use(tiny_token
             assert (seen.active_models, seen.waiting_models) == ({"plain", "soft"}, {"complaints"})
             assert (seen.max_active_models, seen.block_size, seen.num_blocks) == (8, 16, 99)
             assert seen.loaded == {"plain": ("gpu", True), "soft": ("gpu", False), "complaints": ("cpu", False)}
+            short = (await client.get("/metrics/gateway")).text
+            assert set(re.findall(r"^# TYPE (\S+)", short, re.MULTILINE)) == set(ENGINE_VLLM.values())
+            assert Endpoint().read(short) == seen
 
 
 async def test_an_adapter_with_two_names_is_known_by_both(tiny_tokenizer: Any, tmp_path: Path) -> None:

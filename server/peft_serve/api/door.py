@@ -25,6 +25,7 @@ from peft_serve.errors import Forbidden, QuotaExceeded, Unauthorized
 from peft_serve.tenant_figures import TenantFigures
 
 MAX_TOKEN_CHARS: Final = 512
+METRICS_PATHS: Final = frozenset({"/metrics", "/metrics/gateway"})
 _BEARER: Final = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([!-~]+) *")
 
 
@@ -64,7 +65,7 @@ class Door:
         scope.setdefault("state", {})[STATE] = principal or NOBODY
         path = route_path(scope)
         needs = self._needs.of(scope["method"], path)
-        if self._metrics_is_public and path == "/metrics" and needs:
+        if self._metrics_is_public and path in METRICS_PATHS and needs:
             needs = frozenset({Need.NONE})
         if needs != {Need.NONE}:
             if principal is None:

@@ -19,7 +19,7 @@ from peft_serve.api.generation import Generation
 from peft_serve.api.principal import STATE, Principal
 from peft_serve.metrics import RequestFigures
 
-PROBES: Final = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+PROBES: Final = frozenset({"/livez", "/readyz", "/health", "/metrics", "/metrics/gateway"})
 """Routes that machines ask every few seconds."""
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")

@@ -6,7 +6,7 @@ None of them waits for anything but the metrics page, and that only for a render
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Final
 
@@ -71,6 +71,13 @@ class OperationRoutes:
         add("/health", self.health, methods=["GET"], tags=ops, summary="The engine lives", responses=unavailable)
         add("/readyz", self.readyz, methods=["GET"], tags=ops, summary="Requests are admitted", responses=unavailable)
         add("/metrics", self.metrics, methods=["GET"], tags=ops, summary="Prometheus' text format, version 0.0.4")
+        add(
+            "/metrics/gateway",
+            self.gateway_metrics,
+            methods=["GET"],
+            tags=ops,
+            summary="Of /metrics what endpoint pickers read",
+        )
         add("/v1/models", self.models, methods=["GET"], tags=["openai"], summary="The base and every adapter")
         add(
             "/v1/models/{model:path}",
@@ -110,8 +117,14 @@ class OperationRoutes:
         return json_response({"status": "ok", "state": state.value})
 
     async def metrics(self, request: Request) -> Response:
+        return await self._page(self._parts.metrics.render, request)
+
+    async def gateway_metrics(self, request: Request) -> Response:
+        return await self._page(self._parts.metrics.render_for_gateways, request)
+
+    async def _page(self, render: Callable[[], bytes], request: Request) -> Response:
         self._parts.metrics.set_state(self._figures(self._parts.engine.snapshot()))
-        page = await asyncio.wrap_future(self._render_threads.submit(self._parts.metrics.render))
+        page = await asyncio.wrap_future(self._render_threads.submit(render))
         if not self._parts.settings.metrics_public:
             page = seen_page(page, principal_of(request))
         # starlette would add a charset of its own, and scrapers compare the type as a whole.

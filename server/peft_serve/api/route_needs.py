@@ -58,7 +58,7 @@ upload   PUT       /adapters/{name} /aliases/{name}
 upload   DELETE    /adapters/{name} /aliases/{name}
 upload   POST      /v1/load_lora_adapter /v1/unload_lora_adapter
 admin    POST      /adapters/{name}/pin /adapters/{name}/unpin /adapters/{name}/load /adapters/{name}/unload
-admin    GET       /metrics
+admin    GET       /metrics /metrics/gateway
 """
 
 
