@@ -21,7 +21,14 @@ from peft_serve.adapters.primitives import Adapter, Affine, LowRank, Replace
 from peft_serve.core import BASE, AdapterId
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.loader import NotServable, load_base, wrap
-from peft_serve.model.quantised import OWN, Quantisation, is_quantised, num_parameters, quantisation_config
+from peft_serve.model.quantised import (
+    OWN,
+    Quantisation,
+    is_quantised,
+    num_parameters,
+    quantisation_config,
+    quantisation_of,
+)
 from tests.adapters.checkpoints import make_checkpoint
 from tests.model.driver import Driver, random_jobs
 from tests.model.test_generation import expected
@@ -165,6 +172,23 @@ def test_what_cannot_be_loaded_is_refused(saved: str, wanted: str | None, reason
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(NotServable, match=reason):
         load_base(str(tmp_path), device="cpu", quantisation=wanted)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "named"),
+    [
+        (None, None, None),
+        (None, "int8", "int8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, None, "bnb-nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, None, "bnb-int8"),
+        ({"quant_method": "torchao"}, None, "torchao"),
+    ],
+)
+def test_what_weights_are_stored_in_has_a_name(saved: Any, wanted: str | None, named: str | None) -> None:
+    config = LlamaConfig(**causal_sizes())
+    if saved is not None:
+        config.quantization_config = saved
+    assert quantisation_of(config, wanted) == named
 
 
 def test_a_library_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,7 @@ class TGIRoutes:
                     "family": base.family,
                     "class": base.class_name,
                     "num_parameters": base.num_parameters,
+                    "quantisation": base.quantisation,
                     "is_encoder_decoder": base.is_encoder_decoder,
                     "is_encoder": base.is_encoder,
                     "tasks": tasks_of(base, None),

@@ -45,7 +45,7 @@ from peft_serve.engine.speech import with_speech_checked
 from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.loader import load_base, locate, name_of, require_configuration
-from peft_serve.model.quantised import num_parameters
+from peft_serve.model.quantised import num_parameters, quantisation_of
 from peft_serve.rendering.templates import ChatTemplates
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
@@ -104,7 +104,8 @@ def _built(
     kernels = speed_up_on_gpu(settings.gpu_kernels, base, say)
     card = _card(settings, base)
     size = f"{card.num_parameters / 1e6:.1f} M parameters"
-    say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}, {card.device}")
+    stored = "" if card.quantisation is None else f", weights in {card.quantisation}"
+    say(f"base {card.name}: {card.class_name}, {size}, {card.dtype}{stored}, {card.device}")
     codec = TextCodec.load(
         locate(settings.model), is_encoder_decoder=card.is_encoder_decoder, revision=settings.revision
     )
@@ -203,6 +204,7 @@ def _card(settings: Settings, base: ResidentBase) -> BaseCard:
         is_encoder=base.shape.is_encoder or (not base.shape.generates and head is None),  # a bare body is read as one
         head=head,
         labels=base.labels,
+        quantisation=quantisation_of(base.model.config, settings.quantisation),
     )
 
 

@@ -36,6 +36,7 @@ class BaseCard:
     is_encoder: bool = False  # it generates nothing; heads and embeddings read its last hidden states
     head: HeadFacts | None = None  # the base's own task head
     labels: tuple[str, ...] = ()  # what that head's outputs are called
+    quantisation: str | None = None  # what its linear weights are stored in; None: as they are computed with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,17 @@ def loading_options(
         raise ValueError(f"--quantisation {wanted} needs a library that is not here ({error}); {_INSTALL}") from error
 
 
+def quantisation_of(config: PreTrainedConfig, wanted: str | None) -> str | None:
+    """What a loaded base's weights are stored in, in a word: `wanted` at its start, or as it was saved; None: plain."""
+    given = _saved(config)
+    if wanted is not None or given is None:
+        return wanted
+    method = given.get("quant_method")
+    if given.get("load_in_4bit"):
+        return f"bnb-{given.get('bnb_4bit_quant_type', 'fp4')}"
+    return Quantisation.BNB_INT8.value if given.get("load_in_8bit") else str(getattr(method, "value", method))
+
+
 def _acts(kind: str) -> bool:
     """Whether a kind of torchao's acts on more than weights."""
     return "WeightOnly" not in kind and "FqnTo" not in kind  # the latter names a kind for each module
