@@ -29,6 +29,7 @@ from peft_serve.adapters.store import AdapterStore
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
 from peft_serve.engine.adapter_places import default_store, make_catalog, open_store
+from peft_serve.engine.before_loading import check_settings
 from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.cache_figures import CacheFigures
 from peft_serve.engine.cache_trace import CacheTrace, appender
@@ -71,9 +72,9 @@ _OVERTAKEN_S = {"fcfs": 0.0, "affinity": _AFFINITY_AGE_S, "fair": _AFFINITY_AGE_
 def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
     """Load the base and make everything around it; the engine is made but not started.
 
-    Whatever can be wrong with folders, the store's lock among them, is found before the weights are read.
+    Whatever can be wrong with the device, with folders and the store's lock is found before the weights are read.
     """
-    _check_folders(settings)
+    check_settings(settings)
     require_configuration(settings.model, revision=settings.revision)  # a base that is not there gets no store
     root = settings.store or default_store(settings.served_model_name or name_of(settings.model))
     store = open_store(settings, root)
@@ -156,14 +157,6 @@ def gate_limits(settings: Settings, max_context: int) -> GateLimits:
         max_virtual_tokens=settings.max_virtual_tokens,
         max_compile_tflop=settings.max_compile_tflop,
     )
-
-
-def _check_folders(settings: Settings) -> None:
-    """Find out about a folder that is not there before a base is loaded."""
-    for option, folders in (("--adapters", settings.adapters), ("--watch", settings.watch)):
-        for folder in folders:
-            if not folder.is_dir():
-                raise ValueError(f"{option} {folder}: there is no such folder; check the path")
 
 
 def _max_context(settings: Settings, base: ResidentBase) -> int:

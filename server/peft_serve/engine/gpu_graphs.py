@@ -24,6 +24,8 @@ from peft_serve.model.triton_attention import PlanAttention
 
 Mode = Literal["auto", "on", "off"]
 
+ON_A_CPU: Final = "the base is on a CPU, and graphs are for GPUs; give --device cuda"
+"""Why there can be no graphs where there is no GPU."""
 _WARM_UP_S: Final = 30.0  # no further step is captured at start once this has passed
 
 
@@ -88,7 +90,7 @@ def runner_maker(
 def why_not(base: ResidentBase, kernels: GpuKernels | None) -> str | None:
     """Why there can be no graphs, None where they may be tried."""
     if base.device.type != "cuda":
-        return "the base is on a CPU, and graphs are for GPUs; give --device cuda"
+        return ON_A_CPU
     if kernels is None:
         return "graphs need our own GPU kernels, which do not run here; see --gpu-kernels"
     if not base.shape.generates or base.shape.is_encoder:
