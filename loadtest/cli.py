@@ -97,7 +97,7 @@ def _origin(arguments: list[str], now: datetime) -> Provenance:
 
 
 def _file(found: Report, folder: Path, origin: Provenance, console: Console) -> None:
-    report = judged(found).file(folder, origin)
+    report = judged(found, is_quick=origin.is_quick).file(folder, origin)
     report.show(console)
     console.print(f"\nFiled in {folder}. For loadtest/LOG.md, with a verdict of yours:\n")
     print(log_entry(report))

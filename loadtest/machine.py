@@ -29,6 +29,11 @@ class Provenance:
         """Whether the machine did something else when the run began: more than a fifth of a core."""
         return self.others is not None and self.others > 0.2
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether it was a quick run, which proves nothing."""
+        return "--quick" in self.command.split()
+
 
 def _first_line(path: Path, key: str) -> str | None:
     if not path.exists():

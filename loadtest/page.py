@@ -15,9 +15,9 @@ from loadtest.figures import plots_of
 from loadtest.machine import Provenance
 from loadtest.plots import svg
 from loadtest.report import Cell, Report, load_report, written
-from loadtest.targets import QUESTIONS, Target, Verdict, targets, verdicts
+from loadtest.targets import NOT_JUDGED, QUESTIONS, Target, Verdict, targets, verdicts
 
-NOTED = re.compile(r"(?P<figure>.*), target (?P<goal>[^:]+): (?P<judgement>met|missed)$")
+NOTED = re.compile(r"(?P<figure>.*), target (?P<goal>[^:]+): (?P<judgement>met|missed|not judged)(: .*)?$")
 """A note that holds a figure against a target, as `loadtest.targets` writes it."""
 
 BASE_OPTION = re.compile(r"--base[= ](\S+)")
@@ -46,7 +46,7 @@ class Result:
     @property
     def is_quick(self) -> bool:
         """Whether it was a quick run, which proves nothing."""
-        return "--quick" in self.origin.command.split()
+        return self.origin.is_quick
 
 
 def find_results(places: Iterable[Path]) -> list[Result]:
@@ -152,7 +152,11 @@ def _reached(found: tuple[Verdict, Result] | None) -> str:
         return f"<td>{_chip('not measured', 'not measured')}</td>"
     verdict, one = found
     quick = "quick run: " if one.is_quick else ""
-    return f"<td>{quick}{verdict.value:.3g} {_chip(verdict.judgement, verdict.judgement)}</td>"
+    return f"<td>{quick}{verdict.value:.3g} {_judgement(one, verdict)}</td>"
+
+
+def _judgement(one: Result, verdict: Verdict) -> str:
+    return _chip(NOT_JUDGED, NOT_JUDGED) if one.is_quick else _chip(verdict.judgement, verdict.judgement)
 
 
 def _chip(kind: str, words: str) -> str:
@@ -177,7 +181,7 @@ def _result(one: Result) -> str:
     report, origin = one.report, one.origin
     judged = "".join(
         f"<li>{escape(verdict.target.words)}: {verdict.value:.3g}, target {_goal(verdict.target)} "
-        f"{_chip(verdict.judgement, verdict.judgement)}</li>"
+        f"{_judgement(one, verdict)}</li>"
         for verdict in verdicts(report)
         if verdict.judgement != "not measured"
     )
@@ -204,7 +208,7 @@ def _note(note: str) -> str:
     said = NOTED.match(note)
     if said is None:
         return f"<li>{escape(note)}</li>"
-    figure, goal, judgement = map(escape, said.groups())
+    figure, goal, judgement = (escape(said[name]) for name in ("figure", "goal", "judgement"))
     return f"<li>{figure}, target {goal} {_chip(judgement, judgement)}</li>"
 
 

@@ -41,6 +41,9 @@ QUESTIONS: Mapping[str, tuple[str, str]] = {
 """Heading and question of each workload, in the order of a report."""
 
 
+NOT_JUDGED, QUICK = "not judged", "a quick run shows that it runs, and proves nothing"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A figure of workload `workload` that is to reach `goal`, or to stay at or below it if `is_ceiling`."""
@@ -77,6 +80,12 @@ class Verdict:
         if isnan(self.value):
             return f"{self.target.words}: not measured (target {goal})"
         return f"{self.target.words} = {self.value:.3f}, target {goal}: {self.judgement}"
+
+    @property
+    def unjudged(self) -> str:
+        """The same of a quick run."""
+        judged = self.sentence
+        return judged if isnan(self.value) else f"{judged.removesuffix(self.judgement)}{NOT_JUDGED}: {QUICK}"
 
 
 def rows_of(report: Report) -> list[Row]:
@@ -243,6 +252,7 @@ def verdicts(report: Report) -> list[Verdict]:
     return [Verdict(target=target, value=target.read(report)) for target in targets() if target.workload == report.name]
 
 
-def judged(report: Report) -> Report:
-    """The same report, its notes led by a sentence for each target of its workload."""
-    return replace(report, notes=(*(verdict.sentence for verdict in verdicts(report)), *report.notes))
+def judged(report: Report, *, is_quick: bool = False) -> Report:
+    """The same report, its notes led by a sentence for each target of its workload. A quick run judges none."""
+    told = (verdict.unjudged if is_quick else verdict.sentence for verdict in verdicts(report))
+    return replace(report, notes=(*told, *report.notes))

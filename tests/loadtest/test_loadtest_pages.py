@@ -116,6 +116,9 @@ def test_a_report_begins_with_what_became_of_its_targets() -> None:
     assert first == "one adapter for all rows, over the base = 0.980, target 0.97: met"
     assert second.endswith("= 0.500, target 0.93: missed")
     assert rest == list(w4(0.98, 0.5).notes)
+    quick = judged(w4(0.98, 0.5), is_quick=True).notes
+    assert quick[0].startswith("one adapter for all rows, over the base = 0.980, target 0.97: not judged: a quick run")
+    assert not [note for note in quick[:2] if note.endswith(("met", "missed"))]
     quiet = judged(Report(name="w6", title="", columns=("adapters from", "TTFT p50 over device"), rows=()))
     assert quiet.notes[0].endswith("over resident ones: not measured (target at most 1.03)")
 
