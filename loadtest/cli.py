@@ -162,7 +162,7 @@ def _parser() -> ArgumentParser:
     add_common(made, least_adapters=0, adapters="0, traffic of the base alone")
     _add_trace(made)
     base = commands.add_parser("make-base", help="make a base with random weights")
-    base.add_argument("--shape", default="0.1b", help="tiny, 0.1b or 0.5b")
+    base.add_argument("--shape", default="0.1b", help="tiny, 0.1b (default) or 0.5b, each also with -llama")
     base.add_argument("--work", type=Path, default=Path("loadtest/work"))
     base.set_defaults(act=_make_base)
     adapters = commands.add_parser("make-adapters", help="make random adapters for a base")
