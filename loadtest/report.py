@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite, isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -42,15 +43,37 @@ class Report:
         return dated
 
     def show(self, console: Console) -> None:
-        """Print the table and the notes."""
-        table = Table(title=self.title)
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
-        for row in self.rows:
-            table.add_row(*map(written, row))
+        """Print the table and the notes. Where the screen is narrow, the words of a cell go below each other."""
+        rows = [tuple(map(written, row)) for row in self.rows]
+        gap, widths = _layout(self.columns, rows, room=console.width)
+        table = Table(title=self.title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
+        for number, (column, width) in enumerate(zip(self.columns, widths, strict=True)):
+            justify: Literal["left", "right"] = "left" if number == 0 else "right"
+            table.add_column(column, justify=justify, overflow="fold", width=width)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
         for note in self.notes:
             console.print(f"- {note}", highlight=False)
+
+
+def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], *, room: int) -> tuple[int, list[int | None]]:
+    """The blanks between columns, and the width of each. What is too wide is broken between words, then headings are
+    broken within them, and values only where nothing else is left."""
+    texts = [[column, *(row[at] for row in rows)] for at, column in enumerate(columns)]
+    wide = [max(map(len, text)) for text in texts]
+    by_words = [max(len(word) for cell in text for word in cell.split() or [""]) for text in texts]
+    by_values = [max((len(word) for cell in text[1:] for word in cell.split()), default=1) for text in texts]
+    for gap, least in ((2, by_words), (1, by_words), (1, by_values)):
+        left = room - sum(least) - gap * (len(columns) - 1)
+        if left < 0:
+            continue
+        widths: list[int | None] = []
+        for most, width in zip(wide, least, strict=True):
+            widths.append(min(most, width + left))
+            left -= min(most - width, left)
+        return gap, widths
+    return 1, [None] * len(columns)
 
 
 def written(cell: Cell) -> str:

@@ -21,7 +21,7 @@ from loadtest.machine import Provenance, others_cores
 from loadtest.page import find_results, page
 from loadtest.plots import LYING, Plot, draw, svg
 from loadtest.progress import bar
-from loadtest.report import Cell, Report, load_report
+from loadtest.report import Cell, Report, load_report, written
 from loadtest.targets import QUESTIONS, judged, targets, verdicts
 
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -278,3 +278,27 @@ def test_what_others_take_is_measured(tmp_path: Path) -> None:
     assert origin(others=0.5).is_busy
     assert not origin(others=0.1).is_busy
     assert not origin().is_busy
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_table_is_read_whole_on_a_narrow_screen(width: int) -> None:
+    columns = ("term", "step", "adapters", "base ms", "step ms", "over base", "byte bound", "bound", "within target")
+    row: tuple[Cell, ...] = (
+        "64 rows of the vocabulary",
+        "prefill 4096",
+        16,
+        123.4567,
+        1234.5,
+        1.234,
+        1.012,
+        1.046,
+        "no",
+    )
+    screen = io.StringIO()
+    Report(name="w11", title="W11", columns=columns, rows=(row,)).show(Console(file=screen, width=width))
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    rule = next(at for at, line in enumerate(lines) if line.startswith("──"))
+    assert sorted(" ".join(lines[rule + 1 :]).split()) == sorted(" ".join(map(written, row)).split())
+    if width == 80:
+        assert sorted(" ".join(lines[1:rule]).split()) == sorted(" ".join(columns).split())
