@@ -53,7 +53,10 @@ def test_weights_that_are_missing_cut_short_or_no_safetensors(base: Path) -> Non
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     found(look(base), "git-lfs pointer", "git lfs pull")
     file.write_bytes(b"PK\x03\x04" + bytes(99))
-    found(look(base), "is no safetensors file", "save_pretrained")
+    found(look(base), "is no safetensors file but a pickle", "save_pretrained")
+    file.write_bytes(bytes(range(250)) * 4)
+    found(look(base), "has 1000 B that are no safetensors file: it is damaged or cut short", "download it again")
+    assert not [each for each in look(base) if "save_pretrained" in f"{each}"]
     file.write_bytes(struct.pack("<Q", 9) + b"{not json" + bytes(9))
     found(look(base), "header that cannot be read")
     file.unlink()

@@ -30,6 +30,8 @@ _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _POINTER: Final = b"version https://git-lfs.github.com/"
+_PICKLES: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # how torch.save has begun its files
+_AGAIN: Final = "download it again, or copy it again from where it is whole"
 _TOKENIZERS: Final = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model",
     "source.spm",
@@ -198,8 +200,10 @@ def _header(path: Path) -> tuple[tuple[str, str] | None, set[str]]:
         if _POINTER.startswith(head) and head:
             return (("is a git-lfs pointer, not the file", "run `git lfs pull`")), set()
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if head.startswith(_PICKLES):
+            return (("is no safetensors file but a pickle under its name", _CONVERT)), set()
         if not 2 <= length <= min(total - 8, 100 << 20):
-            return (("is no safetensors file", _CONVERT)), set()
+            return ((f"has {size(total)} that are no safetensors file: it is damaged or cut short", _AGAIN)), set()
         try:
             fields = json.loads(file.read(length))
             fields.pop("__metadata__", None)
