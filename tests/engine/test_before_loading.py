@@ -12,6 +12,7 @@ from peft_serve.api.app import create_app
 from peft_serve.config import Settings
 from peft_serve.engine.assembly import build
 from peft_serve.engine.before_loading import check_settings
+from peft_serve.errors import Forbidden
 from tests.api.test_api_tenants import client_of
 from tests.parity.bases import save_tiny_base
 
@@ -63,5 +64,17 @@ async def test_what_weights_are_stored_in_is_told_at_start_and_in_info(quantisat
         async with client_of(create_app(parts)) as client:
             answer = await client.get("/info")
         assert answer.json()["base"]["quantisation"] == quantisation
+    finally:
+        engine.stop()
+
+
+def test_a_demo_adapter_is_not_said_to_be_in_a_folder_that_nobody_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = Settings(model="demo-llama", device="cpu", store=tmp_path, cpu_kernels="off", prepack="off")
+    parts, engine = build(settings, said.append)
+    try:
+        with pytest.raises(Forbidden, match="ships with the demo base") as refused:
+            parts.catalog.changes.delete("sst2")
+        assert "--adapters" not in str(refused.value)
     finally:
         engine.stop()

@@ -193,10 +193,7 @@ class Changes:
         """
         with self._store.told_first(), self._lock:
             if self._listing.get(name).is_folder:
-                raise Forbidden(
-                    f"adapter '{name}' is served from a read-only folder; "
-                    "take it out of the folder that --adapters names, and restart the server"
-                )
+                raise Forbidden(self._folders.why_kept(name))
             self._store.require_writable()
             self._check(name, _Condition(if_match=if_match))
             self._aliases.let_go(name, force=force, publisher=publisher)

@@ -196,6 +196,9 @@ class FolderFindings:
     def __contains__(self, name: object) -> bool:
         return name in self._folders
 
+    def why_kept(self, name: str) -> str:
+        return self._folders.why_kept(name)
+
     def of(self, name: str) -> Finding:
         """May read the weights; raises AdapterUnavailable when the files cannot be read."""
         stamp = self._folders.stamp(name)

@@ -41,8 +41,18 @@ class CheckpointFolders:
     changes after the start.
     """
 
-    def __init__(self, folders: Sequence[Path], fs: FileSystem, *, base_name: str, max_bytes: int = 512 << 20) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        fs: FileSystem,
+        *,
+        base_name: str,
+        max_bytes: int = 512 << 20,
+        shipped: Path | None = None,
+    ) -> None:
+        """`shipped` is the one of `folders` that comes with a demo base and that no operator named."""
         self._fs = fs
+        self._shipped = None if shipped is None else shipped.absolute()
         self._max_bytes = max_bytes
         self._reduced = Reduction()
         self._places: dict[str, Path] = {}
@@ -92,6 +102,18 @@ class CheckpointFolders:
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
+
+    def why_kept(self, name: str) -> str:
+        """Why an adapter cannot be deleted here, and what can be done."""
+        if self._places[name].parent == self._shipped:
+            return (
+                f"adapter '{name}' ships with the demo base and cannot be deleted; "
+                "upload one of its name to take its place, or serve a base of your own"
+            )
+        return (
+            f"adapter '{name}' is served from a read-only folder; "
+            "take it out of the folder that --adapters names, and restart the server"
+        )
 
     def stamp(self, name: str) -> FilesStamp:
         """The stamp of the files as they are now; raises AdapterUnavailable when one is gone."""

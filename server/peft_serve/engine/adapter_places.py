@@ -58,7 +58,8 @@ def make_catalog(
     """The names of a store and of the folders. They are listed and no file is read, however many there are."""
     shipped = shipped_adapters(settings.model)
     paths = [*settings.adapters, *([] if shipped is None else [shipped])]
-    folders = CheckpointFolders(paths, DiskFileSystem(), base_name=base_name, max_bytes=settings.max_adapter_bytes)
+    most, disk = settings.max_adapter_bytes, DiskFileSystem()
+    folders = CheckpointFolders(paths, disk, base_name=base_name, max_bytes=most, shipped=shipped)
     for problem in folders.problems:
         say(f"adapters: {problem}")
     kept = "read from" if store.is_read_only else "kept in"

@@ -5,6 +5,8 @@ import pytest
 
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.changes import etag
+from peft_serve.adapters.filesystem import DiskFileSystem
+from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.holds import BlobHolds
 from peft_serve.adapters.once_each import OnceEach
 from peft_serve.adapters.records import CheckpointFiles, VersionState
@@ -391,6 +393,16 @@ def test_a_folder_is_served_as_version_zero_and_read_on_first_use(tmp_path: Path
             catalog.resolve(ref)
     with pytest.raises(Forbidden, match="read-only folder"):
         catalog.changes.delete("a")
+
+
+def test_what_ships_with_a_demo_base_is_told_apart_from_what_the_operator_named(tmp_path: Path) -> None:
+    named, shipped = tmp_path / "named", tmp_path / "shipped"
+    write_folder(named / "a", ONE)
+    write_folder(shipped / "b", TWO)
+    folders = CheckpointFolders([named, shipped], DiskFileSystem(), base_name="base", shipped=shipped)
+    assert "take it out of the folder that --adapters names" in folders.why_kept("a")
+    assert "ships with the demo base" in folders.why_kept("b")
+    assert "--adapters" not in folders.why_kept("b")
 
 
 def test_a_folder_that_changed_is_looked_at_again(tmp_path: Path) -> None:
