@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from peft_serve.adapters.lookups import CACHE_HITS, CACHE_MISSES
 from peft_serve.alias_figures import AliasFigures
 from peft_serve.decode_figures import DecodeFigures
 from peft_serve.gateway_figures import GATEWAY_SERIES, GatewayFigures, GatewayState, LoadedAdapter
@@ -189,10 +190,7 @@ class Metrics:
     def _make_adapter_metrics(self) -> None:
         r = self._registry
         self._adapter_requests = Counter(
-            "peft_serve_adapter_requests",
-            "Requests by adapter.",
-            ["adapter", "method", "outcome"],
-            registry=r,
+            "peft_serve_adapter_requests", "Requests by adapter.", ["adapter", "method", "outcome"], registry=r
         )
         self._adapter_tokens = Counter(
             "peft_serve_adapter_tokens", "Tokens by adapter.", ["adapter", "kind"], registry=r
@@ -201,8 +199,8 @@ class Metrics:
             "peft_serve_adapter_resident", "1 for an adapter in this tier.", ["adapter", "tier"], registry=r
         )
         self._adapter_bytes = Gauge("peft_serve_adapter_bytes", "Bytes of adapters.", ["tier"], registry=r)
-        self._hits = Counter("peft_serve_adapter_cache_hits", "Found in the tier.", ["tier"], registry=r)
-        self._misses = Counter("peft_serve_adapter_cache_misses", "Not in the tier.", ["tier"], registry=r)
+        self._hits = Counter("peft_serve_adapter_cache_hits", CACHE_HITS, ["tier"], registry=r)
+        self._misses = Counter("peft_serve_adapter_cache_misses", CACHE_MISSES, ["tier"], registry=r)
         self._loaded_bytes = Counter(
             "peft_serve_adapter_cache_loaded_bytes", "Bytes of adapters brought into the tier.", ["tier"], registry=r
         )

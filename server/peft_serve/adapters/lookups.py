@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from peft_serve.core import AdapterId
 
 Tier = Literal["device", "host", "disk"]
 
 
+CACHE_HITS: Final = (
+    "Found in the tier. device: a request starts to run; host: it asks for a copy; disk: an adapter is read, also "
+    "ahead of the request, so these may be more than the misses of host."
+)
+CACHE_MISSES: Final = "Not in the tier. device and host: it has to be brought there; disk: it could not be read."
+"""What the counters of lookups say of themselves."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lookup:
     """One question to one tier, and how it was answered.
+
+    Each tier counts its own, so hits and misses of a tier are its lookups; those of one tier are not the next one's
+    hits, because adapters are also read ahead of requests (evicted before they are asked for, they are read again),
+    and because several requests wait for one that is read.
 
     device  a request starts to run. A hit: the adapter was in a slot before
     host    a compiled adapter is asked for. A miss waits for a load, or meets a remembered failure

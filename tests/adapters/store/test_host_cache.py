@@ -277,6 +277,17 @@ def test_loads_are_observed_with_their_seconds(bench: Bench) -> None:
     assert bench.lookups[2:] == [Lookup(tier="host", adapter=a, is_hit=True, num_bytes=KIB)]
 
 
+def test_a_load_ahead_that_nobody_waits_for_is_the_disks_alone(bench: Bench) -> None:
+    """So the disk may have more hits than the host misses, and each tier's figures are its own lookups."""
+    bench.cache.fetch_ahead(AdapterId("a"))
+    while bench.cache.stats().num_loading:
+        time.sleep(0.001)
+    bench.ask("b")()
+    by_tier = {tier: [one.is_hit for one in bench.lookups if one.tier == tier] for tier in ("host", "disk")}
+    assert by_tier == {"host": [False], "disk": [True, True]}
+    bench.cache.release(AdapterId("b"))
+
+
 def test_a_load_begun_ahead_serves_who_asks_and_is_no_hit_of_theirs(bench: Bench) -> None:
     bench.loader.gate.clear()
     bench.cache.fetch_ahead(AdapterId("a"))
