@@ -108,7 +108,7 @@ def _around(engine: FakeEngine, settings: Settings, codec: TextCodec) -> ServerP
         ),
         codec=codec,
         catalog=Catalog(
-            AdapterStore(settings.store, disk),
+            AdapterStore(Path(settings.store), disk),
             CheckpointFolders([], disk, base_name=NAME),
             _no_adapters,
             checked_for=NAME,

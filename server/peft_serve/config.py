@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
@@ -51,7 +51,21 @@ class Settings(BaseSettings):
 
     # adapters
     adapters: list[Path] = Field(default_factory=list, description="read-only folders of checkpoints to serve")
-    store: Path | None = Field(default=None, description="folder that keeps uploads; default ~/.local/share/peft-serve")
+    store: str | None = Field(
+        default=None,
+        description="folder that keeps uploads, or s3://bucket/prefix; default ~/.local/share/peft-serve",
+    )
+    store_shared: bool = Field(
+        default=False, description="several servers write to the folder of --store; s3:// is shared always"
+    )
+    store_poll_s: float = Field(
+        default=1.0, gt=0, description="time between two looks at what other servers changed in a shared store"
+    )
+    store_grace_s: float = Field(
+        default=3600.0,
+        ge=60,
+        description="a shared store keeps files that no name stands for so long; longer than any upload takes",
+    )
     store_reserve_bytes: int = Field(
         default=64 * MIB, ge=0, description="free space of the store's disk that no adapter takes, for records"
     )
@@ -174,3 +188,8 @@ class Settings(BaseSettings):
     otlp_traces_endpoint: str | None = Field(
         default=None, description="where spans go, such as http://collector:4318/v1/traces; needs peft-serve[otel]"
     )
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _as_text(cls, store: object) -> object:
+        return str(store) if isinstance(store, Path) else store

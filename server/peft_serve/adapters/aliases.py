@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from peft_serve.adapters.alias_record import Revision, Revisions, Target, are_targets
+from peft_serve.adapters.deciding import decided, look_again
 from peft_serve.adapters.name_ledger import NameLedger
 from peft_serve.adapters.name_record import NameRecord
 from peft_serve.adapters.names import check_name, is_name
@@ -114,7 +115,8 @@ class Aliases:
         check_name(name, base_name=self._base_name)
         if not are_targets(targets):
             raise InvalidParameter("targets: 1 to 16, each once, with weights from 0 to 1e6 and not all 0")
-        with self._told_first(), self._lock:
+
+        def decide() -> tuple[Alias, bool]:
             record = self._own(name, publisher)
             before = _alias_of(record)
             _check_tag(name, before, if_match)
@@ -130,28 +132,43 @@ class Aliases:
             owner = publisher.tenant if before is None else before.owner
             return self._write(record, revisions, owner=owner), before is None
 
+        with self._told_first(), self._lock:
+            look_again(self._names, name, *(target.adapter for target in targets))
+            return decided(decide)
+
     def rollback(self, name: str, number: int | None = None, *, publisher: Publisher = OPERATOR) -> Alias:
         """Let an alias point to what it did in revision `number`, else in the one before the current.
 
         Raises NotFound for a revision that is not kept, and UnknownAdapter where one of its targets is gone.
         """
-        with self._told_first(), self._lock:
+
+        def decide() -> Alias:
             record, alias = self._existing(name, publisher)
-            if number is None:
+            wanted = number
+            if wanted is None:
                 earlier = [each.number for each in alias.revisions.kept if each.number < alias.revisions.current]
-                number = max(earlier, default=0)
-            revision = alias.revisions.numbered(number)
+                wanted = max(earlier, default=0)
+            revision = alias.revisions.numbered(wanted)
             if revision is None:
                 raise NotFound(f"alias '{name}' has no such revision to return to; GET /aliases/{name} lists them")
             self._require_there(revision.targets)
-            return self._write(record, alias.revisions.rolled_back(number), owner=alias.owner)
+            return self._write(record, alias.revisions.rolled_back(wanted), owner=alias.owner)
+
+        with self._told_first(), self._lock:
+            look_again(self._names, name)
+            return decided(decide)
 
     def delete(self, name: str, *, publisher: Publisher = OPERATOR, if_match: str | None = None) -> None:
         """Forget an alias; its targets stay, and requests in flight end on theirs."""
-        with self._told_first(), self._lock:
+
+        def decide() -> None:
             record, alias = self._existing(name, publisher)
             _check_tag(name, alias, if_match)
-            self._names.write(record.deleted())
+            self._names.write(record.deleted(), replaces=record)
+
+        with self._told_first(), self._lock:
+            look_again(self._names, name)
+            decided(decide)
 
     def let_go(self, adapter: str, *, force: bool, publisher: Publisher = OPERATOR) -> None:
         """Before an adapter is deleted: raise Conflict if an alias points to it. With `force` take it out of each.
@@ -179,12 +196,12 @@ class Aliases:
                     revision = Revision(number=record.next_number, created=self._now(), targets=rest)
                     self._write(record, alias.revisions.followed_by(revision), owner=alias.owner)
                 else:
-                    self._names.write(record.deleted())
+                    self._names.write(record.deleted(), replaces=record)
 
     def _write(self, record: NameRecord, revisions: Revisions, *, owner: str) -> Alias:
         following = max(record.next_number, revisions.current + 1)
         changed = replace(record, owner=owner, next_number=following, alias=revisions)
-        self._names.write(changed)
+        self._names.write(changed, replaces=record)
         return Alias(name=record.name, owner=owner, revisions=revisions)
 
     def _existing(self, name: str, publisher: Publisher) -> tuple[NameRecord, Alias]:

@@ -12,7 +12,9 @@ read a disk says so.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from peft_serve.adapters.alias_record import Target
@@ -28,9 +30,18 @@ from peft_serve.adapters.name_record import NameRecord, Numbered
 from peft_serve.adapters.names import AdapterRef, is_name, parse_ref, unknown
 from peft_serve.adapters.pins import Pins
 from peft_serve.adapters.records import CheckpointFiles, Resolved, Version
-from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.store_protocol import Store
 from peft_serve.core import BASE, AdapterId
-from peft_serve.errors import AdapterUnavailable
+from peft_serve.errors import AdapterUnavailable, ServeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """What other processes did that concerns what this one has in memory."""
+
+    gone: frozenset[AdapterId] = frozenset()  # adapters that no name stands for any more
+    pinned: Mapping[AdapterId, str] = field(default_factory=dict)  # and a name of each
+    unpinned: frozenset[AdapterId] = frozenset()
 
 
 class Catalog:
@@ -38,7 +49,7 @@ class Catalog:
 
     def __init__(
         self,
-        store: AdapterStore,
+        store: Store,
         folders: CheckpointFolders,
         inspect: Inspect,
         *,
@@ -59,6 +70,7 @@ class Catalog:
         self._listing = Listing(shelves)
         writing = threading.RLock()  # one change of the records at a time
         self.pins = Pins(store)
+        self._pins_moved = False  # by others, and not read since
         self.aliases = Aliases(
             self._names,
             writing,
@@ -141,6 +153,29 @@ class Catalog:
                 self._findings.drop(adapter)
                 raise
         return self._folders.files(adapter)
+
+    # other processes
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes write to the store too."""
+        return self._store.is_shared
+
+    def tidy(self) -> int:
+        """Remove from a shared store what nobody needs any more, if that is due; gives how many blobs went."""
+        return self._store.tidy()
+
+    def follow(self) -> Followed:
+        """Learn what other processes did to a shared store, as one does every second or so; raises Unavailable."""
+        news = self._store.news()
+        gone = self.changes.learn(news.names)
+        self._pins_moved = self._pins_moved or news.has_pins
+        if self._pins_moved:
+            with suppress(ServeError):  # they are asked for again the next time; what is gone is told now
+                pinned, unpinned = self.pins.learn()
+                self._pins_moved = False
+                return Followed(gone=gone, pinned=pinned, unpinned=unpinned)
+        return Followed(gone=gone)
 
     # holding
 

@@ -1,21 +1,23 @@
 """What changes names: uploads, returns to earlier versions, deletes, and what a crash left behind.
 
 Each change is checked in one order: who may, whether the store can be written to, what the caller knew (If-Match), what
-stands in the way. It is made under one lock, once and whole, and is durable when the call returns. Asking is the
-catalog's. Knows neither HTTP nor tensors; the gate is given to it. May be called from any thread.
+stands in the way. It is made under one lock, once and whole, and is durable when the call returns; where other
+processes write to the store too, it is decided on what they have made of the name. Asking is the catalog's. Knows
+neither HTTP nor tensors; the gate is given to it. May be called from any thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from peft_serve.adapters.aliases import Aliases
+from peft_serve.adapters.deciding import decided, look_again
 from peft_serve.adapters.findings import Drafts, Inspection, Proof, Prove, manifest_of, rfc3339
 from peft_serve.adapters.listing import Listing, Shelves
-from peft_serve.adapters.name_record import NameRecord
+from peft_serve.adapters.name_record import NameRecord, Numbered
 from peft_serve.adapters.names import check_name, is_name, unknown
 from peft_serve.adapters.ownership import OPERATOR, Kept, Ownership, Publisher
 from peft_serve.adapters.records import CheckpointFiles, Summary, Version
@@ -97,6 +99,8 @@ class Changes:
         check_name(name, base_name=self._base_name)
         condition = _Condition(if_match=if_match, create_only=create_only)
         with nullcontext() if dry_run else self._store.told_first():
+            if not dry_run:
+                look_again(self._names, name)
             self._require_own(name, publisher)
             if not dry_run:
                 self._store.require_writable()
@@ -132,10 +136,14 @@ class Changes:
             self._store.put_blob(found.id, files, manifest_of(found, self._checked_for))
             is_new = found.id not in self._names.record(name).ids
             proof = prove(found) if prove is not None and is_new else Proof()
-            with self._lock:
+
+            def decide() -> Published:
                 self._require_own(name, publisher)
                 self._check(name, condition)
-                outcome = self._recorded(name, found, files.num_bytes, created_at, source, publisher)
+                return self._recorded(name, found, files.num_bytes, created_at, source, publisher)
+
+            with self._lock:
+                outcome = decided(decide)
             return replace(outcome, proof=proof)
         except ServeError:
             self._forget({found.id})
@@ -150,7 +158,8 @@ class Changes:
         outcome = self._outcome(name, record, found.id, found.summary, created_at)
         if outcome.created:
             owner = publisher.tenant
-            self._names.write(record.published(found.id, created_at, source, owner=owner, num_bytes=num_bytes))
+            published = record.published(found.id, created_at, source, owner=owner, num_bytes=num_bytes)
+            self._names.write(published, replaces=record)
             outcome = replace(outcome, version=replace(outcome.version, source=source))
         self._holds.keep(found.id)
         self._findings.learn(found.id, manifest_of(found, self._checked_for))
@@ -173,14 +182,20 @@ class Changes:
 
     def rollback(self, name: str, number: int) -> Version:
         """Make an earlier version what `name` stands for; raises as `Catalog.resolve` does, and what a write raises."""
-        with self._store.told_first(), self._lock:
+
+        def decide() -> Numbered:
             record = self._names.record(name) if is_name(name) else NameRecord(name=name)
             version = record.numbered(number)
             if version is None:
                 raise unknown(f"{name}@{number}")
             self._findings.accepted(name, version)
             if record.current != number:
-                self._names.write(record.rolled_back(number))
+                self._names.write(record.rolled_back(number), replaces=record)
+            return version
+
+        with self._store.told_first(), self._lock:
+            look_again(self._names, name)
+            version = decided(decide)
         return self._listing.version(name, version)
 
     def delete(
@@ -191,20 +206,43 @@ class Changes:
         Their files go when nothing holds or names them. Raises UnknownAdapter, Forbidden for a folder's, what a write
         raises, PreconditionFailed, and Conflict for the target of an alias of the publisher's, which `force` takes out.
         """
-        with self._store.told_first(), self._lock:
+
+        def decide() -> int:
             if self._listing.get(name).is_folder:
                 raise Forbidden(self._folders.why_kept(name))
             self._store.require_writable()
             self._check(name, _Condition(if_match=if_match))
             self._aliases.let_go(name, force=force, publisher=publisher)
             record = self._names.record(name)
-            self._names.write(record.deleted())
+            self._names.write(record.deleted(), replaces=record)
             in_flight = sum(self._holds.count(adapter) for adapter in record.ids)
             self._forget(record.ids)
-        return in_flight
+            return in_flight
+
+        with self._store.told_first(), self._lock:
+            look_again(self._names, name)
+            return decided(decide)
+
+    def learn(self, names: Collection[str]) -> frozenset[AdapterId]:
+        """Other processes may have changed these names. Gives what no name stands for any more that this process knows;
+        a record that cannot be read just now stays what it was, and is read the next time."""
+        gone: frozenset[AdapterId] = frozenset()
+        for name in self._names.heard_of(names):
+            with self._lock, suppress(AdapterUnavailable):
+                before = self._names.peek(name)
+                self._names.refresh(name)
+                if before is not None:
+                    gone |= before.ids - self._names.record(name).ids
+        gone -= self._names.known_ids()
+        if gone:
+            self._forget(gone)
+        return gone
 
     def collect(self) -> int:
-        """Remove the blobs that no record names and nobody holds, as a crash can leave; reads all records."""
+        """Remove the blobs that no record names and nobody holds, as a crash can leave; reads all records. A shared
+        store does that by itself, when others need them no more either."""
+        if self._store.is_shared:
+            return 0
         with suppress(AdapterUnavailable):
             self._names.named_ids()  # reads the records, so that the next line keeps no upload waiting for long
         return self._forget(frozenset(self._store.blob_ids()))
@@ -246,7 +284,8 @@ class Changes:
         """Let go of what no record names. If any record cannot be read, nothing: it might name them."""
         with self._lock:
             try:
-                gone = adapters - self._names.named_ids()
+                named = self._names.known_ids() if self._store.is_shared else self._names.named_ids()
+                gone = adapters - named
             except AdapterUnavailable:
                 return 0
             for adapter in gone:

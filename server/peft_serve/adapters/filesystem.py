@@ -40,6 +40,10 @@ class FileSystem(Protocol):
         """Move a file over another, or a folder to where none (or an empty one) is; atomic."""
         ...
 
+    def link(self, old: Path, new: Path) -> None:
+        """Give a file a second name where there is none; atomic. One that is there is FileExistsError."""
+        ...
+
     def remove_file(self, path: Path) -> None: ...
 
     def remove_tree(self, path: Path) -> None:
@@ -93,6 +97,9 @@ class DiskFileSystem:
 
     def rename(self, old: Path, new: Path) -> None:
         old.replace(new)
+
+    def link(self, old: Path, new: Path) -> None:
+        new.hardlink_to(old)
 
     def remove_file(self, path: Path) -> None:
         path.unlink()

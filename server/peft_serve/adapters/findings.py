@@ -12,7 +12,7 @@ from peft_serve.adapters.manifest import Manifest
 from peft_serve.adapters.name_record import Numbered
 from peft_serve.adapters.once_each import OnceEach
 from peft_serve.adapters.records import CheckpointFiles, Profile, Summary
-from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.store_protocol import Store
 from peft_serve.adapters.vocabulary import Vocabulary
 from peft_serve.core import AdapterId
 from peft_serve.errors import AdapterInvalid, AdapterUnavailable, MalformedUpload, Refusal
@@ -130,7 +130,7 @@ def manifest_of(found: Inspection, checked_for: str) -> Manifest:
 class StoreFindings:
     """Findings about the store's blobs: from the manifest, or from the gate if that was for another base."""
 
-    def __init__(self, store: AdapterStore, inspect: Inspect, checked_for: str) -> None:
+    def __init__(self, store: Store, inspect: Inspect, checked_for: str) -> None:
         self._store = store
         self._inspect = inspect
         self._checked_for = checked_for

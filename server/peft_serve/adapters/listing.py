@@ -11,7 +11,7 @@ from peft_serve.adapters.name_ledger import NameLedger
 from peft_serve.adapters.name_record import Numbered
 from peft_serve.adapters.names import is_name, unknown
 from peft_serve.adapters.records import Version, VersionState
-from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.store_protocol import Store
 from peft_serve.errors import AdapterUnavailable
 
 FOLDER_VERSION: Final = 0
@@ -35,7 +35,7 @@ class Entry:
 class Shelves:
     """Where adapters are, what is known about them, and who holds them: the parts that asking and changing share."""
 
-    store: AdapterStore
+    store: Store
     names: NameLedger
     findings: StoreFindings
     folders: FolderFindings

@@ -1,28 +1,30 @@
 """Which adapters are to be kept on the device, as it is written down: digests, and the name each was pinned by.
 
 A pin belongs to files, not to a name. It is on the disk before it is acknowledged, so that a restart keeps it; on a
-store that is read-only it lasts as long as the process. Who keeps them on the device, and how many there is room for,
-is not known here.
+store that is read-only it lasts as long as the process, and on a shared one it is every process's. Who keeps them on
+the device, and how many there is room for, is not known here.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from peft_serve.adapters.sealed import SealError
-from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.store_protocol import PinsMoved, Store
 from peft_serve.core import AdapterId
+from peft_serve.errors import ServeError, Unavailable
 
 _LOG: Final = logging.getLogger(__name__)
+_MAX_TRIES: Final = 100
 
 
 class Pins:
     """Owner of the list. Thread-safe; every method may read or write the disk, and raises StoreFull and Unavailable."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()  # orders the writes
         self._pins: dict[AdapterId, str] | None = None  # None: not read yet
@@ -34,13 +36,33 @@ class Pins:
 
     def add(self, adapter: AdapterId, name: str) -> None:
         """Durable on return."""
-        with self._lock:
-            self._write({adapter: name} | self._read())
+        self._change(lambda pins: {adapter: name} | pins)
 
     def remove(self, adapters: Collection[AdapterId]) -> None:
         """Durable on return; those that are not pinned are fine."""
+        self._change(lambda pins: {adapter: name for adapter, name in pins.items() if adapter not in adapters})
+
+    def learn(self) -> tuple[dict[AdapterId, str], frozenset[AdapterId]]:
+        """Other processes may have changed the list: what is pinned now and was not, and what is so no more."""
         with self._lock:
-            self._write({adapter: name for adapter, name in self._read().items() if adapter not in adapters})
+            before, self._pins = self._pins or {}, None
+            try:
+                now = self._read()
+            except ServeError:
+                self._pins = before
+                raise
+            new = {adapter: name for adapter, name in now.items() if adapter not in before}
+            return new, frozenset(before) - frozenset(now)
+
+    def _change(self, change: Callable[[dict[AdapterId, str]], dict[AdapterId, str]]) -> None:
+        with self._lock:
+            for _ in range(_MAX_TRIES):
+                try:
+                    self._write(change(self._read()))
+                    return
+                except PinsMoved:
+                    self._pins = None  # look again
+            raise Unavailable("the list of pins is changed by others all the time; try again", retry_after_s=1.0)
 
     def _read(self) -> dict[AdapterId, str]:
         if self._pins is None:
@@ -54,5 +76,5 @@ class Pins:
     def _write(self, pins: dict[AdapterId, str]) -> None:
         if pins != self._read():
             if not self._store.is_read_only:
-                self._store.write_pins(pins)
+                self._store.write_pins(pins, replaces=self._read())
             self._pins = pins

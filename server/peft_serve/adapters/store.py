@@ -36,6 +36,7 @@ from peft_serve.adapters.records import (
 )
 from peft_serve.adapters.sealed import SealError, unseal
 from peft_serve.adapters.store_folder import StoreFolder
+from peft_serve.adapters.store_protocol import NO_NEWS, News
 from peft_serve.adapters.store_words import damaged_record, told, unreadable_blob, unreadable_record
 from peft_serve.adapters.vocabulary import VOCABULARY_FILES
 from peft_serve.core import AdapterId
@@ -84,6 +85,11 @@ class AdapterStore:
     def is_read_only(self) -> bool:
         """Whether this process may only read what lies there; what would write raises Unavailable."""
         return self._folder.is_read_only
+
+    @property
+    def is_shared(self) -> bool:
+        """This is the one process that writes."""
+        return False
 
     def require_writable(self) -> None:
         """Raise Unavailable where this process may only read: before anything else is looked at for a change."""
@@ -263,8 +269,8 @@ class AdapterStore:
             raise damaged_record(name)
         return record
 
-    def write_name(self, record: NameRecord) -> None:
-        """Replace the record of a name; durable on return. Raises StoreFull or Unavailable."""
+    def write_name(self, record: NameRecord, *, replaces: NameRecord | None = None) -> None:  # noqa: ARG002
+        """Replace the record of a name, which nobody else did; durable on return. Raises StoreFull or Unavailable."""
         self._folder.replace(record_file(self._root, record.name), record.to_json())
 
     # pins
@@ -280,6 +286,14 @@ class AdapterStore:
             raise SealError("not a list of pins")
         return {AdapterId(each): name for each, name in pins.items()}
 
-    def write_pins(self, pins: Mapping[AdapterId, str]) -> None:
+    def write_pins(self, pins: Mapping[AdapterId, str], *, replaces: Mapping[AdapterId, str] | None = None) -> None:  # noqa: ARG002
         """Replace the list; durable on return. Raises StoreFull or Unavailable."""
         self._folder.replace(self._root / PINS_FILE, {"pins": dict(sorted(pins.items()))})
+
+    def news(self) -> News:
+        """Nobody else writes."""
+        return NO_NEWS
+
+    def tidy(self) -> int:
+        """Blobs go with the last name that stands for them."""
+        return 0

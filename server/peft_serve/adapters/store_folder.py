@@ -21,7 +21,7 @@ from peft_serve.adapters.store_words import NO_WRITING, told
 from peft_serve.errors import Forbidden, NotFound, ServeError, Unavailable, UnknownAdapter
 
 _LOG: Final = logging.getLogger(__name__)
-_BEFORE_THE_STORE: Final = frozenset({Forbidden.code, UnknownAdapter.code, NotFound.code})  # who may, what there is
+BEFORE_THE_STORE: Final = frozenset({Forbidden.code, UnknownAdapter.code, NotFound.code})  # who may, what there is
 
 
 class StoreFolder:
@@ -113,7 +113,7 @@ class StoreFolder:
         try:
             yield
         except ServeError as error:
-            if error.status < 500 and error.code not in _BEFORE_THE_STORE:
+            if error.status < 500 and error.code not in BEFORE_THE_STORE:
                 self._try()
             raise
 

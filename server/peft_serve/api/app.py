@@ -105,8 +105,12 @@ def _lifespan(
         service.open()
         service.intake.start()
         resume_beside(parts.catalog, parts.engine)
+        if parts.follower is not None:
+            parts.follower.start()
         async with watched_lag(parts.metrics.observe_loop_lag), watched_keys(keys):
             yield
+        if parts.follower is not None:
+            parts.follower.stop()
         service.intake.close()
         if parts.templates is not None:
             parts.templates.close()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from peft_serve.adapters.changes import Published
-from peft_serve.adapters.combined import is_combined, parts_of
 from peft_serve.adapters.findings import Inspection, Proof
 from peft_serve.adapters.members import UploadLimits
 from peft_serve.adapters.names import check_name
@@ -22,8 +21,8 @@ from peft_serve.adapters.sources.jobs import FetchJobs, Job
 from peft_serve.adapters.sources.watch import FolderWatch, WatchProblem
 from peft_serve.api.trial import Trial
 from peft_serve.core import AdapterId
+from peft_serve.engine.letting_go import let_go
 from peft_serve.engine.parts import ServerParts
-from peft_serve.engine.snapshot import EngineSnapshot
 from peft_serve.errors import ServeError, UnknownAdapter
 
 MAX_OPEN_JOBS: Final = 32
@@ -129,9 +128,7 @@ class Intake:
         in_flight = catalog.changes.delete(name, force=force, if_match=if_match, publisher=publisher)
         with contextlib.suppress(ServeError):  # the name is gone; what is left of a pin goes with the next start
             catalog.pins.remove(ids)
-        for adapter in ids | _made_of(ids, engine.snapshot()):
-            engine.set_pinned(adapter, pinned=False)
-            engine.unload(adapter)
+        let_go(engine, ids)
         return in_flight
 
     # what a watched folder's checkpoints are put on
@@ -157,9 +154,3 @@ class Intake:
             return False
         self.remove(name)
         return True
-
-
-def _made_of(ids: set[AdapterId], snapshot: EngineSnapshot) -> set[AdapterId]:
-    """The combinations in memory that one of these is a part of."""
-    loaded = {*snapshot.host_adapters, *(resident.adapter for resident in snapshot.resident)}
-    return {each for each in loaded if is_combined(each) and any(part.id in ids for part in parts_of(each))}

@@ -32,7 +32,7 @@ def doctor(
     ] = None,
     url: Annotated[str | None, typer.Option("--url", help="a server that runs")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with settings")] = None,
-    store: Annotated[Path | None, typer.Option("--store", help="the folder of uploads")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="the folder of uploads, or s3://bucket/prefix")] = None,
     port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="where a server would listen")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,7 +73,8 @@ def _settings(flags: dict[str, Any], config: Path | None) -> tuple[Settings, lis
 def _of_installation(settings: Settings) -> Iterator[Finding]:
     from peft_serve.commands.checkup.installation import look_at_installation
 
-    store = settings.store or _default_store(settings)
+    is_folder = settings.store is not None and "://" not in settings.store
+    store = Path(settings.store or "") if is_folder else _default_store(settings)
     return look_at_installation(Machine(), settings, store)
 
 

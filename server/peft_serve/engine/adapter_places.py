@@ -1,23 +1,38 @@
 """Where a server's adapters are: the store of uploads, opened before anything slow, and the read-only folders.
 
-Knows the settings that name them; what is in them is the catalog's.
+The store is a folder of this server alone, a folder that several servers share, or a place in an object store. Knows
+the settings that name them; what is in them is the catalog's.
 """
 
 from __future__ import annotations
 
+import random
+import time
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import peft_serve
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.findings import Gate
 from peft_serve.adapters.folders import CheckpointFolders
+from peft_serve.adapters.shared.bucket import Bucket
+from peft_serve.adapters.shared.folder_bucket import FolderBucket
+from peft_serve.adapters.shared.object_bucket import SCHEME, ObjectBucket, open_objects
+from peft_serve.adapters.shared.store import SharedStore
 from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.store_protocol import Store
 from peft_serve.config import Settings
+from peft_serve.engine.client import EngineThread
+from peft_serve.engine.following import StoreFollower
 from peft_serve.errors import Unavailable
 from peft_serve.model.loader import DEMO_NAMES
+
+SHARED_FOLDER: Final = "shared"
+"""In the folder of a shared store; what is compiled of its adapters lies beside it."""
 
 
 def default_store(base_name: str) -> Path:
@@ -34,9 +49,76 @@ def shipped_adapters(model: str) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def open_store(settings: Settings, root: Path) -> AdapterStore:
-    """The store of uploads in `root`, with its lock; raises Unavailable where another process holds that, or where
-    the folder cannot be used: that is told to who starts the server, with the folder and why."""
+def local_folder(settings: Settings, base_name: str) -> Path:
+    """The folder on this machine that goes with the store: the store itself, or, of one in an object store, where what
+    is compiled of its adapters is kept. Servers may share it."""
+    if settings.store is None or _is_object_store(settings):
+        return default_store(base_name)
+    return Path(settings.store)
+
+
+def open_store(settings: Settings, root: Path) -> Store:
+    """The store of uploads: of this server alone in `root`, with its lock, else the one that it shares with others.
+
+    Raises ValueError for a place that is none, and Unavailable where another process holds the lock, or the place
+    cannot be used: that is told to who starts the server, with the place and why."""
+    if _is_object_store(settings):
+        assert settings.store is not None
+        return _opened(settings, f"--store {settings.store}", lambda: ObjectBucket(open_objects(settings.store or "")))
+    shared, alone = root / SHARED_FOLDER, root / "names"
+    if settings.store_shared:
+        if _has_entries(alone):
+            raise ValueError(f"--store {root}: is the store of one server; give --store-shared a folder of its own")
+        return _opened(settings, f"--store {root}", lambda: _folder_bucket(settings, shared))
+    if shared.is_dir():
+        raise ValueError(f"--store {root}: is shared by several servers; start this one with --store-shared, too")
+    return _open_alone(settings, root)
+
+
+def _is_object_store(settings: Settings) -> bool:
+    return settings.store is not None and settings.store.startswith(SCHEME)
+
+
+def _has_entries(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _folder_bucket(settings: Settings, folder: Path) -> FolderBucket:
+    return FolderBucket(
+        folder,
+        DiskFileSystem(),
+        clock=time.monotonic,
+        new_name=_new_name,
+        grace_s=settings.store_grace_s,
+        min_free_bytes=settings.store_reserve_bytes,
+    )
+
+
+def _opened(settings: Settings, what: str, open_bucket: Callable[[], Bucket]) -> SharedStore:
+    """A shared store that answers."""
+    try:
+        return SharedStore(open_bucket(), clock=time.monotonic, new_name=_new_name, grace_s=settings.store_grace_s)
+    except (OSError, Unavailable) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        why = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
+        raise Unavailable(
+            f"{what}: {why}; the store has to answer when a server starts: check the place, its rights, and for s3:// "
+            "the AWS_* variables"
+        ) from error
+
+
+def _new_name() -> str:
+    return uuid.uuid4().hex
+
+
+def make_follower(settings: Settings, catalog: Catalog, engine: EngineThread) -> StoreFollower | None:
+    """What learns of other servers' changes; None where there are no others."""
+    if not catalog.is_shared:
+        return None
+    return StoreFollower(catalog, engine, poll_s=settings.store_poll_s, draw=random.Random().random)
+
+
+def _open_alone(settings: Settings, root: Path) -> AdapterStore:
     try:
         return AdapterStore(root, DiskFileSystem(), min_free_bytes=settings.store_reserve_bytes)
     except Unavailable as error:
@@ -48,7 +130,7 @@ def open_store(settings: Settings, root: Path) -> AdapterStore:
 
 def make_catalog(
     settings: Settings,
-    store: AdapterStore,
+    store: Store,
     root: Path,
     base_name: str,
     gate: Gate,
@@ -62,8 +144,9 @@ def make_catalog(
     folders = CheckpointFolders(paths, disk, base_name=base_name, max_bytes=most, shipped=shipped)
     for problem in folders.problems:
         say(f"adapters: {problem}")
-    kept = "read from" if store.is_read_only else "kept in"
-    say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are {kept} {root}")
+    kept = "read from" if store.is_read_only else "shared in" if store.is_shared else "kept in"
+    place = settings.store or root
+    say(f"adapters: {len(folders.names())} found in {len(paths)} folders; uploads are {kept} {place}")
     return Catalog(
         store,
         folders,

@@ -25,10 +25,10 @@ from peft_serve.adapters.load_costs import LoadCosts
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.adapters.sources.opening import Sources
-from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.store_protocol import Store
 from peft_serve.config import Settings
 from peft_serve.core import AdapterId
-from peft_serve.engine.adapter_places import default_store, make_catalog, open_store
+from peft_serve.engine.adapter_places import local_folder, make_catalog, make_follower, open_store
 from peft_serve.engine.before_loading import check_settings
 from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.cache_figures import CacheFigures
@@ -76,7 +76,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
     """
     check_settings(settings)
     require_configuration(settings.model, revision=settings.revision)  # a base that is not there gets no store
-    root = settings.store or default_store(settings.served_model_name or name_of(settings.model))
+    root = local_folder(settings, settings.served_model_name or name_of(settings.model))
     store = open_store(settings, root)
     try:
         return _built(settings, store, root, say)
@@ -87,9 +87,7 @@ def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, 
         raise
 
 
-def _built(
-    settings: Settings, store: AdapterStore, root: Path, say: Callable[[str], None]
-) -> tuple[ServerParts, Engine]:
+def _built(settings: Settings, store: Store, root: Path, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
     num_threads = settings.num_threads or torch.get_num_threads()
     sources = Sources(settings.allow_source)
     torch.set_num_threads(_BESIDE)
@@ -144,6 +142,7 @@ def _built(
         check_base=partial(_is_unchanged, base, fingerprint),
         templates=templates,
         sources=sources,
+        follower=make_follower(settings, catalog, engine),
     )
     return parts, engine
 

@@ -11,6 +11,7 @@ from peft_serve.adapters.records import CheckpointFiles, HeadFacts
 from peft_serve.adapters.sources.opening import Sources
 from peft_serve.config import Settings
 from peft_serve.engine.client import EngineThread
+from peft_serve.engine.following import StoreFollower
 from peft_serve.metrics import Metrics
 from peft_serve.rendering.templates import ChatTemplates
 from peft_serve.text import TextCodec
@@ -54,3 +55,4 @@ class ServerParts:
     check_base: Callable[[], bool]  # whether the base's weights are still those it was started with
     templates: ChatTemplates | None = None  # runs adapters' own chat templates; None: they are not used
     sources: Sources = field(default_factory=Sources)  # where adapters may be fetched from; nowhere by default
+    follower: StoreFollower | None = None  # learns what other servers do to a shared store; None: there are none

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from typing import Final
 
 from peft_serve.adapters.catalog import Catalog
+from peft_serve.core import AdapterId
 from peft_serve.engine.client import EngineThread
 from peft_serve.errors import AdapterInvalid, ServeError, UnknownAdapter
 
@@ -36,16 +38,27 @@ def resume(catalog: Catalog, engine: EngineThread) -> None:
         _LOG.info("removed the files of %d checkpoints that no name stands for", num_removed)
 
 
+def pin_all(catalog: Catalog, engine: EngineThread, pins: Mapping[AdapterId, str]) -> None:
+    """Pin what others have pinned, beside what is pinned already."""
+    num_before = len(catalog.pins.all().keys() - pins.keys())
+    _pin(catalog, engine, pins, num_free=engine.snapshot().num_slots - 1 - num_before)
+
+
 def _pin_again(catalog: Catalog, engine: EngineThread) -> None:
-    num_free = engine.snapshot().num_slots - 1  # one stays free for everybody else
-    for adapter, name in sorted(catalog.pins.all().items(), key=lambda pin: pin[1]):
+    _pin(catalog, engine, catalog.pins.all(), num_free=engine.snapshot().num_slots - 1)
+
+
+def _pin(catalog: Catalog, engine: EngineThread, pins: Mapping[AdapterId, str], *, num_free: int) -> None:
+    """Pin within so many slots: one stays free for everybody else."""
+    for adapter, name in sorted(pins.items(), key=lambda pin: pin[1]):
         if num_free <= 0:
             _LOG.warning("adapter '%s' is not pinned again: there are fewer slots than there were", name)
             continue
         try:
             catalog.resolve(f"{name}@{adapter}")
         except (UnknownAdapter, AdapterInvalid):
-            catalog.pins.remove([adapter])  # it is gone, or another base is served
+            if not catalog.is_shared:  # else it may be younger than what is known here
+                catalog.pins.remove([adapter])  # it is gone, or another base is served
             continue
         except ServeError as error:
             _LOG.warning("adapter '%s' is pinned and cannot be loaded: %s", name, error.message)

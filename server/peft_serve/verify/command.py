@@ -122,7 +122,7 @@ class _Wish:
 
 def _compare(wish: _Wish, progress: Console) -> Sequence[Compared]:
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(model=wish.model, dtype="float32", device="cpu", store=Path(folder))
+        settings = Settings(model=wish.model, dtype="float32", device="cpu", store=folder)
         parts, engine = build(settings, lambda line: progress.print(f"  {line}", highlight=False))
         inspected = _inspected(parts, wish.files)
         task = task_of(wish.files, inspected.summary.head, parts.base)

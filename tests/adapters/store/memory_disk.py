@@ -131,6 +131,13 @@ class MemoryDisk:
         self._enter(old, None)
         self._enter(new, node)
 
+    def link(self, old: Path, new: Path) -> None:
+        self._call("link", new)
+        node = self._there(old)
+        if self._find(new) is not None:
+            raise FileExistsError(errno.EEXIST, "File exists")
+        self._enter(new, node)
+
     def remove_file(self, path: Path) -> None:
         self._call("remove_file", path)
         self._there(path)

@@ -124,6 +124,10 @@ class FaultyFileSystem(UnsyncedFileSystem):
         self._act()
         super().rename(old, new)
 
+    def link(self, old: Path, new: Path) -> None:
+        self._act()
+        super().link(old, new)
+
     def remove_file(self, path: Path) -> None:
         if isinstance(self.fault, Crash):
             self._act()

@@ -48,7 +48,7 @@ def test_one_slow_record_holds_up_nobody_else(disk: Slow) -> None:
     assert ledger.peek("a") is None
     assert ledger.peek("unheard-of") == NameRecord(name="unheard-of")
     assert ledger.record("b").ids == {TWO.digest()}
-    ledger.write(ledger.record("c").published(ONE.digest(), ""))
+    ledger.write(ledger.record("c").published(ONE.digest(), ""), replaces=ledger.record("c"))
     assert reader.is_alive()
     disk.may_end.set()
     reader.join(10)
@@ -64,13 +64,14 @@ def test_what_was_read_before_a_write_is_not_remembered_after_it(disk: Slow, fai
     reader = threading.Thread(target=lambda: seen.append(ledger.record("a")))
     reader.start()
     assert disk.begun.wait(10)
-    newer = store.read_name("a").published(TWO.digest(), "")
+    older = store.read_name("a")
+    newer = older.published(TWO.digest(), "")
     if fails:
         disk.fault = lambda kind, path, _call: no_room() if (kind, path.name) == ("sync_dir", "names") else None
         with pytest.raises(StoreFull):
-            ledger.write(newer)
+            ledger.write(newer, replaces=older)
     else:
-        ledger.write(newer)
+        ledger.write(newer, replaces=older)
     disk.may_end.set()
     reader.join(10)
     assert ledger.record("a") == newer == seen[0]

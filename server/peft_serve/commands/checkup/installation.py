@@ -70,6 +70,8 @@ def _extras(machine: Machine, settings: Settings) -> Iterator[Finding]:
         wanted.append(("--otlp-traces-endpoint", "opentelemetry-sdk", "otel"))
     if any(source.startswith(_OBJECT_STORES) for source in settings.allow_source):
         wanted.append(("--allow-source", "obstore", "objects"))
+    if settings.store is not None and settings.store.startswith("s3://"):
+        wanted.append(("--store", "obstore", "s3"))
     for place, library, extra in wanted:
         if machine.version(library) is None:
             yield wrong(place, f"needs {library}, which is not installed", f"pip install 'peft-serve[{extra}]'")
@@ -129,7 +131,7 @@ def _store(machine: Machine, settings: Settings, store: Path) -> Iterator[Findin
             "--store", f"{store} cannot be written by this user", "give the user the folder, or --store another"
         )
         return
-    if machine.is_locked(store / "lock"):
+    if not settings.store_shared and machine.is_locked(store / "lock"):
         yield wrong(
             "--store", f"{store} is in use by a server that runs; one server at a time",
             "stop that one, or give this one a --store of its own",

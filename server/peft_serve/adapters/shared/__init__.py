@@ -1,0 +1,1 @@
+"""A store of adapters that many processes write to."""

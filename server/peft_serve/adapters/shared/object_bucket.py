@@ -1,0 +1,142 @@
+"""A bucket in an object store, by obstore: S3, and what speaks its language with conditional writes.
+
+Credentials, endpoint and region are the environment's (`AWS_*`), or those of the machine's role. What the library says
+becomes an OSError whose number says what is wrong; its words name addresses and are shown to nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from peft_serve.adapters.shared.bucket import Found, Oversize
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+EXTRA: Final = "pip install 'peft-serve[s3]'"
+SCHEME: Final = "s3://"
+
+_CHUNK_BYTES: Final = 1 << 20
+_CONNECT_S: Final = 3
+_REQUEST_S: Final = 60
+_RETRY_S: Final = 10
+_DENIED: Final = ("403 Forbidden", "401 Unauthorized")  # of a listing the library tells the status in words alone
+
+
+def open_objects(url: str) -> ObjectStore:
+    """The store behind `s3://bucket/prefix`, not yet asked for anything; raises ValueError."""
+    try:
+        from obstore.store import S3Store
+    except ImportError:
+        raise ValueError(f"--store {SCHEME}..: object stores need an extra: {EXTRA}") from None
+    bucket, _, prefix = url.removeprefix(SCHEME).partition("/")
+    steps = [step for step in prefix.split("/") if step]
+    if not url.startswith(SCHEME) or not bucket or any(step in (".", "..") for step in steps):
+        raise ValueError("--store: a place in an object store is s3://bucket or s3://bucket/prefix")
+    options: Any = {
+        "connect_timeout": timedelta(seconds=_CONNECT_S),
+        "timeout": timedelta(seconds=_REQUEST_S),
+        # Given options replace those of the environment, of which this one is needed for a store without TLS.
+        "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"),
+    }
+    retries: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=_RETRY_S)}
+    return S3Store(bucket, prefix="/".join(steps) or None, client_options=options, retry_config=retries)
+
+
+class ObjectBucket:
+    """The keys below the root of an obstore store."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+
+    def get(self, key: str, *, max_bytes: int) -> Found | None:
+        import obstore
+
+        content = bytearray()
+        try:
+            with _told():
+                answer = obstore.get(self._objects, key)
+                tag = answer.meta["e_tag"]
+                for chunk in answer.stream(min_chunk_size=_CHUNK_BYTES):
+                    content += bytes(chunk)
+                    if len(content) > max_bytes:
+                        raise Oversize(key)
+        except FileNotFoundError:
+            return None
+        return Found(content=bytes(content), tag=_tag(tag))
+
+    def put(self, key: str, content: bytes) -> None:
+        import obstore
+
+        with _told():
+            obstore.put(self._objects, key, content)
+
+    def put_new(self, key: str, content: bytes) -> str | None:
+        return self._put_if(key, content, "create")
+
+    def replace(self, key: str, content: bytes, tag: str) -> str | None:
+        return self._put_if(key, content, {"e_tag": tag, "version": None})
+
+    def _put_if(self, key: str, content: bytes, mode: Any) -> str | None:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        try:
+            with _told():
+                return _tag(obstore.put(self._objects, key, content, mode=mode, use_multipart=False)["e_tag"])
+        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            return None
+
+    def tags(self, prefix: str) -> dict[str, str]:
+        import obstore
+
+        with _told():
+            pages = obstore.list(self._objects, prefix.rstrip("/") or None)
+            return {each["path"]: _tag(each["e_tag"]) for page in pages for each in page}
+
+    def remove(self, key: str) -> None:
+        import obstore
+
+        keys = list(self.tags(key)) if key.endswith("/") else [key]
+        for each in keys:
+            try:
+                with _told():
+                    obstore.delete(self._objects, each)
+            except FileNotFoundError:
+                continue
+
+    def require_room(self, num_bytes: int) -> None:
+        """An object store has room for everybody."""
+
+    def tidy(self) -> None:
+        """It leaves nothing behind but parts of uploads that broke off, which the bucket's own rules remove."""
+
+
+def _tag(found: str | None) -> str:
+    if not found:
+        raise OSError(errno.ENOTSUP, "this object store gives no entity tags")
+    return found
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what the library raises into OSError, but for the answers that are none: they are for the caller."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
+        raise
+    except exceptions.BaseError as error:
+        denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+        is_denied = denied or any(words in str(error) for words in _DENIED)
+        raise OSError(errno.EACCES if is_denied else errno.EIO, _kind(error)) from error
+
+
+def _kind(error: Exception) -> str:
+    return f"the object store did not answer as it should ({type(error).__name__})"
