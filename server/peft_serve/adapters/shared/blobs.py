@@ -59,8 +59,9 @@ class Blobs:
 
     # writing
 
-    def put(self, adapter: AdapterId, files: CheckpointFiles, manifest: Manifest) -> None:
-        """Keep `files` as `adapter`, and its paper from being collected for a while; raises Unavailable."""
+    def put(self, adapter: AdapterId, files: CheckpointFiles, manifest: Manifest) -> bool:
+        """Keep `files` as `adapter`, and its paper from being collected for a while; whether that mended a damaged
+        blob. Raises Unavailable."""
         place, began_s = "", self._clock()
         for _ in range(_MAX_TRIES):
             looked_s = self._clock()
@@ -74,7 +75,7 @@ class Blobs:
                 self._learn(adapter, manifest, looked_s)
                 if place and place != renewed.place:  # another upload of the same files came first
                     self._bucket.remove(f"{folder_of(adapter)}{place}/")
-                return
+                return tag is not None and place == renewed.place
         raise _busy()
 
     def renew(self, adapters: Iterable[AdapterId]) -> None:
@@ -183,6 +184,7 @@ class Blobs:
                 self._manifests.pop(adapter, None)
             else:
                 self._manifests[adapter] = _manifest_in(paper)
+                self._damaged.discard(adapter)
 
     def _is_intact(self, adapter: AdapterId, paper: BlobPaper) -> bool:
         files = self._files(adapter, paper)

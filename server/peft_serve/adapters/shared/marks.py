@@ -42,6 +42,11 @@ class Marks:
             self._is_owed = True
             self._write()
 
+    def begin(self) -> None:
+        """Put a mark without changes, which shows whether this process may write."""
+        with self._lock:
+            self._write()
+
     def settle(self) -> None:
         """Tell what could not be told."""
         with self._lock:

@@ -73,14 +73,17 @@ class ObjectBucket:
     def put(self, key: str, content: bytes) -> None:
         import obstore
 
-        with _told():
-            obstore.put(self._objects, key, content)
+        try:
+            with _told():
+                obstore.put(self._objects, key, content)
+        except FileNotFoundError as error:
+            raise OSError(errno.ENOENT, "there is no such bucket") from error
 
     def put_new(self, key: str, content: bytes) -> str | None:
         return self._put_if(key, content, "create")
 
     def replace(self, key: str, content: bytes, tag: str) -> str | None:
-        return self._put_if(key, content, {"e_tag": tag, "version": None})
+        return self._put_if(key, content, {"e_tag": tag})
 
     def _put_if(self, key: str, content: bytes, mode: Any) -> str | None:
         import obstore

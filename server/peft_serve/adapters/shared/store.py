@@ -12,6 +12,7 @@ that a store out of reach keeps nobody from what this process knows.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from peft_serve.adapters.name_record import NameRecord
 from peft_serve.adapters.names import is_id
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.sealed import SealError
+from peft_serve.adapters.shared.blob_paper import paper_of
 from peft_serve.adapters.shared.blobs import Blobs
 from peft_serve.adapters.shared.bucket import Bucket
 from peft_serve.adapters.shared.collector import Collector
@@ -31,8 +33,11 @@ from peft_serve.adapters.shared.names import NameRecords, key_of, name_of
 from peft_serve.adapters.shared.words import reached
 from peft_serve.adapters.store_folder import BEFORE_THE_STORE
 from peft_serve.adapters.store_protocol import News, PinsMoved
+from peft_serve.adapters.store_words import NO_WRITING
 from peft_serve.core import AdapterId
 from peft_serve.errors import ServeError
+
+_LOG: Final = logging.getLogger(__name__)
 
 PINS_KEY: Final = "pins.json"
 RELIST_S: Final = 60.0
@@ -66,6 +71,18 @@ class SharedStore:
         self._pins: tuple[str | None, dict[AdapterId, str]] | None = None  # as they were last read or written
         with reached("read"):
             self._marks.news()
+        self._begin()
+
+    def _begin(self) -> None:
+        try:
+            self._marks.begin()
+        except OSError as error:
+            if error.errno not in NO_WRITING:
+                with reached("written"):
+                    raise
+            _LOG.warning(
+                "the adapter store may not be written to by this server: none can be uploaded, changed or deleted here"
+            )
 
     @property
     def is_read_only(self) -> bool:
@@ -103,7 +120,9 @@ class SharedStore:
     def put_blob(self, adapter: AdapterId, files: CheckpointFiles, manifest: Manifest) -> None:
         assert adapter == files.digest(), "a blob's id is the digest of its files"
         with reached("written"):
-            self._blobs.put(adapter, files, manifest)
+            is_mended = self._blobs.put(adapter, files, manifest)
+        if is_mended:  # others may think it damaged
+            self._tell(paper_of(adapter))
 
     def has_blob(self, adapter: AdapterId) -> bool:
         with reached("read"):
