@@ -32,7 +32,7 @@ from peft_serve.adapters.pins import Pins
 from peft_serve.adapters.records import CheckpointFiles, Resolved, Version
 from peft_serve.adapters.store_protocol import Store
 from peft_serve.core import BASE, AdapterId
-from peft_serve.errors import AdapterUnavailable, ServeError
+from peft_serve.errors import AdapterUnavailable, ServeError, Unavailable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ class Catalog:
 
     def files(self, adapter: AdapterId) -> CheckpointFiles:
         """The files of an adapter, read whole and checked against its id; raises AdapterUnavailable."""
-        if self._store.has_blob(adapter) or not self._folders.has(adapter):
+        if not self._folders.has(adapter) or self._is_kept(adapter):
             try:
                 return self._store.read_blob(adapter)
             except AdapterUnavailable:
@@ -200,7 +200,14 @@ class Catalog:
         return record.numbered(target.version) is not None or is_folder
 
     def _is_there(self, adapter: AdapterId) -> bool:
-        return self._store.has_blob(adapter) or self._folders.has(adapter)
+        return self._folders.has(adapter) or self._store.has_blob(adapter)
+
+    def _is_kept(self, adapter: AdapterId) -> bool:
+        """Whether the store has it, as far as can be told now."""
+        try:
+            return self._store.has_blob(adapter)
+        except Unavailable:
+            return False
 
     def check(self) -> None:
         """Our own books."""

@@ -28,6 +28,7 @@ class Pins:
         self._store = store
         self._lock = threading.Lock()  # orders the writes
         self._pins: dict[AdapterId, str] | None = None  # None: not read yet
+        self._told: dict[AdapterId, str] = {}  # of a shared store: those that `learn` told, or that were changed here
 
     def all(self) -> dict[AdapterId, str]:
         """The name that each was pinned by."""
@@ -37,31 +38,40 @@ class Pins:
     def add(self, adapter: AdapterId, name: str) -> None:
         """Durable on return."""
         self._change(lambda pins: {adapter: name} | pins)
+        with self._lock:
+            self._told[adapter] = name
 
     def remove(self, adapters: Collection[AdapterId]) -> None:
         """Durable on return; those that are not pinned are fine."""
         self._change(lambda pins: {adapter: name for adapter, name in pins.items() if adapter not in adapters})
+        with self._lock:
+            self._told = {adapter: name for adapter, name in self._told.items() if adapter not in adapters}
 
     def learn(self) -> tuple[dict[AdapterId, str], frozenset[AdapterId]]:
         """Other processes may have changed the list: what is pinned now and was not, and what is so no more."""
         with self._lock:
-            before, self._pins = self._pins or {}, None
-            try:
-                now = self._read()
-            except ServeError:
-                self._pins = before
-                raise
+            now = self._read_again()
+            before, self._told = self._told, dict(now)
             new = {adapter: name for adapter, name in now.items() if adapter not in before}
             return new, frozenset(before) - frozenset(now)
+
+    def _read_again(self) -> dict[AdapterId, str]:
+        """The list of a shared store as it is now; where that cannot be read it stays what it was."""
+        before, self._pins = self._pins, None
+        try:
+            return self._read()
+        except ServeError:
+            self._pins = before
+            raise
 
     def _change(self, change: Callable[[dict[AdapterId, str]], dict[AdapterId, str]]) -> None:
         with self._lock:
             for _ in range(_MAX_TRIES):
                 try:
-                    self._write(change(self._read()))
+                    self._write(change(self._read_again() if self._store.is_shared else self._read()))
                     return
                 except PinsMoved:
-                    self._pins = None  # look again
+                    continue
             raise Unavailable("the list of pins is changed by others all the time; try again", retry_after_s=1.0)
 
     def _read(self) -> dict[AdapterId, str]:

@@ -21,7 +21,7 @@ from peft_serve.adapters.findings import Gate
 from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.shared.bucket import Bucket
 from peft_serve.adapters.shared.folder_bucket import FolderBucket
-from peft_serve.adapters.shared.object_bucket import SCHEME, ObjectBucket, open_objects
+from peft_serve.adapters.shared.object_bucket import SCHEME, ObjectBucket
 from peft_serve.adapters.shared.store import SharedStore
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.adapters.store_protocol import Store
@@ -64,7 +64,7 @@ def open_store(settings: Settings, root: Path) -> Store:
     cannot be used: that is told to who starts the server, with the place and why."""
     if _is_object_store(settings):
         assert settings.store is not None
-        return _opened(settings, f"--store {settings.store}", lambda: ObjectBucket(open_objects(settings.store or "")))
+        return _opened(settings, f"--store {settings.store}", lambda: ObjectBucket.at(settings.store or ""))
     shared, alone = root / SHARED_FOLDER, root / "names"
     if settings.store_shared:
         if _has_entries(alone):

@@ -187,6 +187,7 @@ def test_pins_are_everybodys(replicas: Replicas) -> None:
     one.catalog.pins.add(ONE.digest(), "a")
     two.catalog.pins.add(TWO.digest(), "b")  # does not undo the other
     assert two.catalog.pins.all() == {ONE.digest(): "a", TWO.digest(): "b"}
+    assert two.catalog.follow().pinned == {ONE.digest(): "a"}
     one.catalog.follow()
     one.catalog.pins.remove([ONE.digest()])
     two.memory.fault = lambda act, key: away(act, key) if (act, key) == ("get", "pins.json") else None
@@ -194,6 +195,29 @@ def test_pins_are_everybodys(replicas: Replicas) -> None:
     two.memory.fault = lambda _act, _key: None
     assert two.catalog.follow().unpinned == {ONE.digest()}, "asked for again"
     assert two.catalog.follow() == Followed()
+
+
+def test_a_pin_that_this_server_had_not_heard_of_is_removed(replicas: Replicas) -> None:
+    one, two = replicas.make(), replicas.make()
+    assert two.catalog.pins.all() == {}
+    one.catalog.pins.add(ONE.digest(), "a")
+    one.catalog.pins.add(TWO.digest(), "b")
+    two.catalog.pins.remove([ONE.digest()])
+    assert two.catalog.follow().pinned == {TWO.digest(): "b"}, "which it read for that, and did not tell"
+    one.catalog.follow()
+    assert one.catalog.pins.all() == {TWO.digest(): "b"}
+
+
+def test_a_change_that_was_not_told_and_that_a_collection_has_read(replicas: Replicas) -> None:
+    one, two = replicas.make(), replicas.make()
+    two.catalog.follow()
+    one.memory.fault = lambda act, key: KeyboardInterrupt() if (act, key[:6]) == ("put", "marks/") else None
+    with pytest.raises(KeyboardInterrupt):
+        one.catalog.changes.publish("a", ONE)
+    replicas.clock.now_s += GRACE_S / 2
+    two.catalog.tidy()
+    two.catalog.follow()
+    assert two.catalog.resolve("a").id == ONE.digest()
 
 
 def test_a_store_out_of_reach_and_back(replicas: Replicas) -> None:

@@ -54,7 +54,7 @@ class Blobs:
         self._grace_s = grace_s
         self._lock = threading.Lock()
         self._manifests: dict[AdapterId, Manifest | None] = {}  # of blobs that were there; None: unreadable
-        self._damaged: set[AdapterId] = set()
+        self._absent: set[AdapterId] = set()  # found damaged, or forgotten, and others changed nothing since
         self._renewed: dict[AdapterId, float] = {}  # when this process began to put or renew a paper
 
     # writing
@@ -118,14 +118,15 @@ class Blobs:
         with self._lock:
             self._manifests[adapter] = manifest
             self._renewed[adapter] = began_s
-            self._damaged.discard(adapter)
+            self._absent.discard(adapter)
 
     # reading
 
     def has(self, adapter: AdapterId) -> bool:
-        """Whether it is there, as far as it was looked at before; else the bucket is asked."""
+        """Whether it is there. The bucket is asked about what is new to this process, and about nothing else: whoever
+        asks may hold up others meanwhile."""
         with self._lock:
-            if adapter in self._damaged:
+            if adapter in self._absent:
                 return False
             if adapter in self._manifests:
                 return True
@@ -152,7 +153,7 @@ class Blobs:
         except OSError as error:
             raise out_of_reach("the adapter's files") from error
         with self._lock:
-            self._damaged.add(adapter)
+            self._absent.add(adapter)
             self._manifests.pop(adapter, None)
         raise AdapterDamaged("the adapter's files are damaged or missing; upload it again")
 
@@ -163,16 +164,16 @@ class Blobs:
         return [adapter for adapter, paper in papers if paper is not None and not paper.is_gone]
 
     def forget(self, adapter: AdapterId) -> None:
-        """No name that this process knows stands for it."""
+        """No name that this process knows stands for it: it is not asked for again, until others change something."""
         with self._lock:
             self._manifests.pop(adapter, None)
-            self._damaged.discard(adapter)
+            self._absent.add(adapter)
             self._renewed.pop(adapter, None)
 
-    def mended(self) -> None:
-        """Others have changed something: what was damaged may be mended."""
+    def look_again(self) -> None:
+        """Others have changed something: what was damaged may be mended, and what was forgotten may have a name."""
         with self._lock:
-            self._damaged.clear()
+            self._absent.clear()
 
     def _look(self, adapter: AdapterId) -> tuple[BlobPaper | None, str | None]:
         found = self._documents.read(paper_of(adapter))
@@ -184,7 +185,7 @@ class Blobs:
                 self._manifests.pop(adapter, None)
             else:
                 self._manifests[adapter] = _manifest_in(paper)
-                self._damaged.discard(adapter)
+                self._absent.discard(adapter)
 
     def _is_intact(self, adapter: AdapterId, paper: BlobPaper) -> bool:
         files = self._files(adapter, paper)

@@ -39,7 +39,7 @@ class NameRecords:
         self._bucket = bucket
         self._documents = documents
         self._lock = threading.Lock()
-        self._tags: dict[str, str] = {}  # of every name that was listed, read or written
+        self._tags: dict[str, str] = {}  # of every name that was listed, read or written, and so is known
         self._seen: dict[str, tuple[str | None, NameRecord]] = {}  # of those read or written; no tag: there is nothing
 
     def names(self) -> list[str]:
@@ -64,6 +64,13 @@ class NameRecords:
 
     def read(self, name: str) -> NameRecord:
         """The record as it lies there, empty if there never was one; raises AdapterUnavailable."""
+        record, tag = self._read(name)
+        with self._lock:
+            if tag is not None:
+                self._tags[name] = tag
+        return record
+
+    def _read(self, name: str) -> tuple[NameRecord, str | None]:
         try:
             found = self._documents.read(key_of(name))
         except OSError as error:
@@ -78,8 +85,10 @@ class NameRecords:
                 raise _damaged(name) from error
         if record.name != name:
             raise _damaged(name)
-        self._remember(record, None if found is None else found.tag)
-        return record
+        tag = None if found is None else found.tag
+        with self._lock:
+            self._seen[name] = (tag, record)
+        return record, tag
 
     def write(self, record: NameRecord, replaces: NameRecord | None) -> None:
         """Put `record` in the place of `replaces`; raises OSError, AdapterUnavailable and RecordMoved."""
@@ -87,7 +96,7 @@ class NameRecords:
         with self._lock:
             seen = self._seen.get(name)
         if seen is None or (replaces is not None and seen[1] != replaces):
-            self.read(name)
+            self._read(name)
             with self._lock:
                 seen = self._seen[name]
         if replaces is not None and seen[1] != replaces:
@@ -95,22 +104,18 @@ class NameRecords:
         tag = self._documents.swap(key_of(name), record.to_json(), seen[0])
         if tag is None:
             raise RecordMoved(name)
-        self._remember(record, tag)
-
-    def _remember(self, record: NameRecord, tag: str | None) -> None:
         with self._lock:
-            self._seen[record.name] = (tag, record)
-            if tag is not None:
-                self._tags[record.name] = tag
+            self._seen[name] = (tag, record)
+            self._tags[name] = tag
 
     def all_now(self) -> list[NameRecord]:
-        """Every record as it lies there now; those whose tag is the one that was seen are not read again. Raises
-        Unavailable and AdapterUnavailable."""
+        """Every record as it lies there now; those whose tag is the one that was seen are not read again. Nobody has
+        learnt of them by that: what has moved is told by `moved`. Raises Unavailable and AdapterUnavailable."""
         found = []
         for name, tag in self._listed().items():
             with self._lock:
                 seen = self._seen.get(name)
-            found.append(seen[1] if seen is not None and seen[0] == tag else self.read(name))
+            found.append(seen[1] if seen is not None and seen[0] == tag else self._read(name)[0])
         return found
 
 

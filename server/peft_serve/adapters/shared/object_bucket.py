@@ -23,12 +23,14 @@ SCHEME: Final = "s3://"
 
 _CHUNK_BYTES: Final = 1 << 20
 _CONNECT_S: Final = 3
-_REQUEST_S: Final = 60
+_REQUEST_S: Final = 10
+_BULK_S: Final = 600  # for a file of a checkpoint
+_BULK_STEPS: Final = 5  # a key of so many steps is one
 _RETRY_S: Final = 10
 _DENIED: Final = ("403 Forbidden", "401 Unauthorized")  # of a listing the library tells the status in words alone
 
 
-def open_objects(url: str) -> ObjectStore:
+def open_objects(url: str, *, timeout_s: int = _REQUEST_S) -> ObjectStore:
     """The store behind `s3://bucket/prefix`, not yet asked for anything; raises ValueError."""
     try:
         from obstore.store import S3Store
@@ -40,19 +42,28 @@ def open_objects(url: str) -> ObjectStore:
         raise ValueError("--store: a place in an object store is s3://bucket or s3://bucket/prefix")
     options: Any = {
         "connect_timeout": timedelta(seconds=_CONNECT_S),
-        "timeout": timedelta(seconds=_REQUEST_S),
+        "timeout": timedelta(seconds=timeout_s),
         # Given options replace those of the environment, of which this one is needed for a store without TLS.
         "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"),
     }
-    retries: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=_RETRY_S)}
+    retries: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=min(timeout_s, _RETRY_S))}
     return S3Store(bucket, prefix="/".join(steps) or None, client_options=options, retry_config=retries)
 
 
 class ObjectBucket:
-    """The keys below the root of an obstore store."""
+    """The keys below the root of an obstore store. `bulk` is another way to it, for what may take long."""
 
-    def __init__(self, objects: ObjectStore) -> None:
+    def __init__(self, objects: ObjectStore, bulk: ObjectStore | None = None) -> None:
         self._objects = objects
+        self._bulk = bulk or objects
+
+    @classmethod
+    def at(cls, url: str) -> ObjectBucket:
+        """The bucket at `s3://bucket/prefix`; raises ValueError for what is no such place."""
+        return cls(open_objects(url), open_objects(url, timeout_s=_BULK_S))
+
+    def _way_to(self, key: str) -> ObjectStore:
+        return self._bulk if len(key.split("/")) >= _BULK_STEPS else self._objects
 
     def get(self, key: str, *, max_bytes: int) -> Found | None:
         import obstore
@@ -60,7 +71,7 @@ class ObjectBucket:
         content = bytearray()
         try:
             with _told():
-                answer = obstore.get(self._objects, key)
+                answer = obstore.get(self._way_to(key), key)
                 tag = answer.meta["e_tag"]
                 for chunk in answer.stream(min_chunk_size=_CHUNK_BYTES):
                     content += bytes(chunk)
@@ -75,7 +86,7 @@ class ObjectBucket:
 
         try:
             with _told():
-                obstore.put(self._objects, key, content)
+                obstore.put(self._way_to(key), key, content)
         except FileNotFoundError as error:
             raise OSError(errno.ENOENT, "there is no such bucket") from error
 

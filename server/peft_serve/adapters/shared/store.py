@@ -209,7 +209,7 @@ class SharedStore:
                 self._listed_s = now_s
             keys, self._untold = self._untold, frozenset()
             if keys:
-                self._blobs.mended()
+                self._blobs.look_again()
         names = frozenset(name for key in keys if (name := name_of(key)) is not None)
         return News(names=names, has_pins=PINS_KEY in keys)
 
