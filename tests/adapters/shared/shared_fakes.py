@@ -172,10 +172,10 @@ class Replica:
         return self.bucket
 
 
-def catalog_over(store: Store, gate: FakeGate) -> Catalog:
+def catalog_over(store: Store, gate: FakeGate, *folders: Path) -> Catalog:
     return Catalog(
         store,
-        CheckpointFolders((), UnsyncedFileSystem(), base_name="demo-llama"),
+        CheckpointFolders(folders, UnsyncedFileSystem(), base_name="demo-llama"),
         gate,
         checked_for="demo",
         base_name="demo-llama",

@@ -32,7 +32,7 @@ from tests.adapters.shared.shared_fakes import (
     catalog_over,
     folder_bucket,
 )
-from tests.adapters.store.store_fakes import FakeGate, checkpoint
+from tests.adapters.store.store_fakes import FakeGate, checkpoint, write_folder
 
 ONE, TWO, THREE = checkpoint(1), checkpoint(2), checkpoint(3)
 
@@ -269,6 +269,21 @@ def test_a_record_that_could_not_be_read_again_is_read_at_the_next_look(replicas
     two.memory.fault = lambda _act, _key: None
     two.catalog.follow()
     assert two.catalog.resolve("a").id == TWO.digest()
+    two.memory.acts.clear()
+    two.catalog.follow()
+    assert two.memory.acts == [("tags", "marks/")], "and then no more"
+
+
+def test_adapters_of_a_folder_need_no_store(replicas: Replicas, tmp_path: Path) -> None:
+    write_folder(tmp_path / "own", ONE)
+    one = replicas.make()
+    catalog = catalog_over(one.store, FakeGate(), tmp_path)
+    assert catalog.resolve("own").id == ONE.digest()
+    one.memory.fault = away
+    assert catalog.resolve("own").id == ONE.digest()
+    catalog.retain(ONE.digest())
+    catalog.release(ONE.digest())
+    assert catalog.files(ONE.digest()) == ONE
 
 
 def test_a_write_of_which_nobody_knows_whether_it_took_place(replicas: Replicas) -> None:
