@@ -208,6 +208,21 @@ def test_a_pin_that_this_server_had_not_heard_of_is_removed(replicas: Replicas) 
     assert one.catalog.pins.all() == {TWO.digest(): "b"}
 
 
+def test_a_pin_in_between_is_kept(replicas: Replicas) -> None:
+    one, two = replicas.make(), replicas.make()
+    done: list[None] = []
+
+    def before(act: str, key: str) -> None:
+        if (act, key) == ("put_new", "pins.json") and not done:
+            done.append(None)
+            one.catalog.pins.add(ONE.digest(), "a")
+
+    two.memory.before = before
+    two.catalog.pins.add(TWO.digest(), "b")
+    assert done
+    assert two.catalog.pins.all() == {ONE.digest(): "a", TWO.digest(): "b"}
+
+
 def test_a_change_that_was_not_told_and_that_a_collection_has_read(replicas: Replicas) -> None:
     one, two = replicas.make(), replicas.make()
     two.catalog.follow()
