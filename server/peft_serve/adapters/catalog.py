@@ -177,6 +177,14 @@ class Catalog:
                 return Followed(gone=gone, pinned=pinned, unpinned=unpinned)
         return Followed(gone=gone)
 
+    def folder_of(self, adapter: AdapterId) -> str | None:
+        """The read-only folder that an adapter was found in; None for uploads, and for what was not asked for yet."""
+        return self._folders.home(adapter)
+
+    def expect_in_folder(self, adapter: AdapterId, name: str) -> None:
+        """Another process on the same folders found an adapter in this one: `files` is to look there."""
+        self._folders.expect(adapter, name)
+
     # holding
 
     def retain(self, adapter: AdapterId) -> None:

@@ -230,6 +230,15 @@ class FolderFindings:
         """Whether some folder held this checkpoint when it was last looked at."""
         return adapter in self._homes
 
+    def home(self, adapter: AdapterId) -> str | None:
+        """The folder that held this checkpoint when it was last looked at."""
+        return self._homes.get(adapter)
+
+    def expect(self, adapter: AdapterId, name: str) -> None:
+        """Somebody else found this checkpoint in a folder of this name; `files` reads it there, and checks it."""
+        if name in self._folders:
+            self._homes.setdefault(adapter, name)
+
     def files(self, adapter: AdapterId) -> CheckpointFiles:
         """The files of a checkpoint that was found here; raises AdapterUnavailable if they changed since."""
         name = self._homes[adapter]

@@ -70,7 +70,9 @@ class AdapterStore:
         fs: FileSystem,
         *,
         min_free_bytes: int = 0,
+        writes: bool = True,
     ) -> None:
+        """Without `writes` this process leaves the folder to the one that has its lock, and only reads."""
         self._fs = fs
         self._min_free_bytes = min_free_bytes
         self._on_detach: Callable[[AdapterId], None] = lambda _adapter: None
@@ -79,7 +81,7 @@ class AdapterStore:
         self._names = root / "names"
         self._quarantine = root / "quarantine"
         self._damaged: set[AdapterId] = set()  # found damaged, and still lying there: the disk takes no writes
-        self._folder = StoreFolder(root, fs, (self._blobs, self._names, self._quarantine))
+        self._folder = StoreFolder(root, fs, (self._blobs, self._names, self._quarantine), writes=writes)
 
     @property
     def is_read_only(self) -> bool:

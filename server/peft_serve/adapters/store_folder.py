@@ -30,14 +30,17 @@ class StoreFolder:
     Raises Unavailable where another process has the lock, and what `told` makes of the disk's refusals.
     """
 
-    def __init__(self, root: Path, fs: FileSystem, folders: Sequence[Path]) -> None:
+    def __init__(self, root: Path, fs: FileSystem, folders: Sequence[Path], *, writes: bool = True) -> None:
+        """Without `writes` whatever would change the folder is refused, as where this process may not."""
         self.root = root
         self._fs = fs
         self._folders = tuple(folders)
         self._tmp = root / "tmp"
         self._tmp_ids = itertools.count()
         with told("opened"):
-            self._unlock = self._opened()
+            if not writes:
+                self._make_folders()
+            self._unlock = self._opened() if writes else None
 
     @property
     def is_read_only(self) -> bool:
@@ -70,6 +73,11 @@ class StoreFolder:
             )
             return None
         return unlock
+
+    def _make_folders(self) -> None:
+        """A reader may come before who writes, and finds nothing then."""
+        for path in self._folders:
+            self._fs.make_dir(path)
 
     def _lock(self, path: Path) -> Callable[[], None]:
         try:

@@ -128,6 +128,11 @@ def _open_alone(settings: Settings, root: Path) -> AdapterStore:
         raise Unavailable(f"--store {root}: {why}; name a folder that this user may read and write") from error
 
 
+def open_store_to_read(settings: Settings, root: Path) -> AdapterStore:
+    """The same for a process beside the one that writes: it takes no lock and changes nothing."""
+    return AdapterStore(root, DiskFileSystem(), min_free_bytes=settings.store_reserve_bytes, writes=False)
+
+
 def make_catalog(
     settings: Settings,
     store: Store,

@@ -69,15 +69,20 @@ _AFFINITY_AGE_S = 2.0
 _OVERTAKEN_S = {"fcfs": 0.0, "affinity": _AFFINITY_AGE_S, "fair": _AFFINITY_AGE_S}
 
 
-def build(settings: Settings, say: Callable[[str], None]) -> tuple[ServerParts, Engine]:
-    """Load the base and make everything around it; the engine is made but not started.
+OpenStore = Callable[[Settings, Path], Store]
+
+
+def build(
+    settings: Settings, say: Callable[[str], None], *, opens: OpenStore = open_store
+) -> tuple[ServerParts, Engine]:
+    """Load the base and make everything around it; the engine is made but not started. `opens` the store of uploads.
 
     Whatever can be wrong with the device, with folders and the store's lock is found before the weights are read.
     """
     check_settings(settings)
     require_configuration(settings.model, revision=settings.revision)  # a base that is not there gets no store
     root = local_folder(settings, settings.served_model_name or name_of(settings.model))
-    store = open_store(settings, root)
+    store = opens(settings, root)
     try:
         return _built(settings, store, root, say)
     except BaseException as error:
@@ -141,6 +146,7 @@ def _built(settings: Settings, store: Store, root: Path, say: Callable[[str], No
         clock=time.monotonic,
         check_base=partial(_is_unchanged, base, fingerprint),
         templates=templates,
+        checked_for=checked_for,
         sources=sources,
         follower=make_follower(settings, catalog, engine),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from peft_serve.adapters.catalog import Catalog
-from peft_serve.adapters.gate import Inspected
+from peft_serve.adapters.findings import Inspection
 from peft_serve.adapters.records import CheckpointFiles, HeadFacts
 from peft_serve.adapters.sources.opening import Sources
 from peft_serve.config import Settings
@@ -48,11 +48,12 @@ class ServerParts:
     base: BaseCard
     codec: TextCodec
     catalog: Catalog
-    inspect: Callable[[CheckpointFiles], Inspected]  # the gate, for uploads that are only to be validated
+    inspect: Callable[[CheckpointFiles], Inspection]  # the gate, for uploads that are only to be validated
     engine: EngineThread
     metrics: Metrics
     clock: Callable[[], float]  # monotonic seconds
     check_base: Callable[[], bool]  # whether the base's weights are still those it was started with
     templates: ChatTemplates | None = None  # runs adapters' own chat templates; None: they are not used
+    checked_for: str = ""  # version, weights, tokenizer and limits: of servers that are alike the same
     sources: Sources = field(default_factory=Sources)  # where adapters may be fetched from; nowhere by default
     follower: StoreFollower | None = None  # learns what other servers do to a shared store; None: there are none

@@ -89,18 +89,14 @@ class GrammarCompiler:
         """On the compiler's thread."""
         words, spelling = self._vocabulary(key, spelled)
         source = grammar.lark(may_begin_with_space=spelling.drops_first_space)
-        compiled = CompiledGrammar(LLMatcher(words, source, log_level=0, limits=_limits()), end=len(spelling.tokens))
-        compiled.check()
-        return compiled
+        return compiled_source(words, source, spelling.tokens)
 
     def _vocabulary(self, key: Hashable, spelled: Callable[[], Spelling]) -> tuple[LLTokenizer, Spelling]:
         found = self._vocabularies.get(key)
         if found is None:
             try:
                 spelling = spelled()
-                words = TokenizerWrapper(_Words(spelling.tokens))
-                end = len(spelling.tokens)
-                found = (LLTokenizer(words, n_vocab=end + 1, eos_token=end), spelling)
+                found = (words_of(spelling.tokens), spelling)
             except ValueError as error:
                 found = error if isinstance(error, Unspellable) else Unspellable(str(error))
             self._vocabularies[key] = found
@@ -109,6 +105,20 @@ class GrammarCompiler:
         if isinstance(found, Unspellable):
             raise GrammarRefused(f"the tokenizer here cannot be held to a grammar: {found}")
         return found
+
+
+def words_of(tokens: tuple[bytes, ...]) -> LLTokenizer:
+    """A vocabulary as the library keeps it; raises ValueError for one that it cannot."""
+    end = len(tokens)
+    return LLTokenizer(TokenizerWrapper(_Words(tokens)), n_vocab=end + 1, eos_token=end)
+
+
+def compiled_source(words: LLTokenizer, source: str, tokens: tuple[bytes, ...]) -> CompiledGrammar:
+    """A grammar in the library's own language over `words`, which are made of `tokens`; raises GrammarRefused. Slow."""
+    matcher = LLMatcher(words, source, log_level=0, limits=_limits())
+    compiled = CompiledGrammar(matcher, end=len(tokens), source=source, tokens=tokens)
+    compiled.check()
+    return compiled
 
 
 def _limits() -> LLParserLimits:

@@ -23,10 +23,15 @@ _FORBIDDEN: Final = "satisfy the grammar"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompiledGrammar:
-    """Compiled for one vocabulary; `end` is the id that stands for the end of the text."""
+    """Compiled for one vocabulary; `end` is the id that stands for the end of the text.
+
+    `source` and `tokens` are what it was compiled of: another process can do it again.
+    """
 
     fresh: LLMatcher  # never moved: every answer gets a copy
     end: int
+    source: str = ""
+    tokens: tuple[bytes, ...] = ()
 
     def check(self) -> None:
         """Raise GrammarRefused for a grammar that is none, or that allows no text at all."""

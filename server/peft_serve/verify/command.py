@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peft_serve.adapters.filesystem import DiskFileSystem
-from peft_serve.adapters.gate import Inspected
+from peft_serve.adapters.findings import Inspection
 from peft_serve.adapters.profile import parse_profile
 from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.vocabulary import Vocabulary
@@ -134,7 +134,7 @@ def _compare(wish: _Wish, progress: Console) -> Sequence[Compared]:
             engine.stop()
 
 
-def _inspected(parts: ServerParts, files: CheckpointFiles) -> Inspected:
+def _inspected(parts: ServerParts, files: CheckpointFiles) -> Inspection:
     try:
         return parts.inspect(files)
     except AdapterInvalid as error:
