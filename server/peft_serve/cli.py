@@ -15,6 +15,7 @@ import typer
 import peft_serve
 from peft_serve.commands import adapters, bench, config, doctor, generate, keys, top
 from peft_serve.commands.config import CONFIG_OPTION, settings_of
+from peft_serve.commands.layout import LAYOUT_NAMES, LAYOUT_OPTIONS
 from peft_serve.commands.options import with_settings
 from peft_serve.commands.speech import Speech
 
@@ -57,7 +58,19 @@ def _serve(config: Path | None, **flags: Any) -> None:
         serve(settings, speech.err)
 
 
+def _serve_ray(config: Path | None, address: str | None, **flags: Any) -> None:
+    """Start many replicas of the server behind one address, on Ray Serve (needs peft-serve[ray])."""
+    speech = Speech()
+    with speech.ending():
+        layout = {name: flags.pop(name) for name in LAYOUT_NAMES}
+        settings = settings_of(flags, config).settings
+        from peft_serve.commands.serving_ray import layout_of, serve_ray
+
+        serve_ray(settings, layout_of(**layout), address, speech.err)
+
+
 app.command("serve")(with_settings(_serve, extra=(CONFIG_OPTION,)))
+app.command("serve-ray")(with_settings(_serve_ray, extra=(CONFIG_OPTION, *LAYOUT_OPTIONS)))
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")

@@ -6,7 +6,6 @@ Owns the process of a server. It is imported when a server is started and not be
 from __future__ import annotations
 
 import logging
-import socket
 import uuid
 
 import typer
@@ -17,13 +16,13 @@ from rich.markup import escape
 from peft_serve.api.app import create_app
 from peft_serve.api.exchanges import Tracer
 from peft_serve.api.keyring import Keyring, open_keyring
-from peft_serve.api.origins import is_loopback
 from peft_serve.commands.allocator import giving_back
 from peft_serve.commands.base_progress import BaseProgress
 from peft_serve.commands.connections import ConnectionLimits, Connections, room_for
 from peft_serve.commands.exits import Exit
 from peft_serve.commands.interpreter import settle_interpreter
 from peft_serve.commands.listener import Listener
+from peft_serve.commands.listening import check_port, warn_of_openness
 from peft_serve.config import Settings
 from peft_serve.engine.adapter_places import shipped_adapters
 from peft_serve.engine.assembly import build
@@ -46,7 +45,7 @@ def serve(settings: Settings, console: Console) -> None:
     """Start the server and serve until told to stop; a start that fails ends the command with 1."""
     configure_logs(settings.log_level, settings.log_format)
     try:
-        _check_port(settings)
+        check_port(settings)
         tracer = _open_tracer(settings)
         keyring = open_keyring(settings)
         with giving_back():
@@ -76,37 +75,12 @@ def _open_tracer(settings: Settings) -> Tracer | None:
     return open_tracing(endpoint, model_name=settings.served_model_name or settings.model)
 
 
-def _check_port(settings: Settings) -> None:
-    """Find out about a port in use before a base is loaded for it."""
-    if settings.port == 0:
-        return
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            place = f"--host {settings.host} --port {settings.port}"
-            raise ValueError(f"{place}: cannot listen there ({error.strerror}); name another port") from error
-
-
 def _start(settings: Settings, console: Console) -> tuple[ServerParts, Engine]:
     if settings.log_format == "json":
         with BaseProgress(Console(stderr=True, quiet=True)):
             return build(settings, _log.info)
     with BaseProgress(console) as progress:
         return build(settings, progress.say)
-
-
-def warn_of_openness(settings: Settings, keyring: Keyring) -> None:
-    """Say it where a server that asks for no key can be reached from elsewhere."""
-    if keyring.is_open and not is_loopback(settings.host):
-        _log.warning(
-            "this server asks for no key, and %s can be reached from other machines: whoever reaches it can use and "
-            "change it. --api-keys-file or PEFT_SERVE_API_KEY makes it ask (docs/how-to/keys-and-tenants.md); "
-            "--host 127.0.0.1 keeps it to this machine",
-            settings.host,
-        )
 
 
 def run_server(

@@ -1,0 +1,83 @@
+"""Starts the deployments, on the cluster that is there or on one of its own, and ends what it started.
+
+Owns the command's side of a cluster: whether it may listen where it is told to, and when it is ready.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import ray
+from ray import serve
+
+from peft_serve.api.origins import is_loopback
+from peft_serve.cluster.deployments import application
+from peft_serve.cluster.plan import APP, Layout
+from peft_serve.config import Settings
+
+AUTH: Final = "RAY_AUTH_MODE"
+
+
+def require_authentication(address: str | None, environ: Mapping[str, str]) -> None:
+    """Raise ValueError for a cluster that would take orders from anybody.
+
+    Ray's own ports listen on every address of a machine, wherever HTTP does, and who reaches one without a token runs
+    what he likes. A cluster of our own asks for a token unless told not to; one that is there is as it was started, and
+    says so in the environment alone.
+    """
+    mode = environ.get(AUTH, "").lower()
+    if mode == "token" or (address is None and not mode):
+        return
+    where = "a cluster here" if address is None else f"--address {address}"
+    told = f"{AUTH}={mode}" if mode else f"{AUTH} is not set"
+    raise ValueError(
+        f"{where}: other machines can reach ray's ports, and {told}: whoever does could run programs here; start ray "
+        f"with {AUTH}=token (`ray get-auth-token --generate` makes a token), and set it for this command too"
+    )
+
+
+@contextmanager
+def cluster(settings: Settings, layout: Layout, address: str | None) -> Iterator[None]:
+    """A cluster with Serve listening, of our own unless there is an `address`; a cluster of our own ends with it."""
+    require_authentication(address, os.environ)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # ray tells its makers how it is used, unless told not to
+    if address is None:
+        needed = layout.most_replicas * layout.replica_cpus + layout.front_cpus
+        ray.init(
+            address="local",
+            num_cpus=max(1, round(needed + 0.5)),  # what is counted, not what there is
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1" if is_loopback(settings.host) else None,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    else:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    try:
+        serve.start(
+            http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 75},
+            logging_config=_logging(settings),
+        )
+        yield
+    finally:
+        if address is None:
+            serve.shutdown()
+        else:
+            serve.delete(APP)
+        ray.shutdown()
+
+
+def deploy(settings: Settings, layout: Layout, say: Callable[[str], None]) -> None:
+    """Start both deployments, and wait until they answer; again with another layout, it changes what runs."""
+    say(f"starting {layout.min_replicas or layout.replicas} replicas of {settings.model}")
+    serve.run(application(settings, layout), name=APP, route_prefix="/", logging_config=_logging(settings))
+
+
+def _logging(settings: Settings) -> dict[str, Any]:
+    return {"log_level": settings.log_level.upper(), "enable_access_log": False}
