@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from loadtest import bench, cache_replay, compare
+from loadtest import bench, cache_replay, compare, replicas
 from loadtest.arguments import above_zero, popularity, whole_from
 from loadtest.filing import new_folder
 from loadtest.gpu import command as gpu_check
@@ -151,6 +151,10 @@ def _parser() -> ArgumentParser:
     sides = "this server, peft, llama.cpp's server and others, side by side: a table by traffic and load"
     beside.add_options(add("beside", sides, beside.run_parsed))
 
+    faults = "two replicas on Ray Serve: kill -9 and scaling under load"
+    replicas_ = commands.add_parser("replicas", help=faults, description=faults)
+    replicas.add(replicas_)
+    replicas_.set_defaults(act=replicas.run)
     bench_ = commands.add_parser("bench", help="the short honest subset, and a page about it")
     bench.add_options(bench_)
     bench_.set_defaults(act=bench.run_parsed)
