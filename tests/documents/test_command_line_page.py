@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "command-line.md").read_text()
 NOT_RUN = ("peft-serve --install-completion",)  # it would write to the shell's own files
-BY_ITSELF = ("serve",)  # it serves until it is stopped; tests/test_cli.py starts it
+BY_ITSELF = ("serve", "serve-ray")  # they serve until stopped; tests/test_cli.py and tests/cluster start them
 
 
 def examples() -> list[str]:
