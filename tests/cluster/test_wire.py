@@ -87,6 +87,18 @@ def test_a_clock_that_drifts_is_followed() -> None:
     assert far.here(clock.now * 1.001) == pytest.approx(clock.now, abs=0.2)
 
 
+def test_the_shortest_way_is_remembered_for_a_window_more() -> None:
+    clock = Clock(100.0)
+    far = FarClock(clock, window_s=60)
+    far.note(clock.now)
+    clock.now += 61
+    far.note(clock.now - 5)  # the first of a new window took five seconds
+    assert far.here(clock.now) == clock.now
+    clock.now += 61
+    far.note(clock.now - 5)
+    assert far.here(clock.now) == clock.now + 5
+
+
 async def test_a_grammar_is_compiled_from_its_source_and_allows_the_same() -> None:
     spelling = spelled(byte_level())
     compiled = await GrammarCompiler().compiled("base", lambda: spelling, of_regex("(yes|no)!"))
