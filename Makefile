@@ -8,16 +8,20 @@ FUZZER := .venv-fuzz
 BIN := $(VENV)/bin
 MODEL ?= demo-llama
 PORT ?= 8000
+REPLICAS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types floors lock audit sbom planted fuzz-api clients loadtest bench gpu-check clean
+.PHONY: help serve serve-ray test check format lint types floors lock audit sbom planted fuzz-api clients loadtest bench gpu-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 serve: $(VENV)/.ready ## start the server on the demo base with the shipped adapters (MODEL=, PORT=, ARGS=)
 	$(BIN)/peft-serve serve $(MODEL) --port $(PORT) $(ARGS)
+
+serve-ray: $(VENV)/.ready ## the same from many replicas, on Ray Serve (REPLICAS=2, MODEL=, PORT=, ARGS=)
+	$(BIN)/peft-serve serve-ray $(MODEL) --replicas $(REPLICAS) --port $(PORT) $(ARGS)
 
 # Many tests start commands and servers: they read the bytecode that the first one wrote.
 test: $(VENV)/.interpreter ## run every test

@@ -16,7 +16,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, and torch._dynamo does
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LONGEST = ("tests/parity/test_parity_http.py", "tests/documents/test_pages.py", "tests/api/test_api_lifecycle.py")
+LONGEST = (
+    *("tests/cluster/test_two_replicas.py", "tests/parity/test_parity_http.py", "tests/documents/test_pages.py"),
+    "tests/api/test_api_lifecycle.py",
+)
 
 
 @pytest.fixture(scope="session")

@@ -177,6 +177,7 @@ async def test_a_replica_tells_how_it_is(world: World) -> None:
     told = replica.routing_stats()
     assert told["resident"] == [key_of(one), key_of(two)]
     assert (told["num_ongoing"], told["max_ongoing"]) == (0, 4)
+    assert told["max_running"] == world.parts.settings.max_rows, "requests beyond these wait"
     replica.check_health()
     world.engine.stalled_s = MAX_STALL_S + 1
     assert replica.routing_stats()["max_ongoing"] == 0, "nobody is sent there any more"

@@ -153,7 +153,7 @@ def test_settings_reach_another_process_whole(tmp_path: Path, monkeypatch: pytes
     engine = Settings(**carried(engine_settings(found, layout)))
     assert front.model == engine.model == str(tmp_path / "base")
     assert front.adapters == engine.adapters == [tmp_path / "mine"]
-    assert front.store == engine.store == tmp_path / "uploads"
+    assert front.store == engine.store == str(tmp_path / "uploads")
     assert front.api_key is not None
     assert front.api_key.get_secret_value() == "s3cret"
     assert engine.api_key is None, "a replica has no door"

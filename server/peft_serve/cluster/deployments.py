@@ -148,6 +148,7 @@ class Front:
 
 def application(settings: Settings, layout: Layout) -> Application:
     """Both deployments, bound; paths in the settings are absolute."""
+    layout.require_possible(settings)
     max_ongoing = layout.ongoing(settings)
     lasting = {
         "graceful_shutdown_timeout_s": settings.drain_s + _STORE_S,
@@ -174,7 +175,7 @@ def application(settings: Settings, layout: Layout) -> Application:
     front = serve.deployment(
         serve.ingress()(Front),
         name=FRONT,
-        num_replicas=1,
+        num_replicas=layout.fronts,
         max_ongoing_requests=settings.max_connections,
         ray_actor_options={"num_cpus": layout.front_cpus},
         **lasting,

@@ -12,14 +12,14 @@ from prometheus_client import CollectorRegistry
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.combined import parts_of
 from peft_serve.adapters.sources.opening import Sources
-from peft_serve.adapters.store import AdapterStore
+from peft_serve.adapters.store_protocol import Store
 from peft_serve.cluster.remote_engine import RemoteEngine
 from peft_serve.cluster.remote_gate import RemoteGate
 from peft_serve.cluster.replicas import Homes
 from peft_serve.cluster.wire import BaseFacts
 from peft_serve.config import Settings
 from peft_serve.core import BASE, AdapterId
-from peft_serve.engine.adapter_places import default_store, make_catalog, open_store
+from peft_serve.engine.adapter_places import local_folder, make_catalog, make_follower, open_store
 from peft_serve.engine.build_facts import build_facts
 from peft_serve.engine.parts import ServerParts
 from peft_serve.errors import Unavailable
@@ -47,7 +47,7 @@ def front_parts(
     codec = TextCodec.load(
         locate(settings.model), is_encoder_decoder=card.is_encoder_decoder, revision=settings.revision
     )
-    root = settings.store or default_store(settings.served_model_name or name_of(settings.model))
+    root = local_folder(settings, settings.served_model_name or name_of(settings.model))
     store = opened(settings, root)
     catalog = make_catalog(settings, store, root, card.name, gate, facts.checked_for, say)
     engine.homes_of = lambda adapter: homes_of(catalog, adapter)
@@ -64,6 +64,7 @@ def front_parts(
         templates=ChatTemplates() if settings.allow_chat_templates else None,
         checked_for=facts.checked_for,
         sources=Sources(settings.allow_source),
+        follower=make_follower(settings, catalog, engine),
     )
 
 
@@ -71,10 +72,10 @@ def opened(
     settings: Settings,
     root: Path,
     *,
-    opens: Callable[[Settings, Path], AdapterStore] = open_store,
+    opens: Callable[[Settings, Path], Store] = open_store,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> AdapterStore:
+) -> Store:
     """The store of uploads, once nobody else has it. Raises Unavailable after `LOCK_S`."""
     began_s = clock()
     while True:

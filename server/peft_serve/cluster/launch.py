@@ -48,7 +48,7 @@ def cluster(settings: Settings, layout: Layout, address: str | None) -> Iterator
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # ray tells its makers how it is used, unless told not to
     if address is None:
-        needed = layout.most_replicas * layout.replica_cpus + layout.front_cpus
+        needed = layout.most_replicas * layout.replica_cpus + layout.fronts * layout.front_cpus
         ray.init(
             address="local",
             num_cpus=max(1, round(needed + 0.5)),  # what is counted, not what there is

@@ -36,6 +36,7 @@ class Layout(BaseModel):
     )
     replica_cpus: float = Field(default=1.0, gt=0, description="CPUs that a replica is counted with")
     replica_gpus: float = Field(default=0.0, ge=0, description="GPUs of a replica")
+    fronts: int = Field(default=1, ge=1, description="processes with HTTP; several need a shared store")
     front_cpus: float = Field(default=0.5, gt=0, description="CPUs that the front is counted with")
 
     @model_validator(mode="after")
@@ -49,6 +50,15 @@ class Layout(BaseModel):
     @property
     def most_replicas(self) -> int:
         return self.max_replicas or self.replicas
+
+    def require_possible(self, settings: Settings) -> None:
+        """Raise ValueError where these settings do not go with the layout."""
+        is_shared = settings.store_shared or (settings.store or "").startswith("s3://")
+        if self.fronts > 1 and not is_shared:
+            raise ValueError(
+                f"--fronts {self.fronts}: several fronts write to one store; start with --store-shared, or with "
+                "--store s3://bucket/prefix"
+            )
 
     def ongoing(self, settings: Settings) -> int:
         """Requests at a replica at most."""
@@ -76,6 +86,8 @@ def absolute(settings: Settings) -> Settings:
             found[name] = home / value
         elif isinstance(value, list) and value and isinstance(value[0], Path):
             found[name] = [home / each for each in value]
+    if settings.store is not None and "://" not in settings.store:
+        found["store"] = str(home / settings.store)
     if (home / settings.model).is_dir():
         found["model"] = str(home / settings.model)
     return settings.model_copy(update=found)

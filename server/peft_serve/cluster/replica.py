@@ -145,6 +145,7 @@ class Replica:
         return {
             "num_ongoing": self._desk.num_open,
             "max_ongoing": self._max_ongoing if is_open else 0,
+            "max_running": self._parts.settings.max_rows,
             "resident": [key_of(each.adapter) for each in now.resident[-MOST_TOLD:]],
             "on_host": [key_of(each) for each in now.host_adapters[-MOST_TOLD:]],
             "wait_s": now.wait_s,

@@ -74,6 +74,7 @@ class States:
             resident=has if adapter in told.get("resident", ()) else frozenset(),
             on_host=has if is_promised or adapter in told.get("on_host", ()) else frozenset(),
             wait_s=told.get("wait_s", 0.0),
+            max_running=told.get("max_running"),
         )
 
 

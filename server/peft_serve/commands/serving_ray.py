@@ -40,6 +40,7 @@ def serve_ray(settings: Settings, layout: Layout, address: str | None, console: 
     configure_logs(settings.log_level, settings.log_format)
     try:
         _check(settings)
+        layout.require_possible(settings)
         try:
             from peft_serve.cluster.launch import cluster, deploy
         except ImportError:

@@ -128,8 +128,10 @@ def _open_alone(settings: Settings, root: Path) -> AdapterStore:
         raise Unavailable(f"--store {root}: {why}; name a folder that this user may read and write") from error
 
 
-def open_store_to_read(settings: Settings, root: Path) -> AdapterStore:
-    """The same for a process beside the one that writes: it takes no lock and changes nothing."""
+def open_store_to_read(settings: Settings, root: Path) -> Store:
+    """The same for a process beside those that write: it takes no lock and changes nothing."""
+    if settings.store_shared or _is_object_store(settings):
+        return open_store(settings, root)
     return AdapterStore(root, DiskFileSystem(), min_free_bytes=settings.store_reserve_bytes, writes=False)
 
 
