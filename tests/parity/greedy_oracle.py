@@ -72,11 +72,14 @@ def _chosen(
         logits_BTV = model(**given, attention_mask=mask, **_tasks(model, len(ids))).logits[:, -longest - 1 :]
     best_BT2, ids_BT2 = logits_BTV.topk(2)
     is_clear_BT = best_BT2[..., 0] - best_BT2[..., 1] > _CLEAR * logits_BTV.abs().amax(dim=-1)
+    forced = getattr(model.generation_config, "forced_eos_token_id", None)
     chosen = []
     for row, answer in enumerate(answers):
         new = _ended(ids_BT2[row, : min(len(answer) + 1, num_new), 0].tolist())
         if not is_clear_BT[row, : len(new)].all():
             return None
+        if forced is not None and len(new) == num_new:  # BART's generation ends with this id wherever it is cut
+            new[-1] = forced
         chosen.append(new)
     return chosen
 
