@@ -28,6 +28,9 @@ DECODERS: Final = ("llama", "llama_tied", "qwen2", "mistral", "gemma", "gpt2", "
 SEQ2SEQ: Final = ("t5", "bart", "bart_scaled")
 WHOLE: Final = ("llama", "gpt2", "t5")
 """A decoder with grouped heads, one with Conv1D and biases, an encoder-decoder: every method is tried on these."""
+TWINS: Final = ("llama_tied", "mistral", "bart_scaled")
+"""Linear layers of the same names and shapes as another kind's, run by the same family: a weight that is tied, a class
+of its own, a scaled embedding are all that is new."""
 BASE_KINDS: Final = (*DECODERS, *SEQ2SEQ)
 SOFT_SPOKEN: Final = ("vera_lambda", "unilora_theta_d", "delora_lambda")  # they matter only when large
 MIXTURES: Final = ("mixtral", "gpt_oss")  # of fused experts, the second one's matrices stored [in, out]
@@ -149,25 +152,35 @@ def methods_for(base_kind: str) -> tuple[str, ...]:
 
 
 _BY_FAMILY: Final = ("lora_bias_all", "lora_dora", "lora_embedding", "lora_head", "lora_saved", "lora_tokens")
+_OF_EACH_PLACE: Final = (
+    *("lora", "ia3", "ln_tuning", "prompt_tuning", "prefix_tuning", "adaption_prompt", "cpt", "trainable_tokens"),
+    *_BY_FAMILY,
+)
 
 
 def telling_methods_for(base_kind: str) -> tuple[str, ...]:
     """Every method id on the three kinds of `WHOLE`; elsewhere one of each peft type, the variants of LoRA that act on
-    places which families lay out differently, and the ids that no kind of `WHOLE` has."""
+    places which families lay out differently, and the ids that no kind of `WHOLE` has. Of a kind of `TWINS` what acts
+    on each place, and those ids."""
     names = methods_for(base_kind)
     if base_kind in WHOLE:
         return names
+    if base_kind in TWINS:
+        return tuple(name for name in names if name in _OF_EACH_PLACE or _is_rare(name))
     types: set[str] = set()
     telling = []
     for name in names:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns about projections that are not saved
             peft_type = str(_METHODS[name](base_kind).peft_type)
-        is_rare = not set(WHOLE) & set(_ONLY.get(name, WHOLE))
-        if name in _BY_FAMILY or is_rare or peft_type not in types:
+        if name in _BY_FAMILY or _is_rare(name) or peft_type not in types:
             telling.append(name)
         types.add(peft_type)
     return tuple(telling)
+
+
+def _is_rare(name: str) -> bool:
+    return not set(WHOLE) & set(_ONLY.get(name, WHOLE))
 
 
 def base_config(base_kind: str) -> Any:
