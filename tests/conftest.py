@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, and torch._dynamo does
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+YOUNG_OBJECTS = 50_000  # between two searches for garbage; Python's own 700 take a twelfth of the tests' time
 LONGEST = (
     *("tests/cluster/test_two_replicas.py", "tests/parity/test_parity_http.py", "tests/documents/test_pages.py"),
     "tests/api/test_api_lifecycle.py",
@@ -36,13 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """What is imported meanwhile stays to the end: no search for garbage need look through it again and again, neither
-    while it grows nor later."""
+    while it grows nor later. Later ones are rare: a tiny model is more objects than Python lets come before it looks."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS, 20, 20)
         gc.enable()
 
 
