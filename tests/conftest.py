@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """What is imported meanwhile stays to the end: no search for garbage need look through it again and again, neither
-    while it grows nor later. Later ones are rare: a tiny model is more objects than Python lets come before it looks."""
+    while it grows nor later. Later ones are rare: a tiny model is more objects than Python lets come between two."""
     gc.disable()
     try:
         return (yield)
