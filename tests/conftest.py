@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, and torch._dynamo does
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-YOUNG_OBJECTS = 50_000  # between two searches for garbage; Python's own 700 take a twelfth of the tests' time
+YOUNG_OBJECTS = 50_000  # between two searches for garbage; with Python's own 700 they are some percent of the time
 LONGEST = (
     *("tests/cluster/test_two_replicas.py", "tests/parity/test_parity_http.py", "tests/documents/test_pages.py"),
     "tests/api/test_api_lifecycle.py",

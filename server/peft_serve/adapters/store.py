@@ -106,6 +106,9 @@ class AdapterStore:
         """`listener` is told of each blob that is gone for good, and returns at once. To be said before the first."""
         self._on_detach = listener
 
+    def tell_of_changes(self, listener: Callable[[], None]) -> None:
+        """Nobody else reads what this process alone writes."""
+
     def close(self) -> None:
         """Let another process own the store."""
         self._folder.close()

@@ -66,6 +66,10 @@ class Store(Protocol):
         """`listener` is told of each blob that this process needs no more. To be said before the first."""
         ...
 
+    def tell_of_changes(self, listener: Callable[[], None]) -> None:
+        """`listener` is told whenever this process changed what other processes read too, and returns at once."""
+        ...
+
     def close(self) -> None: ...
 
     def put_blob(self, adapter: AdapterId, files: CheckpointFiles, manifest: Manifest) -> None:

@@ -109,7 +109,7 @@ class Front:
         from peft_serve.cluster.board import Board
         from peft_serve.cluster.figures import PlacingFigures
         from peft_serve.cluster.front_parts import front_parts
-        from peft_serve.cluster.handles import ServeReplicas, put
+        from peft_serve.cluster.handles import ServeFronts, ServeReplicas, put
         from peft_serve.cluster.remote_engine import Bounds, RemoteEngine
         from peft_serve.cluster.remote_gate import RemoteGate
         from peft_serve.cluster.specs import SpecWriter
@@ -132,13 +132,21 @@ class Front:
         )
         await self._engine.look()
         gate = RemoteGate(replicas, loop)
-        self._parts = await asyncio.to_thread(front_parts, settings, facts, self._engine, gate, registry, _log.info)
+        fronts = ServeFronts(serve.get_deployment_handle(FRONT, serve.get_replica_context().app_name), loop)
+        self._parts = await asyncio.to_thread(
+            front_parts, settings, facts, self._engine, gate, registry, _log.info, fronts.poke
+        )
         self._watching = loop.create_task(self._engine.watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from peft_serve.api.app import create_app
 
         return create_app(self._parts)
+
+    async def poke(self) -> None:
+        """Another front changed the store that they share."""
+        if self._parts.follower is not None:
+            self._parts.follower.poke()
 
     async def check_health(self) -> None:
         """Serve's: a front that knows another base than all replicas have is started again."""

@@ -41,14 +41,17 @@ def front_parts(
     gate: RemoteGate,
     registry: CollectorRegistry,
     say: Callable[[str], None],
+    on_change: Callable[[], None] = lambda: None,
 ) -> ServerParts:
-    """Everything that HTTP needs. Blocks while the tokenizer is read. `engine` is told where folders' adapters lie."""
+    """Everything that HTTP needs. Blocks while the tokenizer is read. `engine` is told where folders' adapters lie, and
+    `on_change` whenever a store that is shared was changed here."""
     card = facts.card
     codec = TextCodec.load(
         locate(settings.model), is_encoder_decoder=card.is_encoder_decoder, revision=settings.revision
     )
     root = local_folder(settings, settings.served_model_name or name_of(settings.model))
     store = opened(settings, root)
+    store.tell_of_changes(on_change)
     catalog = make_catalog(settings, store, root, card.name, gate, facts.checked_for, say)
     engine.homes_of = lambda adapter: homes_of(catalog, adapter)
     return ServerParts(

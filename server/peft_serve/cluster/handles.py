@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,6 +122,32 @@ class ServeReplicas:
                 return list(await answers.results_async(timeout_s=REPORTS_S, return_exceptions=True))
             except TimeoutError as error:
                 raise ReplicaLost("they do not answer") from error
+
+
+class ServeFronts:
+    """All fronts of this application, over their own deployment's handle. Made on `loop`'s thread."""
+
+    def __init__(self, handle: DeploymentHandle[Any], loop: asyncio.AbstractEventLoop) -> None:
+        self._handle = handle
+        self._loop = loop
+        self._pokes: set[asyncio.Task[None]] = set()
+
+    def poke(self) -> None:
+        """Have them look at the store. Returns at once; safe from any thread."""
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        task = self._loop.create_task(self._told())
+        self._pokes.add(task)
+        task.add_done_callback(self._pokes.discard)
+
+    async def _told(self) -> None:
+        try:
+            with translated():
+                answers = _apart(self._handle.broadcast, "poke")
+                await answers.results_async(timeout_s=REPORTS_S, return_exceptions=True)
+        except Exception:  # noqa: BLE001  # they look by themselves, a second later
+            _log.info("other fronts could not be told of a change; they see it at their next look")
 
 
 def _apart(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -100,6 +100,16 @@ def test_pins_are_replaced_only_by_who_knows_them(replicas: Replicas) -> None:
 # news
 
 
+def test_who_asked_for_it_is_told_of_every_change_made_here(replicas: Replicas) -> None:
+    one, two = replicas.make(), replicas.make()
+    told = list[frozenset[str]]()
+    one.store.tell_of_changes(lambda: told.append(two.store.news().names))  # the others can see it by then
+    keep(one, ONE, "a")
+    keep(two, TWO, "b")
+    forget(one, "a")
+    assert told == [frozenset({"a"}), frozenset({"a"})]
+
+
 def test_while_nothing_changes_a_look_is_one_listing(replicas: Replicas) -> None:
     one, two = replicas.make(), replicas.make()
     keep(one, ONE, "a")

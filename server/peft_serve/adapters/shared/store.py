@@ -59,6 +59,7 @@ class SharedStore:
         self._clock = clock
         self._grace_s = grace_s
         self._on_detach: Callable[[AdapterId], None] = lambda _adapter: None
+        self._on_change: Callable[[], None] = lambda: None
         self._documents = Documents(bucket, new_name)
         self._names = NameRecords(bucket, self._documents)
         self._blobs = Blobs(bucket, self._documents, clock=clock, new_name=new_name, grace_s=grace_s)
@@ -109,6 +110,9 @@ class SharedStore:
 
     def tell_of_detached(self, listener: Callable[[AdapterId], None]) -> None:
         self._on_detach = listener
+
+    def tell_of_changes(self, listener: Callable[[], None]) -> None:
+        self._on_change = listener
 
     def close(self) -> None:
         """Tell what is left to be told."""
@@ -164,6 +168,7 @@ class SharedStore:
         """Others learn of a change at their next look; where that cannot be told now, at ours."""
         with suppress(OSError):
             self._marks.add(key)
+            self._on_change()
 
     # pins
 
