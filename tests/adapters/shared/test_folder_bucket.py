@@ -48,6 +48,34 @@ def test_what_was_replaced_goes_when_it_was_so_for_the_time_of_grace(tmp_path: P
     assert content(two) == b"4"
 
 
+@pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
+def test_a_folder_that_is_away_is_no_folder_without_documents(leaves: str, tmp_path: Path) -> None:
+    """As when a network's disk is not mounted: what is not seen is not gone."""
+    root, away = tmp_path / "root", tmp_path / "away"
+    bucket = folder_bucket(root, Clock(), Names())
+    counted(bucket, 2)
+    root.rename(away)
+    if leaves != "nothing":
+        root.mkdir()
+    acts: list[Callable[[], object]] = [
+        lambda: bucket.get(KEY, max_bytes=10),
+        lambda: bucket.tags("names/"),
+        lambda: bucket.put_new(KEY, b"x"),
+        lambda: bucket.replace(KEY, b"x", "2"),
+        lambda: bucket.put("marks/a.json", b"x"),
+        bucket.tidy,
+    ]
+    for act in acts:
+        with pytest.raises(OSError, match=r"away|No such file"):
+            act()
+    assert not root.exists() or not list(root.iterdir())
+    if root.exists():
+        root.rmdir()
+    away.rename(root)
+    assert content(bucket) == b"2"
+    assert bucket.get("names/never.json", max_bytes=10) is None
+
+
 def test_what_is_being_read_may_be_replaced_and_tidied_away(tmp_path: Path) -> None:
     clock, names = Clock(), Names()
     writer = folder_bucket(tmp_path, clock, names)

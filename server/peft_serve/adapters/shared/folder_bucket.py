@@ -196,6 +196,8 @@ class FolderBucket:
         try:
             return self._fs.list_dir(self._root / prefix)
         except (FileNotFoundError, NotADirectoryError):
+            if not self._fs.is_dir(self._root / _TMP):  # nothing is there: it went, or is not mounted
+                raise OSError(errno.EIO, "the folder of the store is away") from None
             return []
 
     def _path(self, key: str, number: int) -> Path:
