@@ -195,6 +195,18 @@ async def test_listing_shows_where_each_adapter_is(client: httpx.AsyncClient, wo
     assert kinds == ["load", "pin", "unpin", "load", "unload"]
 
 
+async def test_a_pin_stays_while_a_name_stands_for_the_files(client: httpx.AsyncClient) -> None:
+    form = {"archive": ("a.zip", zipped(checkpoint("twin")))}
+    for name in ("one", "two"):
+        assert (await client.put(f"/adapters/{name}", files=form)).status_code == 201
+    await client.post("/adapters/one/pin")
+    assert (await client.delete("/adapters/two")).status_code == 204
+    assert (await client.get("/adapters/one")).json()["pinned"] is True
+    assert (await client.delete("/adapters/one")).status_code == 204
+    assert (await client.put("/adapters/one", files=form)).status_code == 201
+    assert (await client.get("/adapters/one")).json()["pinned"] is False
+
+
 async def test_unknown_names_are_404_everywhere(client: httpx.AsyncClient) -> None:
     assert (await client.get("/adapters/nobody")).status_code == 404
     assert (await client.get("/adapters/nobody/versions")).status_code == 404

@@ -177,6 +177,10 @@ class Catalog:
                 return Followed(gone=gone, pinned=pinned, unpinned=unpinned)
         return Followed(gone=gone)
 
+    def unnamed(self, adapters: frozenset[AdapterId]) -> frozenset[AdapterId]:
+        """Those of them that no name stands for, as far as names were looked at."""
+        return adapters - self._names.known_ids()
+
     def folder_of(self, adapter: AdapterId) -> str | None:
         """The read-only folder that an adapter was found in; None for uploads, and for what was not asked for yet."""
         return self._folders.home(adapter)

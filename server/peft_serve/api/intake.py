@@ -124,8 +124,9 @@ class Intake:
 
         Reads the disk; raises as the catalog does."""
         catalog, engine = self._parts.catalog, self._parts.engine
-        ids = {version.id for version in catalog.versions(name)}
+        ids = frozenset(version.id for version in catalog.versions(name))
         in_flight = catalog.changes.delete(name, force=force, if_match=if_match, publisher=publisher)
+        ids = catalog.unnamed(ids)  # another name may stand for the same files
         with contextlib.suppress(ServeError):  # the name is gone; what is left of a pin goes with the next start
             catalog.pins.remove(ids)
         let_go(engine, ids)
