@@ -156,7 +156,8 @@ def _reached(found: tuple[Verdict, Result] | None) -> str:
 
 
 def _judgement(one: Result, verdict: Verdict) -> str:
-    return _chip(NOT_JUDGED, NOT_JUDGED) if one.is_quick else _chip(verdict.judgement, verdict.judgement)
+    is_told = not one.is_quick or verdict.target.is_exact
+    return _chip(NOT_JUDGED, NOT_JUDGED) if not is_told else _chip(verdict.judgement, verdict.judgement)
 
 
 def _chip(kind: str, words: str) -> str:
