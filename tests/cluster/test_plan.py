@@ -18,6 +18,12 @@ def test_several_fronts_need_a_store_that_they_share() -> None:
         Layout(fronts=2).require_possible(Settings(model="demo-llama", store="here"))
 
 
+def test_replicas_are_so_many_or_scaled() -> None:
+    assert Layout(min_replicas=1, max_replicas=2).most_replicas == 2
+    with pytest.raises(ValueError, match=r"--replicas: .* leave it out"):
+        Layout(replicas=2, min_replicas=1, max_replicas=2)
+
+
 def test_another_process_finds_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute(Settings(model="demo-llama", store="here")).store == str(tmp_path / "here")

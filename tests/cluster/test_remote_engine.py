@@ -157,6 +157,23 @@ async def test_the_bound_is_exact() -> None:
     assert len(events) == 6
 
 
+async def test_who_drains_takes_no_more_and_ends_what_is_open() -> None:
+    go = asyncio.Event()
+    engine, events = await engine_over(
+        ScriptedReplicas([[Accepted(replica="one"), go, packed([finish("r0")])]]),
+        bounds=Bounds(max_ongoing=2, max_queue=1),
+    )
+    engine.submit(request("r0"))
+    engine.close_admission()
+    assert engine.snapshot().state is EngineState.DRAINING
+    with pytest.raises(Unavailable, match="stopping"):
+        engine.submit(request("r1"))
+    assert engine.num_open == 1
+    go.set()
+    await settled(engine)
+    assert (events, engine.num_open) == ([finish("r0")], 0)
+
+
 async def test_without_a_replica_nothing_is_admitted() -> None:
     replicas = ScriptedReplicas(told=[])
     engine, _ = await engine_over(replicas)

@@ -143,6 +143,11 @@ class Front:
 
         return create_app(self._parts)
 
+    async def drain(self) -> int:
+        """Take no more requests; gives how many are open."""
+        self._engine.close_admission()
+        return self._engine.num_open
+
     async def poke(self) -> None:
         """Another front changed the store that they share."""
         if self._parts.follower is not None:

@@ -16,10 +16,16 @@ from ray import serve
 
 from peft_serve.api.origins import is_loopback
 from peft_serve.cluster.deployments import application
-from peft_serve.cluster.plan import APP, Layout
+from peft_serve.cluster.plan import APP, FRONT, Layout
 from peft_serve.config import Settings
 
 AUTH: Final = "RAY_AUTH_MODE"
+
+_log = logging.getLogger(__name__)
+
+_ASKED_S: Final = 5.0
+_LOOK_S: Final = 0.2
+_LAST_WORDS_S: Final = 0.5  # for the ends of answers to leave the machine
 
 
 def require_authentication(address: str | None, environ: Mapping[str, str]) -> None:
@@ -77,6 +83,24 @@ def deploy(settings: Settings, layout: Layout, say: Callable[[str], None]) -> No
     """Start both deployments, and wait until they answer; again with another layout, it changes what runs."""
     say(f"starting {layout.min_replicas or layout.replicas} replicas of {settings.model}")
     serve.run(application(settings, layout), name=APP, route_prefix="/", logging_config=_logging(settings))
+
+
+def drain(settings: Settings, *, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
+    """Have the fronts take no more requests, and give those that are open `drain_s` to end. They say that they are not
+    ready for `drain_delay_s` at least, so that whoever sends requests hears of it."""
+    fronts = serve.get_deployment_handle(FRONT, APP)
+    began_s = clock()
+    while True:
+        try:
+            told = fronts.broadcast("drain").results(timeout_s=_ASKED_S, return_exceptions=True)
+        except Exception as error:  # noqa: BLE001  # ending is what matters
+            _log.warning("the fronts do not answer: %s", error)
+            return
+        num_open, past_s = sum(each for each in told if isinstance(each, int)), clock() - began_s
+        if (num_open == 0 and past_s >= settings.drain_delay_s) or past_s >= settings.drain_s:
+            sleep(_LAST_WORDS_S)
+            return
+        sleep(_LOOK_S)
 
 
 def _logging(settings: Settings) -> dict[str, Any]:

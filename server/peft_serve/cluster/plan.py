@@ -43,6 +43,8 @@ class Layout(BaseModel):
     def _is_possible(self) -> Layout:
         if (self.min_replicas is None) != (self.max_replicas is None):
             raise ValueError("--min-replicas and --max-replicas: give both, or neither and --replicas")
+        if self.min_replicas is not None and "replicas" in self.model_fields_set:
+            raise ValueError("--replicas: is for a number that stays; leave it out with --min-replicas")
         if self.min_replicas is not None and self.max_replicas is not None and self.min_replicas > self.max_replicas:
             raise ValueError(f"--min-replicas {self.min_replicas} is above --max-replicas {self.max_replicas}")
         return self

@@ -88,6 +88,7 @@ class RemoteEngine:
         self._tasks: dict[RequestId, asyncio.Task[None]] = {}
         self._errands: set[asyncio.Task[None]] = set()
         self._pins: frozenset[AdapterId] = frozenset()
+        self._is_draining = False
 
     # what an engine is asked
 
@@ -98,6 +99,8 @@ class RemoteEngine:
     def submit(self, request: Request) -> None:
         """Begin a request. Raises Unavailable, QueueFull and DeadlineMissed at once."""
         seen = self.snapshot()
+        if self._is_draining:
+            raise Unavailable("the server is stopping; try again shortly", retry_after_s=_RETRY_S)
         if seen.state is not EngineState.RUNNING:
             raise Unavailable("no replica of the engine is ready; try again shortly", retry_after_s=_RETRY_S)
         if request.deadline_s is not None:
@@ -141,7 +144,12 @@ class RemoteEngine:
     def snapshot(self) -> EngineSnapshot:
         """As all replicas last told, with what waits here."""
         num_unplaced = sum(one.replica is None for one in tuple(self._open.values()))
-        return self._board.snapshot(num_unplaced=num_unplaced, pinned=self._pins)
+        seen = self._board.snapshot(num_unplaced=num_unplaced, pinned=self._pins)
+        return replace(seen, state=EngineState.DRAINING) if self._is_draining else seen
+
+    def close_admission(self) -> None:
+        """Take no more requests; those that are open go on."""
+        self._is_draining = True
 
     # what the front does with it
 

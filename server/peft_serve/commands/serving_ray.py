@@ -6,7 +6,11 @@ Owns the command's process, in which nothing is served. It loads neither torch n
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
+import time
+from typing import Final
 
 import typer
 from pydantic import ValidationError
@@ -42,16 +46,18 @@ def serve_ray(settings: Settings, layout: Layout, address: str | None, console: 
         _check(settings)
         layout.require_possible(settings)
         try:
-            from peft_serve.cluster.launch import cluster, deploy
+            from peft_serve.cluster.launch import cluster, deploy, drain
         except ImportError:
             raise ValueError("serve-ray needs Ray Serve; pip install 'peft-serve[ray]'") from None
         settings = absolute(settings)
+        _require_base(settings)
         warn_of_openness(settings, open_keyring(settings))
         with cluster(settings, layout, address), _told_to_stop() as stopped:
             deploy(settings, layout, lambda line: console.print(line, highlight=False, soft_wrap=True))
             console.print(_ready_text(settings), highlight=False, soft_wrap=True)
             stopped.wait()
             console.print("stopping: running requests get their time", highlight=False)
+            drain(settings, clock=time.monotonic, sleep=time.sleep)
     except (ServeError, ValueError, OSError, RuntimeError) as error:
         console.print(f"[red]peft-serve does not start:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(Exit.FAILED) from None
@@ -85,6 +91,24 @@ def _check(settings: Settings) -> None:
         raise ValueError("--port 0: Ray Serve listens on a port that is told; name one")
     check_port(settings)
     open_keyring(settings)
+
+
+_FIND_BASE: Final = """
+import sys
+from peft_serve.model.loader import NotServable, require_configuration
+try:
+    require_configuration(sys.argv[1], revision=sys.argv[2] or None)
+except NotServable as error:
+    sys.exit(str(error))
+"""
+
+
+def _require_base(settings: Settings) -> None:
+    """Find out about a base that is not there before a cluster is started for it, in a process that ends with that."""
+    told = [sys.executable, "-c", _FIND_BASE, settings.model, settings.revision or ""]
+    found = subprocess.run(told, stderr=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        raise ValueError(found.stderr.strip().splitlines()[-1] if found.stderr.strip() else "the base cannot be read")
 
 
 def _ready_text(settings: Settings) -> str:
