@@ -84,14 +84,13 @@ class House:
         )
         self.engine = Engine(
             scheduler=self.scheduler,
-            make_runner=lambda adapters: _Runner(self, adapters),
             host_cache=HostCache(load, max_bytes=host_bytes, clock=time.monotonic),
             metrics=Metrics(),
             clock=time.monotonic,
             draw_seed=lambda: 7,
             footprint_of=lambda adapter: adapter.footprint(is_encoder_decoder=False),
             block_size=4,
-            **{"max_queue": 64, **changes},
+            **{"max_queue": 64, "make_runner": lambda adapters: _Runner(self, adapters), **changes},
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -83,6 +84,22 @@ def test_a_step_waits_once_for_all_that_its_rows_ask() -> None:
     assert len(chosen[RequestId("7")].candidates) == 6
     assert [len(each) for each in chosen[RequestId("scored")].scores] == [2, 1, 0]
     assert [len(each) for each in chosen[RequestId("scored")].score_tops] == [2, 2, 0]
+
+
+def test_what_the_host_has_to_do_is_done_before_it_waits() -> None:
+    base = ResidentBase(tiny("llama"), name="llama")
+    apart, plain = (
+        StepRunner(
+            base, num_blocks=40, num_cross_blocks=0, block_size=4, adapters=lambda _: _none(), works_apart=is_apart
+        )
+        for is_apart in (True, None)
+    )
+    assert not plain.overlap(lambda: pytest.fail("a CPU is busy with the step")), "there is nothing to wait for"
+    with Listening() as listening:
+        assert apart.overlap(lambda: listening.heard.append("meanwhile"))
+        done = apart.run(Step(id=1, rows=rows()))
+    assert listening.heard == ["meanwhile", "tolist"]
+    assert done == plain.run(Step(id=1, rows=rows()))
 
 
 def _none() -> Any:

@@ -3,7 +3,8 @@
 Owns the thread and its inbox of frozen commands. Slow things (reading and compiling adapters) are asked of the host
 cache and come back through the inbox: they begin when a request is submitted, whatever the engine does then, and what
 the host has already is in the very next step. Copies on their way to a slot are `host_copies`' business, and how things
-stand is written up in `books`. Knows no HTTP, no text and no file.
+stand is written up in `books`. What a step leaves to tell is told while a GPU computes the next one; a CPU's cores are
+all busy then, so it is told before. Knows no HTTP, no text and no file.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from peft_serve.core import (
 from peft_serve.engine.books import EngineBooks
 from peft_serve.engine.commands import Cancel, Command, GiveUp, Load, Loaded, Pin, Stop, Submit, Unload
 from peft_serve.engine.host_copies import HostCopies
+from peft_serve.engine.outbox import Outbox
 from peft_serve.engine.snapshot import EngineSnapshot, EngineState
 from peft_serve.engine.stepping import EngineError, Runner, Stepping
 from peft_serve.errors import InvalidParameter, QueueFull, ServeError, Unavailable
@@ -73,18 +75,19 @@ class Engine:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._copies = HostCopies(host_cache, scheduler, footprint_of, self._on_loaded)
         self._stepping = Stepping(scheduler, make_runner(self._copies.__getitem__))
-        self._deliver: Callable[[Sequence[Event]], None] = lambda _events: None
+        self._outbox = Outbox()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._lock = threading.Lock()
         self._num_arriving = 0  # submitted, not yet seen by the scheduler
         self._state = EngineState.STARTING
         self._books = EngineBooks(scheduler, host_cache, block_size=block_size, clock=clock)
+        self._is_overlapped = self._stepping.overlap(self._while_it_computes)
         self._idle = threading.Event()
         self._idle.set()
 
     def connect(self, deliver: Callable[[Sequence[Event]], None]) -> None:
         """Where events go: called on the engine's thread, once a step."""
-        self._deliver = deliver
+        self._outbox.connect(deliver)
 
     def start(self) -> None:
         self._state = EngineState.RUNNING
@@ -194,7 +197,7 @@ class Engine:
                 timeout_s = 0.0
         finally:
             if events:
-                self._deliver(events)
+                self._outbox.tell(events)
         if isinstance(command, Stop):
             self._inbox.put(command)
         return command is None
@@ -248,22 +251,30 @@ class Engine:
         self._copies.fetch()
         if step is None:
             self._copies.release_unclaimed()
-            events = self._scheduler.take_events()
-            if events:
-                self._deliver(events)
+            self._outbox.tell()
+            self._books.refresh(self._state)
+            if events := self._scheduler.take_events():
+                self._outbox.tell(events)
             elif self._scheduler.has_work:
                 self._hear(timeout_s=_IDLE_S)  # nothing can run before news: of an adapter's load, as a rule
             return
         self._books.begin(began_s)
         events = self._stepping.run(step)
+        self._outbox.require_told()
         self._books.end(step)
         self._copies.release_unclaimed()
         self._copies.unload_idle()
-        self._books.refresh(self._state)
-        if events:
-            self._deliver(events)
+        self._outbox.hold(events)
+        if not (self._is_overlapped and self._scheduler.has_work):
+            self._books.refresh(self._state)
+            self._outbox.tell()
         self._observe(step, self._clock() - began_s)
         self._stepping.require_working()
+
+    def _while_it_computes(self) -> None:
+        """What the last step left to be done, and the one under way does not need."""
+        self._books.refresh(self._state)
+        self._outbox.tell_within_a_step()
 
     def _on_loaded(self, adapter: AdapterId, outcome: Adapter | Exception) -> None:
         """Called on the host cache's thread."""
@@ -283,8 +294,7 @@ class Engine:
             FinishEvent(request=request, reason=FinishReason.FAILED, error=error)
             for request in self._scheduler.open_requests()
         ]
-        if events:
-            self._deliver(events)
+        self._outbox.tell(events)
 
     def _observe(self, step: Step, seconds: float) -> None:
         self._scheduler.note_time(seconds)

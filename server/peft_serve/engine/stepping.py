@@ -9,7 +9,8 @@ Used on the engine's thread alone.
 from __future__ import annotations
 
 import logging
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol, runtime_checkable
 
 from peft_serve.adapters.shortage import is_short_of_memory
 from peft_serve.core import Event, Step, StepResult
@@ -30,6 +31,15 @@ class Runner(Protocol):
     def run(self, step: Step) -> StepResult: ...
 
 
+@runtime_checkable
+class Overlapping(Protocol):
+    """A runner whose device may compute while the host does something else."""
+
+    def overlap(self, meanwhile: Callable[[], None]) -> bool:
+        """Call this while the device computes a step; False where that cannot be. It does not raise."""
+        ...
+
+
 class EngineError(Exception):
     """Nothing that the engine could do next would come to a good end."""
 
@@ -41,6 +51,10 @@ class Stepping:
         self._scheduler = scheduler
         self._runner = runner
         self._num_failed = 0  # one after the other, up to now
+
+    def overlap(self, meanwhile: Callable[[], None]) -> bool:
+        """See `Overlapping`; False for a runner that knows nothing of it."""
+        return isinstance(self._runner, Overlapping) and self._runner.overlap(meanwhile)
 
     def run(self, step: Step) -> list[Event]:
         """The events of a step that has just been planned."""

@@ -65,12 +65,14 @@ class StepRunner:
         adapters: Callable[[AdapterId], Adapter],
         carrier: Carrier | None = None,
         capturing: Capturing | None = None,
+        works_apart: bool | None = None,
     ) -> None:
         """`num_blocks` and `num_cross_blocks` count the padding block; the latter is 0 without an encoder.
 
         `adapters` gives the compiled adapter of an `Install` and may raise. With a `carrier` adapters lie among the KV
         blocks, in its arena. `capturing` says how decode steps are captured, if they are; the pool then has one block
-        more, which rows without a request write to.
+        more, which rows without a request write to. `works_apart`: the device computes while the host does something
+        else; a GPU does.
         """
         cross = base.runs.cross_cache
         self._base = base
@@ -88,6 +90,8 @@ class StepRunner:
         pools = Pools(own=self._pool, cross=self._cross_pool, scratch=self._pool.number(num_blocks))
         settle = self._residents.settle
         self._graphs = None if capturing is None else StepGraphs(base, pools, capturing, settle=settle)
+        self._works_apart = base.device.type == "cuda" if works_apart is None else works_apart
+        self._meanwhile: Callable[[], None] = lambda: None
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -117,6 +121,13 @@ class StepRunner:
             failed_installs=tuple(failed.values()),
             was_short_of_memory=was_short or bool(runnable and self._apart.was_short_of_memory),
         )
+
+    def overlap(self, meanwhile: Callable[[], None]) -> bool:
+        """Call `meanwhile` in each step while the device computes it, at least once unless the step has nothing to tell
+        or fails. It must not raise. False, and never called, where the device does not work apart from the host."""
+        if self._works_apart:
+            self._meanwhile = meanwhile
+        return self._works_apart
 
     @property
     def graphs(self) -> StepGraphs | None:
@@ -152,7 +163,7 @@ class StepRunner:
         scores_of = self._score(rows, kept, logits, bringing)
         add_candidates = self._candidates(rows, kept, logits, bringing)
         add_score_tops = self._score_tops(rows, kept, logits, bringing)
-        bringing.bring()  # the one time that the host waits for the device
+        bringing.bring(self._meanwhile)  # the one time that the host waits for the device
         chosen, scores = chosen_of(), scores_of()
         results = [_result(row, chosen.get(i), scores.get(i, ()), readings.get(i, ())) for i, row in enumerate(rows)]
         add_candidates(results)
