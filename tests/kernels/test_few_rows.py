@@ -16,9 +16,12 @@ pytestmark = pytest.mark.skipif(find_compiler(os.environ) is None, reason="this 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(scope="module")
-def few_rows() -> FewRows:
-    return FewRows(NativeCode(find_compiler(os.environ), cache_folder(os.environ)))
+@pytest.fixture(scope="module", params=[False, True], ids=["vectors", "tiles"])
+def few_rows(request: pytest.FixtureRequest) -> FewRows:
+    made = FewRows(NativeCode(find_compiler(os.environ), cache_folder(os.environ)), tiles=request.param)
+    if made.has_tiles != request.param:
+        pytest.skip("this CPU has no matrix unit")
+    return made
 
 
 def _random(*size: int, dtype: torch.dtype) -> Tensor:
@@ -71,6 +74,27 @@ def test_a_vocabulary_of_any_size_is_shared_out_whole(few_rows: FewRows) -> None
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(y, linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_longer_than_the_caches_hold_is_multiplied_whole(few_rows: FewRows, dtype: torch.dtype) -> None:
+    weight, x = _random(70, 9000, dtype=dtype), _random(150, 9000, dtype=dtype)
+    y = few_rows.linear(weight, None)(x)
+    exact = x.double() @ weight.double().t()
+    assert ((y - exact).abs() <= (2.0**-8 if dtype == torch.bfloat16 else 0) * exact.abs() + 3e-4).all()
+    assert torch.equal(few_rows.linear(weight, None)(x[131:132])[0], y[131])
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 33])
+def test_what_is_no_number_stays_none_and_where_it_was(few_rows: FewRows, num_rows: int) -> None:
+    weight, x = _random(70, 40, dtype=torch.bfloat16), _random(num_rows, 40, dtype=torch.bfloat16)
+    whole = few_rows.linear(weight, None)(x)
+    x[-1, 39] = float("nan")
+    y = few_rows.linear(weight, None)(x)
+    assert y[-1].isnan().all()
+    assert torch.equal(y[:-1], whole[:-1])
+    large = torch.full_like(weight, 3e38)
+    assert few_rows.linear(large, None)(x.abs() + 2)[0].isinf().all() or num_rows == 1
 
 
 def test_any_strides_are_read(few_rows: FewRows) -> None:

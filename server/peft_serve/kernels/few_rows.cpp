@@ -1,224 +1,34 @@
-// y[M, N] = x[M, K] W[N, K]^T + b for few rows, from a copy of W in the order in which it is read.
-//
-// W is kept in panels of NR columns, [N / NR, K, NR], the last one filled up with zeros. Every number of y is the sum of
-// its blocks of KC products in ascending order, and each block the sum of its products in ascending order, whatever M
-// is and wherever the row stands: a row has the same bits alone and in any batch.
-//
-// Weights are float32, or bfloat16 that is widened to float32 in registers: the halves of a word are two columns.
-// Sums are float32; a bfloat16 result is rounded once, to nearest even, behind the bias.
+// y[M, N] = x[M, K] W[N, K]^T + b for few rows, from a copy of W in the order in which it is read: by vectors (panels.h),
+// or, in bfloat16, by the CPU's matrix unit (tiles.h). Either way a row has the same bits alone and in any batch.
 
 #include <cstdint>
 #include <cstring>
 #include <memory>
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
+#include "panels.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int VL = 16;
-#elif defined(__AVX__)
-constexpr int VL = 8;
-#else
-constexpr int VL = 4;
-#endif
-constexpr int NV = VL == 4 ? 4 : 2;  // vectors in a panel's row
-constexpr int NR = NV * VL;
-constexpr int MR = 6;          // rows that are summed at once: MR * NV sums stay in registers
-constexpr int KC = 128;        // of a panel that is read once for all blocks of rows: it stays in the L1 cache
-constexpr long AHEAD = 2048;      // bytes of each of several streams that are asked for in advance,
-constexpr long FAR_AHEAD = 8192;  // and of a single one
-constexpr int MC = 96;         // rows whose x stays in the L2 cache
 constexpr int MOST_PRODUCTS = 3;  // side by side
 constexpr long LEAST_PART = 4;    // panels that a thread takes at once,
 constexpr long MOST_PART = 64;    // and this many at most
 
-typedef float Vec __attribute__((vector_size(VL * 4)));
-typedef float LooseVec __attribute__((vector_size(VL * 4), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(VL * 4)));
-typedef uint32_t LooseWords __attribute__((vector_size(VL * 4), aligned(2)));
-typedef uint16_t bf16;
-
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-
-// sum + w * x, rounded once wherever the CPU can. Said outright: a compiler that may contract a product and a sum does so
-// for one number of rows and not for another, and a row's bits would depend on how many it stands beside.
-inline Vec added(Vec sum, Vec w, float x) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(w, _mm512_set1_ps(x), sum);
-#elif defined(__FMA__) && defined(__AVX__)
-  return _mm256_fmadd_ps(w, _mm256_set1_ps(x), sum);
-#elif defined(__aarch64__)
-  for (int i = 0; i < VL; ++i) sum[i] = __builtin_fmaf(w[i], x, sum[i]);
-  return sum;
-#else
-  return sum + w * x;
-#endif
-}
-
-inline float widen(bf16 v) {
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline bf16 narrow(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 0x40);
-  return bf16((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-// One row of a panel as NV vectors. In bfloat16 each pair of vectors shares its words: low halves, then high halves.
-inline void panel_row(const float* w, Vec* out) {
-  for (int v = 0; v < NV; ++v) out[v] = load(w + v * VL);
-}
-inline void panel_row(const bf16* w, Vec* out) {
-  for (int v = 0; v < NV; v += 2) {
-    const Words both = *reinterpret_cast<const LooseWords*>(w + v * VL);
-    out[v] = reinterpret_cast<Vec>(both << 16);
-    out[v + 1] = reinterpret_cast<Vec>(both & 0xffff0000u);
-  }
-}
-inline int place_in_row(const float*, int column) { return column; }
-inline int place_in_row(const bf16*, int column) {
-  const int vector = column / VL, lane = column % VL;
-  return (vector / 2) * 2 * VL + 2 * lane + (vector % 2);
-}
-
-// acc += x[..][k] * row k of each panel
-template <class W, int R, int P>
-inline void add_k(Vec (&acc)[R][P][NV], const float* x, long x_step, const W* w, long panel_step, long k) {
-  Vec b[P][NV];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    panel_row(w + p * panel_step + k * NR, b[p]);
-    if (P > 1) __builtin_prefetch(w + p * panel_step + k * NR + AHEAD / sizeof(W));
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const float xk = x[r * x_step + k];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][p][v] = added(acc[r][p][v], b[p][v], xk);
-  }
-}
-
-// sums[r][NR p + c] += x[r] . panel p over `num_k`, or = for the first block; P panels lie `panel_step` apart.
-template <class W, int R, int P>
-__attribute__((noinline)) void sum_block(const float* x, long x_step, const W* w, long panel_step, long num_k,
-                                         float* sums, long sums_step, bool is_first, const W* ahead, long ahead_step) {
-  Vec acc[R][P][NV] = {};
-  if constexpr (P == 1) {
-    // Two at a time: else GCC reads the panel from memory again for every row, and loads are what is short.
-#pragma GCC unroll 2
-    for (long k = 0; k < num_k; ++k) {
-      __builtin_prefetch(ahead + k * ahead_step);
-      add_k<W, R, P>(acc, x, x_step, w, panel_step, k);
-    }
-  } else {
-    for (long k = 0; k < num_k; ++k) add_k<W, R, P>(acc, x, x_step, w, panel_step, k);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p)
-      for (int v = 0; v < NV; ++v) {
-        float* at = sums + r * sums_step + p * NR + v * VL;
-        store(at, is_first ? acc[r][p][v] : load(at) + acc[r][p][v]);
-      }
-}
-
-template <class W>
-struct Product {
-  const float* x;  // [M, K]
-  const W* w;      // panels
-  const float* bias;
-  void* y;  // [M, N], float32 or as the weights are
-  bool is_narrow;
+// A `Product` by tiles. x [M, K] has zeros behind each row up to whole tiles.
+struct TileProduct {
+  const bf16* x;
+  const bf16* w;
+  Result result;
   long M, N, K;
 
-  const W* panel(long p) const { return w + p * K * NR; }
-
-  void put(long row, long column, const float* sums, int count) const {
-    const long num = N - column < count ? N - column : count;
-    const float* from = bias ? bias + column : nullptr;
-    if (is_narrow) {
-      auto* to = static_cast<bf16*>(y) + row * N + column;
-      for (long c = 0; c < num; ++c) to[c] = narrow(from ? sums[c] + from[c] : sums[c]);
-    } else {
-      auto* to = static_cast<float*>(y) + row * N + column;
-      for (long c = 0; c < num; ++c) to[c] = from ? sums[c] + from[c] : sums[c];
-    }
-  }
-
-  template <int R, int P>
-  void few(long first, long last) const {
-    long p = first;
-    for (; p + P <= last; p += P) together<R, P>(p);
-    for (; p < last; ++p) together<R, 1>(p);
-  }
-
-  // All rows and all of K for P panels from p on, each a stream of its own from memory.
-  template <int R, int P>
-  __attribute__((noinline)) void together(long p) const {
-    float sums[R * P * NR];
-    for (long k = 0; k < K; k += KC) {
-      const long num_k = K - k < KC ? K - k : KC;
-      const W* from = panel(p) + k * NR;
-      sum_block<W, R, P>(x + k, K, from, K * NR, num_k, sums, P * NR, k == 0, from + FAR_AHEAD / sizeof(W), NR);
-    }
-    for (int r = 0; r < R; ++r) put(r, p * NR, sums + r * P * NR, P * NR);
-  }
-
-  void many(long first, long last) const {
-    float sums[MC * NR];
-    for (long m = 0; m < M; m += MC) {
-      const long rows = M - m < MC ? M - m : MC;
-      const long blocks = (rows + MR - 1) / MR;
-      for (long p = first; p < last; ++p) {
-        for (long k = 0; k < K; k += KC) {
-          const long num_k = K - k < KC ? K - k : KC;
-          for (long b = 0; b < blocks; ++b) {
-            const long from = rows * b / blocks, to = rows * (b + 1) / blocks;
-            const W* ahead = panel(p) + k * NR + FAR_AHEAD / sizeof(W) + b * num_k * (NR / blocks);
-            rows_of(to - from, x + (m + from) * K + k, panel(p) + k * NR, num_k, sums + from * NR, k == 0, ahead, NR / blocks);
-          }
-        }
-        for (long r = 0; r < rows; ++r) put(m + r, p * NR, sums + r * NR, NR);
-      }
-    }
-  }
-
-  void rows_of(long count, const float* xs, const W* ws, long num_k, float* sums, bool is_first, const W* ahead,
-               long step) const {
-    switch (count) {
-      case 6: return sum_block<W, 6, 1>(xs, K, ws, 0, num_k, sums, NR, is_first, ahead, step);
-      case 5: return sum_block<W, 5, 1>(xs, K, ws, 0, num_k, sums, NR, is_first, ahead, step);
-      case 4: return sum_block<W, 4, 1>(xs, K, ws, 0, num_k, sums, NR, is_first, ahead, step);
-      case 3: return sum_block<W, 3, 1>(xs, K, ws, 0, num_k, sums, NR, is_first, ahead, step);
-      case 2: return sum_block<W, 2, 1>(xs, K, ws, 0, num_k, sums, NR, is_first, ahead, step);
-      default: return sum_block<W, 1, 1>(xs, K, ws, 0, num_k, sums, NR, is_first, ahead, step);
-    }
-  }
-
   void columns(long first, long last) const {
-    switch (M) {
-      case 1: return few<1, 4>(first, last);
-      case 2: return few<2, 3>(first, last);
-      case 3: return few<3, 2>(first, last);
-      case 4: return few<4, 1>(first, last);
-      case 5: return few<5, 1>(first, last);
-      case 6: return few<6, 1>(first, last);
-      default: return many(first, last);
-    }
+    tiles::columns(x, w, M, K, first, last, [this](long row, long column, const float* sums, int count) {
+      result.put(row, column, sums, count);
+    });
   }
 
-  long num_panels() const { return (N + NR - 1) / NR; }
+  long num_panels() const { return (N + tiles::NR - 1) / tiles::NR; }
 };
 
 // How the panels of a call are cut for its threads: large parts first, in which a thread reads on and on, and small ones
@@ -239,8 +49,8 @@ struct Parts {
 };
 
 // Products of the same rows, side by side: one team shares the panels of all of them.
-template <class W>
-void run(const Product<W>* each, long count) {
+template <class Each>
+void run(const Each* each, long count) {
   long panels = 0, features = 0;
   for (long i = 0; i < count; ++i) {
     panels += each[i].num_panels();
@@ -260,80 +70,106 @@ void run(const Product<W>* each, long count) {
   });
 }
 
-template <class W>
-void pack(const W* w, long row_step, long column_step, W* packed, long N, long K) {
-  const long panels = (N + NR - 1) / NR;
+void pack_tiles(const bf16* w, long row_step, long column_step, bf16* packed, long N, long K) {
+  const long panels = (N + tiles::NR - 1) / tiles::NR, depth = tiles::depths(K) * tiles::DEPTH;
   team::share(panels, 16, [=](long first, long last) {
-    for (long p = first; p < last; ++p)
-      for (long k = 0; k < K; ++k)
-        for (int c = 0; c < NR; ++c) {
-          const long n = p * NR + c;
-          packed[(p * K + k) * NR + place_in_row(w, c)] = n < N ? w[n * row_step + k * column_step] : W(0);
-        }
+    for (long n = first * tiles::NR; n < last * tiles::NR; ++n)
+      for (long k = 0; k < depth; ++k)
+        packed[tiles::place(n, k, K)] = n < N && k < K ? w[n * row_step + k * column_step] : bf16(0);
   });
 }
 
-// Rows of the weight by number, with the bits they were packed with.
-template <class W>
-void take(const W* packed, long K, const int64_t* numbers, long count, W* rows) {
+void take_tiles(const bf16* packed, long K, const int64_t* numbers, long count, bf16* rows) {
   team::share(count, 64, [=](long first, long last) {
-    for (long i = first; i < last; ++i) {
-      const W* from = packed + numbers[i] / NR * K * NR + place_in_row(packed, int(numbers[i] % NR));
-      for (long k = 0; k < K; ++k) rows[i * K + k] = from[k * NR];
-    }
+    for (long i = first; i < last; ++i)
+      for (long k = 0; k < K; ++k) rows[i * K + k] = packed[tiles::place(numbers[i], k, K)];
   });
+}
+
+// x [M, K] with zeros behind each row up to whole tiles; itself where K is so many already.
+const bf16* filled_up(const bf16* x, long M, long K, std::unique_ptr<bf16[]>& memory) {
+  const long depth = tiles::depths(K) * tiles::DEPTH;
+  if (depth == K) return x;
+  memory.reset(new bf16[M * depth]());
+  for (long m = 0; m < M; ++m) std::memcpy(memory.get() + m * depth, x + m * K, K * sizeof(bf16));
+  return memory.get();
 }
 
 }  // namespace
 
 extern "C" {
 
+enum Kind { FLOAT32, BFLOAT16, BFLOAT16_TILES };
+
 // A weight [N, K] in panels, and how its products are given. `few_rows.py` has the same fields.
 struct Layer {
   const void* panels;
   const float* bias;  // or null
   long N, K;
-  int is_bf16;  // of weights, rows and results; else float32
+  int kind;  // of weights, rows and results
 };
 
-long few_rows_panel() { return NR; }
+// Whether this CPU has BFLOAT16_TILES, and this process may use them.
+int few_rows_has_tiles() { return tiles::allowed(); }
+
+// Numbers that the panels of a weight [N, K] take.
+long few_rows_size(long N, long K, int kind) {
+  const long width = kind == BFLOAT16_TILES ? tiles::NR : NR;
+  return (N + width - 1) / width * width * (kind == BFLOAT16_TILES ? tiles::depths(K) * tiles::DEPTH : K);
+}
 
 // Fill layer->panels from weights that lie so many numbers apart.
 void few_rows_pack(const Layer* layer, const void* weight, long row_step, long column_step) {
   auto* panels = const_cast<void*>(layer->panels);
-  if (layer->is_bf16)
-    pack(static_cast<const bf16*>(weight), row_step, column_step, static_cast<bf16*>(panels), layer->N, layer->K);
+  const auto* narrow_weight = static_cast<const bf16*>(weight);
+  auto* narrow_panels = static_cast<bf16*>(panels);
+  if (layer->kind == BFLOAT16_TILES)
+    pack_tiles(narrow_weight, row_step, column_step, narrow_panels, layer->N, layer->K);
+  else if (layer->kind == BFLOAT16)
+    pack(narrow_weight, row_step, column_step, narrow_panels, layer->N, layer->K);
   else
     pack(static_cast<const float*>(weight), row_step, column_step, static_cast<float*>(panels), layer->N, layer->K);
 }
 
 // rows[i] = weight[numbers[i]], [count, K] without gaps; numbers are within [0, N).
 void few_rows_take(const Layer* layer, const int64_t* numbers, long count, void* rows) {
-  if (layer->is_bf16)
-    take(static_cast<const bf16*>(layer->panels), layer->K, numbers, count, static_cast<bf16*>(rows));
+  const auto* narrow_panels = static_cast<const bf16*>(layer->panels);
+  if (layer->kind == BFLOAT16_TILES)
+    take_tiles(narrow_panels, layer->K, numbers, count, static_cast<bf16*>(rows));
+  else if (layer->kind == BFLOAT16)
+    take(narrow_panels, layer->K, numbers, count, static_cast<bf16*>(rows));
   else
     take(static_cast<const float*>(layer->panels), layer->K, numbers, count, static_cast<float*>(rows));
 }
 
-// Each y[M, N] from the same x[M, K], all without gaps; at most MOST_PRODUCTS layers of one K and one dtype.
+// Each y[M, N] from the same x[M, K], all without gaps; at most MOST_PRODUCTS layers of one K and one kind.
 void few_rows_each(const Layer* const* layers, long count, const void* x, void* const* ys, long M) {
   const long K = layers[0]->K;
-  if (!layers[0]->is_bf16) {
+  if (layers[0]->kind == FLOAT32) {
     Product<float> products[MOST_PRODUCTS];
     for (long i = 0; i < count; ++i)
-      products[i] = {static_cast<const float*>(x), static_cast<const float*>(layers[i]->panels), layers[i]->bias, ys[i],
-                     false, M, layers[i]->N, K};
+      products[i] = {static_cast<const float*>(x), static_cast<const float*>(layers[i]->panels),
+                     {layers[i]->bias, ys[i], false, layers[i]->N}, M, layers[i]->N, K};
     return run(products, count);
   }
   const auto* narrow_x = static_cast<const bf16*>(x);
+  if (layers[0]->kind == BFLOAT16_TILES) {
+    std::unique_ptr<bf16[]> filled;
+    const bf16* rows = filled_up(narrow_x, M, K, filled);
+    TileProduct products[MOST_PRODUCTS];
+    for (long i = 0; i < count; ++i)
+      products[i] = {rows, static_cast<const bf16*>(layers[i]->panels), {layers[i]->bias, ys[i], true, layers[i]->N}, M,
+                     layers[i]->N, K};
+    return run(products, count);
+  }
   const std::unique_ptr<float[]> wide(new float[M * K]);
   team::share(M * K, 1 << 15, [&](long first, long last) {
     for (long i = first; i < last; ++i) wide[i] = widen(narrow_x[i]);
   });
   Product<bf16> products[MOST_PRODUCTS];
   for (long i = 0; i < count; ++i)
-    products[i] = {wide.get(), static_cast<const bf16*>(layers[i]->panels), layers[i]->bias, ys[i], true, M,
-                   layers[i]->N, K};
+    products[i] = {wide.get(), static_cast<const bf16*>(layers[i]->panels), {layers[i]->bias, ys[i], true, layers[i]->N},
+                   M, layers[i]->N, K};
   run(products, count);
 }
 

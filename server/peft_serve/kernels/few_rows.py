@@ -1,8 +1,9 @@
 """Products of a few rows with a weight, y = x W^T + b, by a kernel of our own on a CPU.
 
-Owns the packed copy of each weight: panels in the order in which they are read, float32 or bfloat16 as the weight is.
-A row's result has the same bits alone and in any batch, because the order of its sum depends on the weight's size
-alone. Sums are float32; bfloat16 is rounded once, at the end. Knows no layer and no model.
+Owns the packed copy of each weight: panels in the order in which they are read, float32 or bfloat16 as the weight is,
+in bfloat16 for the CPU's matrix unit where it has one. A row's result has the same bits alone and in any batch, because
+the order of its sum depends on the weight's size alone. Sums are float32; bfloat16 is rounded once, at the end. Knows
+no layer and no model.
 
 Shapes: `M` rows, `I` in and `O` out features.
 """
@@ -20,6 +21,7 @@ from peft_serve.kernels.large_pages import LargePages
 from peft_serve.kernels.native import NativeCode, NativeError
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
+_FLOAT32, _BFLOAT16, _BFLOAT16_TILES = range(3)  # `Kind` of few_rows.cpp
 
 
 class _Layer(ctypes.Structure):
@@ -30,7 +32,7 @@ class _Layer(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("num_out", ctypes.c_long),
         ("num_in", ctypes.c_long),
-        ("is_bf16", ctypes.c_int),
+        ("kind", ctypes.c_int),
     )
 
 
@@ -68,7 +70,8 @@ class Product:
 class FewRows:
     """Makes products. Raises NativeError where the library cannot be had or does not compute what it should."""
 
-    def __init__(self, code: NativeCode) -> None:
+    def __init__(self, code: NativeCode, *, tiles: bool = True) -> None:
+        """`tiles` False: do without the CPU's matrix unit."""
         library = code.library("few_rows")
         self._pack: Any = library.few_rows_pack
         self._pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
@@ -82,12 +85,19 @@ class FewRows:
         self.each: Any = library.few_rows_each
         """Up to three products of the same rows at once: (addresses, count, x, addresses of results, rows)."""
         self._memory = LargePages()
-        library.few_rows_panel.restype = ctypes.c_long
-        self._panel = int(library.few_rows_panel())
+        self._size: Any = library.few_rows_size
+        self._size.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_int]
+        self._size.restype = ctypes.c_long
+        self.has_tiles = tiles and bool(library.few_rows_has_tiles())
+        """Whether bfloat16 is multiplied by the CPU's matrix unit."""
+        self._kinds = {
+            torch.float32: _FLOAT32,
+            torch.bfloat16: _BFLOAT16_TILES if self.has_tiles else _BFLOAT16,
+        }
         self._try_out()
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
-        """The product with a copy of W: as many bytes as W has, to the panel.
+        """The product with a copy of W: as many bytes as W has, to the panel (and, in tiles, to 32 of I).
 
         W is float32 or bfloat16, on the CPU, of any strides.
         """
@@ -95,12 +105,10 @@ class FewRows:
         (num_out, num_in), dtype = weight.shape, weight.dtype
         assert weight.device.type == "cpu", f"the kernel runs on a CPU, not on {weight.device}"
         assert dtype in DTYPES, f"the kernel computes {DTYPES}, not {dtype}"
-        num_panels = -(-num_out // self._panel)
-        panels = self._memory.empty(num_panels * num_in * self._panel, dtype)
+        kind = self._kinds[dtype]
+        panels = self._memory.empty(self._size(num_out, num_in, kind), dtype)
         bias = None if bias_O is None else bias_O.detach().float().clone()
-        layer = _Layer(
-            panels.data_ptr(), None if bias is None else bias.data_ptr(), num_out, num_in, dtype == torch.bfloat16
-        )
+        layer = _Layer(panels.data_ptr(), None if bias is None else bias.data_ptr(), num_out, num_in, kind)
         at = ctypes.addressof(layer)
         self._pack(at, weight.data_ptr(), weight.stride(0), weight.stride(1))
         return Product(self._run, self._take, at, num_out, num_in, dtype, (layer, panels, bias))
@@ -110,7 +118,7 @@ class FewRows:
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode():
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-                x_MI, w_OI, b_O = (torch.randn(size, generator=generator) for size in ((9, 300), (67, 300), (67,)))
+                x_MI, w_OI, b_O = (torch.randn(size, generator=generator) for size in ((35, 300), (67, 300), (67,)))
                 x_MI, w_OI, b_O = x_MI.to(dtype), w_OI.to(dtype), b_O.to(dtype)
                 product = self.linear(w_OI, b_O)
                 y_MO, exact_MO = product(x_MI), x_MI.double() @ w_OI.double().t() + b_O.double()

@@ -64,14 +64,15 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_bfloat16_instructions())
 
 
-def gains_from_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+def gains_from_kernels(device: torch.device, dtype: torch.dtype, *, has_tiles: bool) -> bool:
     """Whether our own kernels compute products of this kind, and faster than torch.
 
-    Where a CPU multiplies bfloat16 itself, long prompts are faster by its own instructions than by widened numbers.
+    `has_tiles`: they multiply bfloat16 by the CPU's matrix unit. By widened numbers they are no faster, for long
+    prompts, than torch where a CPU has other instructions for bfloat16.
     """
     if device.type != "cpu":
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_bfloat16_instructions())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and (has_tiles or not _has_bfloat16_instructions()))
 
 
 def _has_bfloat16_instructions() -> bool:

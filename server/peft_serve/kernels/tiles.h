@@ -1,0 +1,199 @@
+// y[M, N] = x[M, K] W[N, K]^T + b in bfloat16 by a CPU's matrix unit (AMX), for any number of rows.
+//
+// The unit multiplies tiles: 16 rows of x by 32 of K with 32 of K by 16 columns of W, summed in float32. W is kept in
+// panels of NR = 32 columns, two tiles side by side for each 32 of K, in the order in which a tile wants them: pairs of
+// K for each column. K is filled up with zeros. A tile sums its 32 products of K in a fixed order, and those of K follow
+// each other, whatever M is and wherever the row stands: a row has the same bits alone and in any batch.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define HAS_TILES 0
+#endif
+
+namespace tiles {
+
+typedef uint16_t bf16;
+
+constexpr long ROWS = 16;          // of a tile of x or y,
+constexpr long COLUMNS = 16;       // of a tile of y,
+constexpr long DEPTH = 32;         // and of K
+constexpr long SIDE = 2;           // tiles of W side by side in a panel
+constexpr long NR = SIDE * COLUMNS;
+constexpr long TILE = DEPTH * COLUMNS;  // numbers
+constexpr long BLOCK = SIDE * TILE;     // a panel's for DEPTH of K
+constexpr long X_BYTES = 1 << 20;  // of rows that are multiplied by one panel after the other: they stay in the L2 cache
+constexpr long AHEAD = 8192;       // bytes of a panel that are asked for in advance
+
+inline long depths(long K) { return (K + DEPTH - 1) / DEPTH; }
+
+// Where W[n, k] lies.
+inline long place(long n, long k, long K) {
+  const long column = n % NR;
+  return ((n / NR) * depths(K) + k / DEPTH) * BLOCK + column / COLUMNS * TILE + k % DEPTH / 2 * 2 * COLUMNS +
+         column % COLUMNS * 2 + k % 2;
+}
+
+// Whether this process may use the unit: Linux wants to be asked, once, since its registers are large.
+inline bool allowed() {
+#if HAS_TILES
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl(2)
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
+#if HAS_TILES
+
+// What the unit is told of its eight registers: sums 0 to 3, x 4 and 5, W 6 and 7.
+struct alignas(64) Registers {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // The upper rows of x go to one tile, the lower ones, where there are any, to another.
+  Registers(long upper, long lower) {
+    const long of[8] = {upper, upper, lower, lower, upper, lower, DEPTH / 2, DEPTH / 2};
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = uint8_t(of[i]);
+      bytes[i] = of[i] ? 64 : 0;
+    }
+  }
+};
+
+// The unit's registers are this thread's between two of these; other code finds them as if never used.
+struct Using {
+  ~Using() { _tile_release(); }
+
+  void set(long upper, long lower) {
+    if (upper == upper_ && lower == lower_) return;
+    const Registers registers(upper, lower);
+    _tile_loadconfig(&registers);
+    upper_ = upper;
+    lower_ = lower;
+  }
+
+ private:
+  long upper_ = -1, lower_ = -1;
+};
+
+// The compiler does not know that tiles are read from memory and written to it.
+inline void fence() { asm volatile("" ::: "memory"); }
+
+inline void ask_ahead(const bf16* w) {
+  const char* from = reinterpret_cast<const char*>(w) + AHEAD;
+#pragma GCC unroll 32
+  for (long line = 0; line < BLOCK * 2; line += 64) __builtin_prefetch(from + line);
+}
+
+// sums[32, 32] = x[up to 32 rows] . panel. The panel comes from memory the first time.
+template <bool HAS_LOWER, bool IS_FAR>
+inline void multiply(const bf16* x, long x_bytes, const bf16* panel, long num, float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (HAS_LOWER) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const bf16* lower = x + ROWS * x_bytes / 2;
+  for (long d = 0; d < num; ++d) {
+    const bf16* w = panel + d * BLOCK;
+    if constexpr (IS_FAR) ask_ahead(w);
+    _tile_loadd(6, w, 64);
+    _tile_loadd(7, w + TILE, 64);
+    _tile_loadd(4, x + d * DEPTH, x_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (HAS_LOWER) {
+      _tile_loadd(5, lower + d * DEPTH, x_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, NR * 4);
+  _tile_stored(1, sums + COLUMNS, NR * 4);
+  if constexpr (HAS_LOWER) {
+    _tile_stored(2, sums + ROWS * NR, NR * 4);
+    _tile_stored(3, sums + ROWS * NR + COLUMNS, NR * 4);
+  }
+  fence();
+}
+
+// The same for up to 16 rows and two panels side by side, each a stream of its own: nothing need be asked for.
+inline void multiply_two(const bf16* x, long x_bytes, const bf16* panel, long num, float* sums, float* other_sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (long d = 0; d < num; ++d) {
+    const bf16 *one = panel + d * BLOCK, *other = panel + (num + d) * BLOCK;
+    _tile_loadd(4, x + d * DEPTH, x_bytes);
+    _tile_loadd(6, one, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, one + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(6, other, 64);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, other + TILE, 64);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+  _tile_stored(0, sums, NR * 4);
+  _tile_stored(1, sums + COLUMNS, NR * 4);
+  _tile_stored(2, other_sums, NR * 4);
+  _tile_stored(3, other_sums + COLUMNS, NR * 4);
+  fence();
+}
+
+#endif
+
+// `Put` writes numbers of y: put(row, column, sums, count).
+template <class Put>
+void columns(const bf16* x, const bf16* w, long M, long K, long first, long last, const Put& put) {
+#if HAS_TILES
+  const long num = depths(K), x_bytes = num * DEPTH * 2;
+  const long most = X_BYTES / x_bytes / (2 * ROWS), group = (most > 0 ? most : 1) * 2 * ROWS;
+  alignas(64) float sums[2 * ROWS * NR];
+  Using unit;
+  fence();
+  for (; M <= ROWS && first + 2 <= last; first += 2) {
+    unit.set(M, M);
+    float* const other_sums = sums + ROWS * NR;
+    multiply_two(x, x_bytes, w + first * num * BLOCK, num, sums, other_sums);
+    for (long r = 0; r < M; ++r) {
+      put(r, first * NR, sums + r * NR, NR);
+      put(r, (first + 1) * NR, other_sums + r * NR, NR);
+    }
+  }
+  for (long m = 0; m < M; m += group) {
+    const long end = M - m < group ? M : m + group;
+    for (long p = first; p < last; ++p) {
+      const bf16* panel = w + p * num * BLOCK;
+      for (long row = m; row < end; row += 2 * ROWS) {
+        const long rows = end - row < 2 * ROWS ? end - row : 2 * ROWS;
+        const bf16* from = x + row * (x_bytes / 2);
+        unit.set(rows < ROWS ? rows : ROWS, rows > ROWS ? rows - ROWS : 0);
+        if (rows > ROWS)
+          row == m ? multiply<true, true>(from, x_bytes, panel, num, sums)
+                   : multiply<true, false>(from, x_bytes, panel, num, sums);
+        else
+          row == m ? multiply<false, true>(from, x_bytes, panel, num, sums)
+                   : multiply<false, false>(from, x_bytes, panel, num, sums);
+        for (long r = 0; r < rows; ++r) put(row + r, p * NR, sums + r * NR, NR);
+      }
+    }
+  }
+#else
+  (void)x, (void)w, (void)M, (void)K, (void)first, (void)last, (void)put;
+#endif
+}
+
+}  // namespace tiles
