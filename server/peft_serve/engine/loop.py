@@ -268,7 +268,7 @@ class Engine:
         if not (self._is_overlapped and self._scheduler.has_work):
             self._books.refresh(self._state)
             self._outbox.tell()
-        self._observe(step, self._clock() - began_s)
+        _tell_of(step, self._clock() - began_s, self._scheduler, self._metrics)
         self._stepping.require_working()
 
     def _while_it_computes(self) -> None:
@@ -296,11 +296,11 @@ class Engine:
         ]
         self._outbox.tell(events)
 
-    def _observe(self, step: Step, seconds: float) -> None:
-        self._scheduler.note_time(seconds)
-        slots = {row.slot for row in step.rows} - {BASE_SLOT}
-        self._metrics.observe_step(
-            seconds=seconds, num_rows=len(step.rows), num_tokens=step.num_tokens, num_adapters=len(slots)
-        )
-        if step.removes:
-            self._metrics.observe_evictions("device", len(step.removes))
+
+def _tell_of(step: Step, seconds: float, scheduler: Scheduler, metrics: Metrics) -> None:
+    """What the step took, to those who learn from it and those who watch."""
+    scheduler.note_time(seconds)
+    slots = {row.slot for row in step.rows} - {BASE_SLOT}
+    metrics.observe_step(seconds=seconds, num_rows=len(step.rows), num_tokens=step.num_tokens, num_adapters=len(slots))
+    if step.removes:
+        metrics.observe_evictions("device", len(step.removes))
