@@ -21,9 +21,10 @@ struct TileProduct {
   const bf16* w;
   Result result;
   long M, N, K;
+  bool by_vectors;  // where there are one or two rows
 
   void columns(long first, long last) const {
-    tiles::columns(x, w, M, K, first, last, [this](long row, long column, const float* sums, int count) {
+    tiles::columns(x, w, M, K, first, last, by_vectors, [this](long row, long column, const float* sums, int count) {
       result.put(row, column, sums, count);
     });
   }
@@ -107,6 +108,7 @@ struct Layer {
   const float* bias;  // or null
   long N, K;
   int kind;  // of weights, rows and results
+  int by_vectors;  // one or two rows of BFLOAT16_TILES
 };
 
 // Whether this CPU has BFLOAT16_TILES, and this process may use them.
@@ -159,7 +161,7 @@ void few_rows_each(const Layer* const* layers, long count, const void* x, void* 
     TileProduct products[MOST_PRODUCTS];
     for (long i = 0; i < count; ++i)
       products[i] = {rows, static_cast<const bf16*>(layers[i]->panels), {layers[i]->bias, ys[i], true, layers[i]->N}, M,
-                     layers[i]->N, K};
+                     layers[i]->N, K, layers[i]->by_vectors != 0};
     return run(products, count);
   }
   const std::unique_ptr<float[]> wide(new float[M * K]);
