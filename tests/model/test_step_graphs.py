@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from peft_serve.adapters.primitives import Adapter, Affine, BlockDiagonal, Edit, LowRank, Replace
 from peft_serve.core import BASE, AdapterId, Draw, RequestId, Row, SamplingParams, Step
+from peft_serve.engine.gpu_terms import other_kernels
 from peft_serve.model.arena import Arena
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.carrier import Carrier
@@ -101,6 +102,7 @@ class Bench:
         self.plain = ResidentBase(make(), name="tiny")
         self.kernel = LowRankKernel(CPU, num_slots=4)
         self.base.adapted.run_low_rank_by(self.kernel)
+        self.base.adapted.run_others_by(other_kernels(self.kernel.memory))
         attention = PlanAttention(kernel or SlowTiles(SIZES))  # type: ignore[arg-type]
         self.base.runs.attention.whole = attention
         self.outcomes: Counter[str] = Counter()
@@ -246,7 +248,7 @@ def test_what_cannot_be_captured_runs_call_by_call_with_its_reason(caplog: pytes
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2, "once for each kind, not at every step"
     assert "embedding" in told[0]
-    assert "tokens by themselves" in told[1]
+    assert "block-diagonal" in told[1]
 
 
 def test_the_attention_kernel_reads_what_stands_in_tables_of_another_step() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_serve.kernels.low_rank import Segments
 
 Lift = Callable[[Tensor], Tensor]
-"""x [T, D] -> y [T, D], set for the tokens of the segments alone."""
+"""x [T, D] -> y [T, D], set for the tokens of adapters that have a bottleneck alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Squeezes(Protocol):
     def drop(self, slot: int) -> None: ...
 
     def op(self, segments: Segments, activation: str) -> Lift:
-        """For tokens of adapters that have a bottleneck here, with this activation."""
+        """For tokens of adapters that have a bottleneck here, all with this activation; others are passed over."""
         ...
 
 

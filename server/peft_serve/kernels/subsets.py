@@ -12,12 +12,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Range = tuple[int, int]
 """Tokens [first, last)."""
+
+
+class Tokens(Protocol):
+    """Some tokens of a step, whoever picks them out: take may give others too, which put_ then leaves alone."""
+
+    def take(self, x_T: Tensor) -> Tensor: ...
+
+    def put_(self, y_T: Tensor, part_N: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ def _kind_of(value: object) -> str:
     """What of it decides which terms act; nothing of what does nothing."""
     if value is None or (isinstance(value, Rows) and not len(value.ids_N)):
         return ""
+    if isinstance(value, str | bool):  # an activation, or which form of a bottleneck it is
+        return f"{type(value).__name__} {value}"
     if isinstance(value, tuple):
         return ", ".join(sorted({type(each).__name__ for each in value}))
     return type(value).__name__

@@ -166,7 +166,6 @@ class Route:
         self._subsets: dict[frozenset[int], Subset] = {}
         self._slots: dict[frozenset[int], Tensor] = {}
         self._batches: dict[frozenset[int], tuple[Batch, ...]] = {}
-        self._segments: dict[frozenset[int], Segments] = {}
 
     @property
     def device(self) -> torch.device:
@@ -197,14 +196,8 @@ class Route:
     @cached_property
     def segments(self) -> Segments:
         """The runs as a kernel reads them."""
-        return self.segments_of(self.active)
-
-    def segments_of(self, slots: frozenset[int]) -> Segments:
-        """The runs of some of the adapters as a kernel reads them."""
-        if slots not in self._segments:
-            each = ((run.slot, run.first, run.last) for run in self.runs_of(slots))
-            self._segments[slots] = Segments(each, self.num_tokens, num_slots=self.num_slots)
-        return self._segments[slots]
+        each = ((run.slot, run.first, run.last) for run in self.runs)
+        return Segments(each, self.num_tokens, num_slots=self.num_slots)
 
     def runs_of(self, slots: Collection[int]) -> tuple[Run, ...]:
         """The runs of some of the adapters."""

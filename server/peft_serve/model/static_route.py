@@ -59,9 +59,6 @@ class StaticRoute(Route):
             raise NotCapturable("an adapter has a part that is computed for its tokens by themselves")
         return ()
 
-    def segments_of(self, slots: frozenset[int]) -> Segments:  # noqa: ARG002
-        raise NotCapturable("a kernel asks for the tokens of some of the adapters")
-
     def span(self, slots: frozenset[int]) -> Span:  # noqa: ARG002
         raise NotCapturable("low-rank terms are read from stacks, at an embedding for example")
 

@@ -96,7 +96,9 @@ class _Graph:
     routes: list[StaticRoute] = field(default_factory=list)
 
     def serves(self, slots: frozenset[int], num_moves: int, generation: int) -> bool:
-        """Whether it reads what holds now, for adapters in these slots."""
+        """Whether it reads what holds now, for adapters in these slots. Without routes it reads nothing of adapters."""
+        if not self.routes:
+            return True
         if num_moves != self.num_moves or max(slots, default=0) >= self.num_slots:
             return False
         if generation != self.generation:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_serve.adapters.base import SiteKind
 from peft_serve.adapters.primitives import Edit, mapped
 from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling, Reads, TwoLayers
-from peft_serve.kernels.subsets import Subset
+from peft_serve.kernels.subsets import Tokens
 from peft_serve.model.interventions import InterventionSite
 from peft_serve.model.routing import Lane, Route
 from peft_serve.model.sites_forward import expect_tokens
@@ -59,7 +59,7 @@ class SublayerSite:
         self._planned: Route | None = None
         self._parts: tuple[Part, ...] = ()
         self._residual_TD: Tensor | None = None
-        self._finals: list[tuple[Subset, Tensor]] = []
+        self._finals: list[tuple[Tokens, Tensor]] = []
 
     def use_others(self, kernels: OtherKernels) -> None:
         if kernels.bottlenecks is not None:

@@ -1,7 +1,8 @@
 """Bottlenecks of many adapters on a GPU, y = scale * (U act(D x + b) + c): two launches, whatever their sizes.
 
-Parameters are read where they lie, nothing of them is copied for a step. The first launch is that of low-rank terms,
-see `shrinking`; the second `bottleneck_kernels`. A token's result has one order of sums, which is its adapter's.
+Parameters are read where they lie, nothing of them is copied for a step, so a captured step serves any of them. The
+first launch is that of low-rank terms, see `shrinking`; the second `bottleneck_kernels`. A token's result has one order
+of sums, which is its adapter's.
 
 Shapes: `T` tokens, `D` features of the model, `B` of a bottleneck.
 """
@@ -17,11 +18,12 @@ from torch import Tensor
 from peft_serve.kernels.bottleneck import Lift, Squeeze
 from peft_serve.kernels.low_rank import Segments
 from peft_serve.kernels.triton.bottleneck_kernels import lift
-from peft_serve.kernels.triton.entries import Entries, sent
+from peft_serve.kernels.triton.entries import Entries, Room, sent
 from peft_serve.kernels.triton.memory import DeviceMemory
 from peft_serve.kernels.triton.near import near
 from peft_serve.kernels.triton.shrinking import DTYPES, operand, shrunk, width_for
 from peft_serve.kernels.triton.slabs import Piece, aligned
+from peft_serve.kernels.triton.tiles import Bucket
 
 ACTIVATIONS: Final = frozenset(
     (
@@ -37,8 +39,10 @@ _PART: Final = 512  # inputs that are summed up before sums are added
 class LayerSqueezes:
     """The bottlenecks of one layer's adapters by slot."""
 
-    def __init__(self, memory: DeviceMemory, entries: Entries, num_features: int, dtype: torch.dtype) -> None:
-        self._memory, self._entries = memory, entries
+    def __init__(
+        self, memory: DeviceMemory, entries: Entries, room: Room, num_features: int, dtype: torch.dtype
+    ) -> None:
+        self._memory, self._entries, self._room = memory, entries, room
         self._num_features, self._dtype = num_features, dtype
         self._index = entries.add_layer()
         self._layers_M = sent(torch.tensor([self._index], dtype=torch.int32), memory.device)
@@ -59,6 +63,7 @@ class LayerSqueezes:
             up_BD.copy_(squeeze.up_DB.to(up_BD.device, non_blocking=True).t())
             own_V.copy_(torch.cat([squeeze.up_bias_D, squeeze.scale_D, squeeze.down_bias_B]), non_blocking=True)
         self._kept[slot] = piece, size
+        self._room.hold(size)
         self._entries.write(slot, self._index, (down_BD.data_ptr(), up_BD.data_ptr(), size, own_V.data_ptr()))
 
     def drop(self, slot: int) -> None:
@@ -69,11 +74,11 @@ class LayerSqueezes:
             self._memory.slabs.give_back(kept[0])
 
     def op(self, segments: Segments, activation: str) -> Lift:
-        """For tokens of adapters that have a bottleneck here, with this activation."""
-        assert all(slot in self._kept for slot, _, _ in segments.each), "every adapter has a bottleneck here"
+        """For tokens of adapters that have a bottleneck here, all with this activation; others are passed over."""
         tiles = self._memory.tiles(segments)
         self._entries.reach(segments.num_slots)
-        width = width_for(max(self._kept[slot][1] for slot, _, _ in segments.each))
+        sizes = [self._kept[slot][1] for slot, _, _ in segments.each if slot in self._kept]
+        width = width_for(self._room.size if isinstance(segments, Bucket) else max(sizes, default=0))
         shape = (tiles.num_tokens, self._num_features)
 
         def run(x_TD: Tensor) -> Tensor:
@@ -112,6 +117,7 @@ class BottleneckKernel:
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
         self._entries = memory.table()
+        self._room = Room(self._entries, _RANKS)
 
     def serves(self, like: Tensor, activation: str) -> bool:
         """Whether it computes with tensors of this kind and knows the activation."""
@@ -119,4 +125,4 @@ class BottleneckKernel:
 
     def layer(self, num_features: int, dtype: torch.dtype) -> LayerSqueezes:
         """A layer without bottlenecks yet."""
-        return LayerSqueezes(self._memory, self._entries, num_features, dtype)
+        return LayerSqueezes(self._memory, self._entries, self._room, num_features, dtype)

@@ -51,6 +51,10 @@ class Entries:
         self._table_SLF = None
         return self._num_layers - 1
 
+    def renew(self) -> None:
+        """Have the table count as moved, for whoever captured it in a way that no longer serves."""
+        self._table_SLF = None
+
     def write(self, slot: int, layer: int, numbers: tuple[int, int, int, int]) -> None:
         """From the next `publish` on. What the numbers lead to is written on the current stream."""
         self.reach(slot + 1)
@@ -86,6 +90,23 @@ class Entries:
         if self._writers:
             self._streams.wait_for(self._writers)
             self._writers.clear()
+
+
+class Room:
+    """Room for so much of something as the largest adapter so far has of it, up to a power of two.
+
+    Launches that are captured have it, whoever they serve later. An adapter that needs more has them captured anew.
+    """
+
+    def __init__(self, entries: Entries, least: int) -> None:
+        self._entries = entries
+        self.size = least
+
+    def hold(self, num: int) -> None:
+        """There is an adapter with so much."""
+        if num > self.size:
+            self.size = 1 << (num - 1).bit_length()
+            self._entries.renew()
 
 
 def sent(host: Tensor, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tables of the low-rank kernel as a captured step reads them; see `capture`."""
+"""The tables of the kernels for terms as a captured step reads them; see `capture`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class HeldTiles:
 
 
 class HeldEntries:
-    """The kernel's table of entries, and tiles for steps that are captured, with room for ranks up to `max_rank`."""
+    """The tables of entries of the kernel and of those that share its memory, and tiles for steps that are captured,
+    with room for ranks up to `max_rank`."""
 
     def __init__(self, kernel: LowRankKernel, *, max_rank: int) -> None:
         self._kernel = kernel
@@ -31,12 +32,12 @@ class HeldEntries:
 
     @property
     def num_moves(self) -> int:
-        entries = self._kernel.memory.entries
-        entries.publish()
-        return entries.num_moves
+        memory = self._kernel.memory
+        memory.publish()
+        return memory.num_moves
 
     def fits(self, segments: Segments) -> bool:
-        self._kernel.memory.entries.reach(segments.num_slots)
+        self._kernel.memory.reach(segments.num_slots)
         return self._kernel.fits(segments, self._max_rank)
 
     def held(self, num_tokens: int) -> HeldTiles:

@@ -229,7 +229,7 @@ class LowRankKernel:
         """Tiles for any step of up to so many tokens, of adapters up to this rank; for a CUDA graph.
 
         Ops on it are captured once. Before each replay the bucket is filled (`fill`); a graph that was captured before
-        `memory.entries.num_moves` changed is to be captured anew.
+        `memory.num_moves` changed is to be captured anew.
         """
         return Bucket(num_tokens, self.memory.device, max_rank=max_rank)
 
@@ -238,8 +238,8 @@ class LowRankKernel:
         if not self.fits(segments, bucket.max_rank):
             rank = max(self._rank(slot) for slot, _, _ in segments.each)
             raise ValueError(f"an adapter of rank {rank} does not fit a bucket for ranks up to {bucket.max_rank}")
-        self.memory.entries.reach(segments.num_slots)
-        self.memory.entries.publish()
+        self.memory.reach(segments.num_slots)
+        self.memory.publish()
         bucket.fill(segments)
         self._last = None
 

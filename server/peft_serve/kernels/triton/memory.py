@@ -22,13 +22,31 @@ class DeviceMemory:
     def __init__(self, device: torch.device, *, num_slots: int = 256, slab_bytes: int = 4 << 20) -> None:
         self.device = torch.empty(0, device=device).device  # with its number
         self.streams = Streams(self.device)
+        self._tables: list[Entries] = []
         self.entries = self.table(num_slots)
         self.slabs = Slabs(self.device, self.streams, slab_bytes=slab_bytes)
         self._tiles: WeakKeyDictionary[Segments, Tiles] = WeakKeyDictionary()
 
     def table(self, num_slots: int = 0) -> Entries:
         """A further table, for layers of another kind; with room for as many slots as the first, if none are named."""
-        return Entries(self.device, self.streams, num_slots=num_slots or self.entries.num_slots)
+        made = Entries(self.device, self.streams, num_slots=num_slots or self.entries.num_slots)
+        self._tables.append(made)
+        return made
+
+    @property
+    def num_moves(self) -> int:
+        """How often any of the tables went elsewhere, as they were published."""
+        return sum(table.num_moves for table in self._tables)
+
+    def reach(self, num_slots: int) -> None:
+        """Make room for so many slots in all tables."""
+        for table in self._tables:
+            table.reach(num_slots)
+
+    def publish(self) -> None:
+        """Send what has changed in any of the tables."""
+        for table in self._tables:
+            table.publish()
 
     def tiles(self, step: Step) -> Tiles:
         """The tokens of a step, sent to the device once for all layers."""

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from peft_serve.adapters.primitives import mapped
 from peft_serve.adapters.sublayer_primitives import Bottleneck, LearnedNorm, Reads
 from peft_serve.kernels.bottleneck import BottleneckKernels
-from peft_serve.kernels.subsets import Batch, Subset
+from peft_serve.kernels.subsets import Batch, Subset, Tokens
 from peft_serve.model.routing import Route
 from peft_serve.model.terms.lifted import Lifted, LiftedPart
 
@@ -41,7 +41,7 @@ class Part(Protocol):
     """Some adapters' tokens, and what becomes of them."""
 
     @property
-    def subset(self) -> Subset: ...
+    def subset(self) -> Tokens: ...
 
     @property
     def is_final(self) -> bool: ...

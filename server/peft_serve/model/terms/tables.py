@@ -31,6 +31,11 @@ class SlotTable:
             self.slots.discard(slot)
             self.rows[slot] = self._neutral_D
 
+    def end(self) -> None:
+        """It has no vectors and gets none any more; who read it where it was finds it elsewhere."""
+        assert not self.slots, "every slot is dropped before"
+        self._table_SD = self._neutral_D.repeat(1, 1)
+
     def _reach(self, slot: int) -> None:
         """Make room up to `slot` and beyond, so that slots in use index the table whoever they belong to."""
         old = self._table_SD
