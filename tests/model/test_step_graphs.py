@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from peft_serve.adapters.primitives import Adapter, Affine, BlockDiagonal, Edit, LowRank, Replace
+from peft_serve.adapters.primitives import Adapter, Affine, BlockDiagonal, Edit, LowRank, Replace, Rows
 from peft_serve.core import BASE, AdapterId, Draw, RequestId, Row, SamplingParams, Step
 from peft_serve.engine.gpu_terms import other_kernels
 from peft_serve.model.arena import Arena
@@ -61,11 +61,13 @@ def random_edit(base: ResidentBase, path: str, kind: str, rank: int, make: torch
     def drawn(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=make) * 0.4
 
-    if kind == "norm":
+    if kind == "own":
         return Replace({name: 1 + drawn(*shape) for name, shape in spec.parameters.items()})
     delta = LowRank(drawn(rank, spec.in_features), drawn(spec.out_features, rank)) if kind != "scales" else None
     if kind == "lora":
         return Affine(delta=delta)
+    if kind == "rows":
+        return Affine(rows=Rows(torch.arange(20, 40), drawn(20, spec.out_features)))
     if kind == "mixed":
         return Affine(in_mix=BlockDiagonal(drawn(spec.in_features // 4, 4, 4)))
     return Affine(
@@ -84,7 +86,7 @@ def adapter(base: ResidentBase, name: str, kinds: Mapping[str, str], *, rank: in
 
 
 LORA = {Q: "lora", K: "lora", HEAD: "lora"}
-SCALES = {K: "scales", DOWN: "all", NORM: "norm"}
+SCALES = {K: "scales", DOWN: "all", NORM: "own"}
 
 
 class Bench:
@@ -177,7 +179,7 @@ def test_mixes_and_swaps_of_adapters_are_served_by_what_was_captured_for_others(
 
 def test_tables_that_have_moved_are_not_read_where_they_were() -> None:
     bench = Bench(llama)
-    first, second, third = (adapter(bench.base, name, {K: "scales", NORM: "norm"}) for name in "abc")
+    first, second, third = (adapter(bench.base, name, {K: "scales", NORM: "own"}) for name in "abc")
     bench.install(first)
     bench.answers(first.id, BASE, BASE)
     bench.put(20, second)  # tables by slot reached less far: they are elsewhere now
@@ -237,18 +239,32 @@ def test_in_an_arena_rows_without_a_request_write_to_its_last_block() -> None:
 
 def test_what_cannot_be_captured_runs_call_by_call_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(llama)
-    looked_up = adapter(bench.base, "a", {EMBEDDING: "lora"})
-    mixed = adapter(bench.base, "b", {Q: "mixed"})
-    bench.install(looked_up, mixed)
+    of_ids = adapter(bench.base, "a", {EMBEDDING: "rows"})
+    own = adapter(bench.base, "b", {Q: "own"})
+    bench.install(of_ids, own)
     with caplog.at_level(logging.INFO, "peft_serve.model.step_graphs"):
-        bench.answers(looked_up.id, BASE, BASE)
-        bench.answers(mixed.id, BASE, BASE)
+        bench.answers(of_ids.id, BASE, BASE)
+        bench.answers(own.id, BASE, BASE)
     assert bench.outcomes == {"eager": 6}
     assert bench.num_recorded == 0
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2, "once for each kind, not at every step"
-    assert "embedding" in told[0]
-    assert "block-diagonal" in told[1]
+    assert "tokens of some adapters" in told[0]
+    assert "tokens by themselves" in told[1]
+
+
+def test_factors_at_an_embedding_are_found_by_slot_and_id() -> None:
+    bench = Bench(llama)
+    first, other = adapter(bench.base, "a", {EMBEDDING: "lora"}), adapter(bench.base, "b", {EMBEDDING: "lora"}, rank=20)
+    vectors = adapter(bench.base, "c", {EMBEDDING: "all", Q: "lora"}, rank=3)
+    bench.install(first, other, vectors)
+    bench.answers(first.id, BASE, other.id)
+    third = adapter(bench.base, "d", {EMBEDDING: "lora"}, rank=7)
+    bench.put(1, third, instead_of=first)
+    bench.answers(other.id, third.id, third.id)
+    assert bench.num_recorded == 1
+    bench.answers(third.id, BASE, vectors.id)
+    assert bench.outcomes["eager"] == 0
 
 
 def test_the_attention_kernel_reads_what_stands_in_tables_of_another_step() -> None:

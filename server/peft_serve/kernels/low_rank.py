@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +54,15 @@ class LowRankKernels(Protocol):
     def serves(self, like: Tensor) -> bool: ...
 
     def layer(self, num_in: int, num_out: int, dtype: torch.dtype, parent: str | None = None) -> Factors: ...
+
+
+@runtime_checkable
+class LooksUp(Protocol):
+    """A kernel for layers that are given ids: A has a column for each."""
+
+    def lookup(self, num_ids: int, num_out: int, dtype: torch.dtype) -> Factors:
+        """Ops take the ids [T] in place of x."""
+        ...
 
 
 class Segments:

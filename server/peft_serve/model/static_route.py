@@ -60,7 +60,7 @@ class StaticRoute(Route):
         return ()
 
     def span(self, slots: frozenset[int]) -> Span:  # noqa: ARG002
-        raise NotCapturable("low-rank terms are read from stacks, at an embedding for example")
+        raise NotCapturable("low-rank terms are read from stacks, since no kernel of ours computes them")
 
     def subset(self, slots: frozenset[int]) -> Subset:  # noqa: ARG002
         raise NotCapturable("an adapter has a part that is computed for the tokens of some adapters")

@@ -46,6 +46,9 @@ each = {
     "expand": compiled(
         low_rank_kernels.expand, tables, HEIGHT=16, COLUMNS=128, HAS_SCALE=True, HAS_SHIFT=True, OPERAND=tl.bfloat16
     ),
+    "look_up": compiled(
+        low_rank_kernels.look_up, tables | {"ids_ptr": "*i64"}, HEIGHT=16, RANKS=16, ELEMENT=tl.bfloat16
+    ),
     "mix": compiled(mixing_kernels.mix, tables, HEIGHT=16, OPERAND=tl.bfloat16),
     "multiply": compiled(
         eight_bits_kernels.multiply, {"values_ptr": "*i8", "steps_ptr": "*fp32"}, TOKENS=32, COLUMNS=64, STEP=128,
@@ -67,6 +70,8 @@ def test_for_hopper(tmp_path: Path) -> None:
     for name, made in json.loads(done.stdout).items():
         assert made["cubin"], name
         assert made["shared"] <= _MOST_SHARED, name
+        assert "__local_depot" not in made["ptx"], f"{name} runs out of registers"
+        if name == "look_up":
+            continue  # it multiplies nothing, and reads a number here and there
         assert "wgmma" in made["ptx"] or "mma.sync" in made["ptx"], f"{name} multiplies without tensor cores"
         assert "cp.async.cg.shared.global" in made["ptx"] or "ld.global.v4" in made["ptx"], f"{name} reads in crumbs"
-        assert "__local_depot" not in made["ptx"], f"{name} runs out of registers"

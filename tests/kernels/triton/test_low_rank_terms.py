@@ -31,7 +31,9 @@ def _bench(kind: str) -> Bench:
     return bench
 
 
-@pytest.mark.parametrize(("kind", "term"), [("conv1d", "out_blocks"), ("narrow", "all")])
+@pytest.mark.parametrize(
+    ("kind", "term"), [("conv1d", "out_blocks"), ("narrow", "all"), ("embedding", "delta"), ("scaled", "all")]
+)
 def test_one_term(kind: str, term: str) -> None:
     bench = _bench(kind)
     for slot in (1, 2, 3, 6):

@@ -1,4 +1,5 @@
 """Low-rank terms of many adapters on a GPU, y[t] += B_k (A_k x[t]), whatever their ranks: a shrink and an expand.
+Where x is an id, as at an embedding, A's column is looked up in place of the shrink.
 
 The twin of `kernels.low_rank`. Layers that read one tensor share a shrink: that they do is seen as they run, by the
 memory they are given, and holds among layers of one parent. Where factors lie is told to the kernels by
@@ -29,7 +30,7 @@ from peft_serve.kernels.triton.low_rank_grouped import RankGroup, add_rank_group
 from peft_serve.kernels.triton.low_rank_kernels import expand
 from peft_serve.kernels.triton.memory import DeviceMemory, Step
 from peft_serve.kernels.triton.near import near
-from peft_serve.kernels.triton.shrinking import DTYPES, operand, shrunk, width_for
+from peft_serve.kernels.triton.shrinking import DTYPES, is_same, looked_up, operand, shrunk, width_for
 from peft_serve.kernels.triton.slabs import Piece, aligned
 from peft_serve.kernels.triton.tiles import MANY, Bucket, Tiles
 
@@ -82,13 +83,22 @@ class LayerFactors:
     fuses_vectors: Final = True
 
     def __init__(
-        self, kernel: LowRankKernel, num_in: int, num_out: int, dtype: torch.dtype, parent: str | None
+        self,
+        kernel: LowRankKernel,
+        num_in: int,
+        num_out: int,
+        dtype: torch.dtype,
+        parent: str | None = None,
+        *,
+        is_lookup: bool = False,
     ) -> None:
+        """`is_lookup`: x is ids, below `num_in`."""
         self._kernel = kernel
         self._kept: dict[int, _Own] = {}
         self._coming: dict[int, Callable[[], None]] = {}
         self.index = kernel.memory.entries.add_layer()
         self.num_in, self.num_out = num_in, num_out
+        self.is_lookup = is_lookup
         self.dtype = dtype
         self.parent = parent
         self.group = Group(kernel, [self])
@@ -157,6 +167,7 @@ class LayerFactors:
         """
         kernel, tiles = self._kernel, self._kernel.memory.tiles(step)
         width = kernel.width(step)
+        num_x = tiles.num_tokens * (1 if self.is_lookup else self.num_in)
         for table in (out_scale, shift):
             assert table is None or (table.is_contiguous() and table.shape[1] == self.num_out), "a table fits its layer"
             assert table is None or table.dtype is self.dtype, "a table is of the layer's type"
@@ -164,7 +175,7 @@ class LayerFactors:
         groups = self._groups(step, tiles) if out_scale is None and shift is None else None
 
         def add(y: Tensor, x: Tensor) -> None:
-            if x.numel() != tiles.num_tokens * self.num_in or y.numel() != tiles.num_tokens * self.num_out:
+            if x.numel() != num_x or y.numel() != tiles.num_tokens * self.num_out:
                 raise ValueError(f"factors for {tiles.num_tokens} tokens got x {x.shape} and y {y.shape}")
             if not len(tiles):
                 return
@@ -225,6 +236,10 @@ class LowRankKernel:
         """A layer without factors yet. Layers of one parent, a path, may be given the same inputs."""
         return LayerFactors(self, num_in, num_out, dtype, parent)
 
+    def lookup(self, num_ids: int, num_out: int, dtype: torch.dtype) -> LayerFactors:
+        """A layer that is given ids [T] in place of x."""
+        return LayerFactors(self, num_ids, num_out, dtype, is_lookup=True)
+
     def bucket(self, num_tokens: int, *, max_rank: int) -> Bucket:
         """Tiles for any step of up to so many tokens, of adapters up to this rank; for a CUDA graph.
 
@@ -265,7 +280,7 @@ class LowRankKernel:
     def groups(self, layer: LayerFactors, tiles: Tiles) -> bool:
         """Whether a layer's terms in such a step are torch's grouped products."""
         is_asked = self._long_runs is LongRuns.GROUPED and tiles.height == MANY
-        return is_asked and can_group(layer.num_in, layer.num_out, layer.dtype)
+        return is_asked and not layer.is_lookup and can_group(layer.num_in, layer.num_out, layer.dtype)
 
     def width(self, step: Step) -> int:
         """Room for the ranks of a step's adapters."""
@@ -281,7 +296,7 @@ class LowRankKernel:
     def shrunk(self, layer: LayerFactors, x: Tensor, tiles: Tiles, width: int) -> Shrunk:
         """A x of a layer, and with it those of the layers that were seen to read the same x."""
         last = self._last
-        if last is not None and last.tiles is tiles and _is_same(last.x, x):
+        if last is not None and last.tiles is tiles and is_same(last.x, x):
             if layer.index not in last.group.places:
                 self._join(last.group, layer)
             elif layer.index not in last.used:
@@ -301,8 +316,11 @@ class LowRankKernel:
         if self.awaiting:
             for each in self.awaiting.intersection(layer.group.members):  # all of them are read at once
                 each.arrive()
-        given = x.to(layer.dtype).contiguous().view(tiles.num_tokens, layer.num_in)
-        low = shrunk(given, layer.group.layers_M, self.memory.entries, tiles, width=width, part=self._part)
+        if layer.is_lookup:
+            low = looked_up(x.reshape(-1), layer, self.memory.entries, tiles, width=width)
+        else:
+            given = x.to(layer.dtype).contiguous().view(tiles.num_tokens, layer.num_in)
+            low = shrunk(given, layer.group.layers_M, self.memory.entries, tiles, width=width, part=self._part)
         return Shrunk(x, tiles, layer.group, low, {layer.index})
 
     def expand(
@@ -330,14 +348,3 @@ class LowRankKernel:
                 HAS_SHIFT=shift is not None,
                 OPERAND=operand(layer.dtype),
             )
-
-
-def _is_same(kept: Tensor, x: Tensor) -> bool:
-    """Whether this is the memory of a tensor that is still held, read in the same way."""
-    return kept is x or (
-        kept.data_ptr() == x.data_ptr()
-        and kept.dtype is x.dtype
-        and kept.numel() == x.numel()
-        and kept.is_contiguous()
-        and x.is_contiguous()
-    )

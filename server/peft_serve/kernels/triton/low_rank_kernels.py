@@ -1,4 +1,5 @@
-"""The programs of `low_rank`: u = A x for tiles of tokens (shrink), and y = s * y + B u + c (expand).
+"""The programs of `low_rank`: u = A x for tiles of tokens (shrink; look_up where x is an id), and y = s * y + B u + c
+(expand).
 
 A program has one tile, so that it reads the factors of one adapter. It finds them in the table of entries by the
 tile's slot and its layer: the addresses of A [R, I] and B [R, O], and the rank; rank 0 has nothing to do.
@@ -139,6 +140,35 @@ def shrink(
             x_ptr, own_ptr, a_ptr, rank, token_T, is_own_T, part, num_in, width,
             HEIGHT, 64, STEP, PART, IS_WHOLE, OPERAND,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer", "num_ids"])
+def look_up(
+    ids_ptr: tl.tensor,
+    low_ptr: tl.tensor,
+    entries_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    layer: tl.tensor,
+    num_layers: tl.tensor,
+    num_ids: tl.tensor,
+    width: tl.tensor,
+    HEIGHT: tl.constexpr,
+    RANKS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+) -> None:
+    """low [T, width] of ids [T], columns of A [R, V]: programs are (tile, so many ranks)."""
+    slot, token_T, is_own_T, count = tile_of(tiles_ptr, tl.program_id(0), HEIGHT)
+    if count == 0:
+        return
+    entry_ptr = entries_ptr + (slot * num_layers + layer) * 4
+    rank = tl.load(entry_ptr + 2).to(tl.int32)
+    rank_R = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    is_there_TR = is_own_T[:, None] & (rank_R < rank)[None, :]
+    address = tl.load(entry_ptr)
+    a_ptr = address.to(tl.pointer_type(ELEMENT))
+    id_T = tl.load(ids_ptr + token_T, mask=is_own_T, other=0).to(tl.int64)
+    a_TR = tl.load(a_ptr + rank_R[None, :].to(tl.int64) * num_ids + id_T[:, None], mask=is_there_TR, other=0.0)
+    tl.store(low_ptr + token_T[:, None] * width + rank_R[None, :], a_TR.to(tl.float32), mask=is_there_TR)
 
 
 @triton.jit

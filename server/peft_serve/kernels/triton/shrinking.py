@@ -1,8 +1,10 @@
-"""A step's x A^T for the adapters of one layer or of several that read one x: how its launch is cut into programs."""
+"""A step's x A^T for the adapters of one layer or of several that read one x: how its launch is cut into programs.
+And what is in its place where x is ids.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 import triton
@@ -10,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_serve.kernels.triton.entries import Entries
-from peft_serve.kernels.triton.low_rank_kernels import shrink
+from peft_serve.kernels.triton.low_rank_kernels import look_up, shrink
 from peft_serve.kernels.triton.near import near
 from peft_serve.kernels.triton.tiles import Tiles
 
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_ELEMENTS: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES: Final = tuple(_ELEMENTS)
 
 _GRAIN: Final = 16  # ranks that are multiplied at once, at least
 _MOST_PARTS: Final = 16
@@ -56,6 +59,51 @@ def shrunk(x_TI: Tensor, layers_M: Tensor, entries: Entries, tiles: Tiles, *, wi
             OPERAND=operand(x_TI.dtype),
         )
     return low
+
+
+class Lookup(Protocol):
+    """A layer that is given ids."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def num_in(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def looked_up(ids_T: Tensor, layer: Lookup, entries: Entries, tiles: Tiles, *, width: int) -> Tensor:
+    """[1, 1, T, width] float32: the columns of A that belong to ids; what has no adapter is not set."""
+    entries.publish()
+    low = torch.empty((1, 1, tiles.num_tokens, width), dtype=torch.float32, device=ids_T.device)
+    with near(ids_T):
+        look_up[len(tiles), triton.cdiv(width, _GRAIN)](
+            ids_T.contiguous(),
+            low,
+            entries.table,
+            tiles.table_N3,
+            layer.index,
+            entries.num_layers,
+            layer.num_in,
+            width,
+            HEIGHT=tiles.height,
+            RANKS=_GRAIN,
+            ELEMENT=_ELEMENTS[layer.dtype],
+        )
+    return low
+
+
+def is_same(kept: Tensor, x: Tensor) -> bool:
+    """Whether this is the memory of a tensor that is still held, read in the same way."""
+    return kept is x or (
+        kept.data_ptr() == x.data_ptr()
+        and kept.dtype is x.dtype
+        and kept.numel() == x.numel()
+        and kept.is_contiguous()
+        and x.is_contiguous()
+    )
 
 
 def operand(dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit, LowRank
 from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import add_low_rank_grids_
-from peft_serve.kernels.low_rank import Factors, LayerFactors, LowRankKernels
+from peft_serve.kernels.low_rank import Factors, LayerFactors, LooksUp, LowRankKernels
 from peft_serve.kernels.slot_numbers import SlotFactors
 from peft_serve.model.routing import Route, Way
 from peft_serve.model.stacks import Place, SiteStack
@@ -21,7 +21,7 @@ class LowRankDelta:
     """y -> y + B A x. A scaled embedding's scale is in B since it was compiled.
 
     With a kernel the factors are read where they are, and nothing is written when adapters become hot. An embedding
-    has its ids looked up in the stacks all the same.
+    has its ids looked up in the stacks all the same where the kernel knows no ids.
     """
 
     def __init__(self, spec: SiteSpec, like: Tensor) -> None:
@@ -36,8 +36,8 @@ class LowRankDelta:
 
     @property
     def is_direct(self) -> bool:
-        """Whether a kernel runs it, which takes x and y of any number of axes."""
-        return self._direct is not None
+        """Whether a kernel runs it that takes x and y of any number of axes."""
+        return self._direct is not None and not self._is_lookup
 
     @property
     def fuses_vectors(self) -> bool:
@@ -47,9 +47,13 @@ class LowRankDelta:
     def use(self, kernel: LowRankKernels) -> None:
         """Run by the kernel from now on, where it can. No adapter is here yet."""
         assert not self._slots, "the choice is made before adapters are installed"
-        if not self._is_lookup and kernel.serves(self._like):
-            spec, parent = self._spec, self._spec.path.rpartition(".")[0]
-            self._direct = kernel.layer(spec.in_features, spec.out_features, self._like.dtype, parent)
+        if not kernel.serves(self._like):
+            return
+        num_in, num_out, dtype = self._spec.in_features, self._spec.out_features, self._like.dtype
+        if not self._is_lookup:
+            self._direct = kernel.layer(num_in, num_out, dtype, self._spec.path.rpartition(".")[0])
+        elif isinstance(kernel, LooksUp):
+            self._direct = kernel.lookup(num_in, num_out, dtype)
 
     def by_slot(self, route: Route) -> SlotFactors | None:
         """The factors as the kernel reads them for the adapters of a route, if a kernel runs them."""
