@@ -1,7 +1,7 @@
 """Block-diagonal maps of many adapters on a GPU, x -> concat_j(x_j R_j): blocks of any size, one launch a layer.
 
-The blocks are read where they lie, nothing of them is copied for a step. See `memory` for what tells the kernel of
-them, and `mixing_kernels` for the order of sums, which is the adapter's alone.
+The blocks are read where they lie, nothing of them is copied for a step, so a captured step serves any of them. See
+`memory` for what tells the kernel of them, and `mixing_kernels` for the order of sums, which is the adapter's alone.
 
 Shapes: `T` tokens, `D` features, `n` blocks of size `k`, n k = D.
 """
@@ -13,10 +13,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from peft_serve.kernels.capture import NotCapturable
 from peft_serve.kernels.low_rank import Segments
 from peft_serve.kernels.mixing import Mix
-from peft_serve.kernels.triton.entries import Entries
+from peft_serve.kernels.triton.entries import Entries, Room
 from peft_serve.kernels.triton.memory import DeviceMemory
 from peft_serve.kernels.triton.mixing_kernels import mix
 from peft_serve.kernels.triton.near import near
@@ -35,6 +34,7 @@ class LayerBlocks:
         self._memory, self._entries = memory, entries
         self._num_features, self._dtype = num_features, dtype
         self._index = entries.add_layer()
+        self._room = Room(entries, 1)
         self._kept: dict[int, tuple[Piece, int]] = {}  # with how many places the adapter has
 
     def put(self, slot: int, blocks_NKK: Tensor) -> None:
@@ -46,7 +46,9 @@ class LayerBlocks:
         with self._memory.slabs.taken(blocks_NKK.numel() * self._dtype.itemsize) as piece:
             own_NKK = piece.view(0, tuple(blocks_NKK.shape), self._dtype)
             own_NKK.copy_(blocks_NKK, non_blocking=True)
-        self._kept[slot] = piece, num_blocks * -(-size // (_SMALL if size <= _SMALL else _SIDE))
+        num_places = num_blocks * -(-size // (_SMALL if size <= _SMALL else _SIDE))
+        self._kept[slot] = piece, num_places
+        self._room.hold(num_places)
         self._entries.write(slot, self._index, (own_NKK.data_ptr(), size, num_blocks, 0))
 
     def drop(self, slot: int) -> None:
@@ -57,15 +59,11 @@ class LayerBlocks:
             self._memory.slabs.give_back(kept[0])
 
     def op(self, segments: Segments) -> Mix:
-        """Mixes the tokens of a step's adapters; those that have nothing here are passed over.
-
-        Raises `NotCapturable` for a bucket: how many programs there are depends on the adapters.
-        """
-        if isinstance(segments, Bucket):
-            raise NotCapturable("block-diagonal maps are cut into programs by what a step's adapters have")
+        """Mixes the tokens of a step's adapters; those that have nothing here are passed over."""
         tiles = self._memory.tiles(segments)
         self._entries.reach(segments.num_slots)
-        num_places = max((self._kept[slot][1] for slot, _, _ in segments.each if slot in self._kept), default=0)
+        own = (self._kept[slot][1] for slot, _, _ in segments.each if slot in self._kept)
+        num_places = self._room.size if isinstance(segments, Bucket) else max(own, default=0)
         shape = (tiles.num_tokens, self._num_features)
 
         def run(y_TD: Tensor, x_TD: Tensor) -> None:
