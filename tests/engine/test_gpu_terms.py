@@ -1,4 +1,4 @@
-"""The trial of the kernels for mixers and bottlenecks, in Triton's interpreter."""
+"""The trial of the kernels for mixers, bottlenecks and gated prompts, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="the tiny model is on a CPU")
 
 
-class MixesNothing:
+class DoesNothing:
     """A kernel that leaves its tokens as they are."""
 
     def serves(self, like: Tensor) -> bool:
         return True
 
-    def layer(self, num_features: int, dtype: torch.dtype) -> MixesNothing:
+    def layer(self, *_: object) -> DoesNothing:
         return self
 
-    def put(self, slot: int, blocks_NKK: Tensor) -> None: ...
+    def put(self, *_: object) -> None: ...
 
     def drop(self, slot: int) -> None: ...
 
@@ -38,7 +38,8 @@ class MixesNothing:
         return lambda *_: None
 
 
-def test_the_kernels_are_right_and_one_that_is_not_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["mixing", "gated"])
+def test_the_kernels_are_right_and_one_that_is_not_is_found(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     from peft_serve.kernels.triton.memory import DeviceMemory
 
     base, memory = ResidentBase(tiny("llama"), name="tiny"), DeviceMemory(torch.device("cpu"))
@@ -47,7 +48,7 @@ def test_the_kernels_are_right_and_one_that_is_not_is_found(monkeypatch: pytest.
     right = gpu_terms.other_kernels
 
     def wrong(memory: DeviceMemory) -> OtherKernels:
-        return replace(right(memory), mixing=MixesNothing())
+        return replace(right(memory), **{kind: DoesNothing()})
 
     monkeypatch.setattr(gpu_terms, "other_kernels", wrong)
     assert gpu_terms.others_error(memory, base) > 0.1

@@ -1,4 +1,4 @@
-"""Mixers and bottlenecks on a GPU: the kernels, in the memory of those for low-rank terms, and their trial.
+"""Mixers, bottlenecks and gated prompts on a GPU: kernels in the memory of those for low-rank terms, and their trial.
 
 Triton is imported here only where it is used. Who gets the kernels is decided by `gpu_kernels`.
 """
@@ -26,16 +26,17 @@ _SIDES: Final = (16, 24, 6)  # of the blocks, and features of the bottlenecks, o
 
 
 def other_kernels(memory: DeviceMemory) -> OtherKernels:
-    """The kernels for mixers and bottlenecks; nothing is compiled yet."""
+    """The kernels for mixers, bottlenecks and gated prompts; nothing is compiled yet."""
     from peft_serve.kernels.triton.bottleneck import BottleneckKernel
+    from peft_serve.kernels.triton.gated import GatedKernel
     from peft_serve.kernels.triton.mixing import MixingKernel
 
-    return OtherKernels(mixing=MixingKernel(memory), bottlenecks=BottleneckKernel(memory))
+    return OtherKernels(mixing=MixingKernel(memory), bottlenecks=BottleneckKernel(memory), gated=GatedKernel(memory))
 
 
 @torch.inference_mode()
 def others_error(memory: DeviceMemory, base: ResidentBase) -> float:
-    """The largest error of a few adapters' mixers and bottlenecks, over the largest number."""
+    """The largest error of a few adapters' mixers, bottlenecks and gated prompts, over the largest number."""
     kernels, generator = other_kernels(memory), torch.Generator().manual_seed(2)
     mixing = kernels.mixing.layer(_SIZE, base.dtype)
     assert kernels.bottlenecks is not None, "GPUs have one"
@@ -64,7 +65,27 @@ def others_error(memory: DeviceMemory, base: ResidentBase) -> float:
     for slot, _, _ in _RUNS:
         mixing.drop(slot)
         bottlenecks.drop(slot)
-    return max(_over_largest(ours_TD, mixed_TD), _over_largest(ours_ND, lifted_TD[own_T]))
+    errors = _over_largest(ours_TD, mixed_TD), _over_largest(ours_ND, lifted_TD[own_T])
+    return max(*errors, _gated_error(kernels, small, base))
+
+
+def _gated_error(kernels: OtherKernels, small: Callable[..., Tensor], base: ResidentBase) -> float:
+    assert kernels.gated is not None, "GPUs have one"
+    num_heads, size = 2, _SIZE // 2
+    prompts = kernels.gated.layer(num_heads, size, base.dtype)
+    q_TQD, o_TQD = small(_NUM_TOKENS, num_heads, size), small(_NUM_TOKENS, num_heads, size)
+    exact_TQD = o_TQD.double()
+    for (slot, first, last), num_own, num_keys in zip(_RUNS, (1, 2, 1), (20, 3, 1), strict=True):
+        keys_HMD, values_HMD, gate = small(num_own, num_keys, size), small(num_own, num_keys, size), small(1)
+        prompts.put(slot, keys_HMD, values_HMD, gate)
+        keys, values = (each.double().expand(num_heads, -1, -1) for each in (keys_HMD, values_HMD))
+        scores = torch.einsum("tqd,qmd->tqm", q_TQD[first:last].double(), keys) * size**-0.5
+        exact_TQD[first:last] += gate.double() * torch.einsum("tqm,qmd->tqd", scores.softmax(-1), values)
+    ours_TQD = o_TQD.to(base.device, copy=True)
+    prompts.op(Segments(_RUNS, _NUM_TOKENS))(ours_TQD, q_TQD.to(base.device))
+    for slot, _, _ in _RUNS:
+        prompts.drop(slot)
+    return _over_largest(ours_TQD, exact_TQD)
 
 
 def _squeeze(small: Callable[..., Tensor], size: int) -> Squeeze:

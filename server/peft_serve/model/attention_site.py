@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.model.routing import Lane, Route
 from peft_serve.model.sites_forward import expect_tokens
-from peft_serve.model.terms.gated import GatedPart, GatedPrompts
+from peft_serve.model.terms.gated import GatedPrompts, Part
 from peft_serve.model.terms.term import Term
 
 Forward = Callable[..., Any]
@@ -23,12 +23,12 @@ Forward = Callable[..., Any]
 class AttentionSite:
     """A decoder's self-attention."""
 
-    def __init__(self, spec: SiteSpec, module: nn.Module, lane: Lane) -> None:
+    def __init__(self, spec: SiteSpec, module: nn.Module, lane: Lane, like: Tensor) -> None:
         self.lane = lane
         config: Any = module.config
         self._prompts = GatedPrompts(
             spec.path,
-            next(module.parameters()).device,
+            like.to(next(module.parameters()).device),
             head_dim=int(module.head_dim),  # type: ignore[arg-type]  # `attention_spec` has seen it
             num_heads=config.num_attention_heads,
         )
@@ -36,8 +36,8 @@ class AttentionSite:
         self._path = spec.path
         self._base: Forward = module.forward
         self._planned: Route | None = None
-        self._parts: tuple[GatedPart, ...] = ()
-        self._late: list[tuple[GatedPart, Tensor]] = []
+        self._parts: tuple[Part, ...] = ()
+        self._late: list[tuple[Part, Tensor]] = []
 
     def run_by(self, forward: Forward) -> None:
         """Run the module by another forward that gives what its own gives."""
@@ -63,8 +63,8 @@ class AttentionSite:
     def add_late_(self, y_TD: Tensor) -> None:
         """Add to the module's first output what does not go through the output projection."""
         late, self._late = self._late, []
-        for part, added in late:
-            part.batch.subset.add_(y_TD, added.flatten(1))
+        for part, seen in late:
+            part.add_(y_TD, seen)
 
     def beside_(self, q_TQD: Tensor, attended_TQD: Tensor) -> None:
         """Add what the prompts give to what attention gave, or keep it for the module's return."""
@@ -75,11 +75,11 @@ class AttentionSite:
             self._parts, self._planned = self._prompts.op(route), route
         for part in self._parts:
             expect_tokens(self._path, q_TQD.shape[0], route.num_tokens)
-            added = part.of(q_TQD)
+            seen = part.of(q_TQD)
             if part.is_projected:
-                part.batch.subset.add_(attended_TQD, added)
+                part.add_(attended_TQD, seen)
             else:
-                self._late.append((part, added))
+                self._late.append((part, seen))
 
 
 def attention_spec(path: str, module: nn.Module) -> SiteSpec | None:

@@ -66,5 +66,5 @@ def _binders(shared: SharedFactors, like: Tensor) -> Mapping[SiteKind, Bind]:
         SiteKind.NORM: NormSite,
         SiteKind.EXPERTS: ExpertsSite,
         SiteKind.ROUTER: RouterSite,
-        SiteKind.ATTENTION: AttentionSite,
+        SiteKind.ATTENTION: partial(AttentionSite, like=like),
     }

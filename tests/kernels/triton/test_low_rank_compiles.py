@@ -21,9 +21,9 @@ import triton.language as tl
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from peft_serve.kernels.triton import eight_bits_kernels, low_rank_kernels, mixing_kernels
+from peft_serve.kernels.triton import eight_bits_kernels, gated_kernels, low_rank_kernels, mixing_kernels
 
-SIZES = ("num_in", "num_out", "num_features", "width")  # multiples of 16, as a rule
+SIZES = ("num_in", "num_out", "num_features", "width", "head_dim")  # multiples of 16, as a rule
 
 
 def compiled(kernel, types, **constants):
@@ -48,6 +48,9 @@ each = {
     ),
     "look_up": compiled(
         low_rank_kernels.look_up, tables | {"ids_ptr": "*i64"}, HEIGHT=16, RANKS=16, ELEMENT=tl.bfloat16
+    ),
+    "add_gated": compiled(
+        gated_kernels.add_gated, tables | {"scale": "fp32"}, HEIGHT=16, KEYS=16, SIZE=128, OPERAND=tl.bfloat16
     ),
     "mix": compiled(mixing_kernels.mix, tables, HEIGHT=16, OPERAND=tl.bfloat16),
     "multiply": compiled(

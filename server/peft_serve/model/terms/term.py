@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_serve.adapters.primitives import Edit
 from peft_serve.kernels.bottleneck import BottleneckKernels
+from peft_serve.kernels.gated import GatedKernels
 from peft_serve.kernels.mixing import MixingKernels
 from peft_serve.model.routing import Route
 
@@ -53,6 +54,7 @@ class OtherKernels:
 
     mixing: MixingKernels
     bottlenecks: BottleneckKernels | None = None
+    gated: GatedKernels | None = None
 
 
 @runtime_checkable
