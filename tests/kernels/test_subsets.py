@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_serve.kernels.subsets import Range, batches_of, subset_of
+from peft_serve.kernels.subsets import Chosen, Range, batches_of, subset_of
 
 CPU = torch.device("cpu")
 
@@ -55,3 +55,15 @@ def test_neighbours_are_a_slice(given_ranges: list[Range], is_slice: bool) -> No
     assert (subset.index_N is None) is is_slice
     x = torch.arange(9)
     assert (subset.take(x).data_ptr() == x[2:].data_ptr()) is is_slice
+
+
+def test_tokens_chosen_by_slot_leave_the_others_as_they_are() -> None:
+    nothing = float("nan")
+    is_own_S1, slot_T = torch.tensor([[False], [False], [True]]), torch.tensor([2, 0, 1, 2])
+    chosen = Chosen(is_own_S1, slot_T)
+    y_TD, part_TD = torch.ones(4, 2), torch.tensor([[2.0, 3.0], [nothing] * 2, [nothing] * 2, [4.0, 5.0]])
+    chosen.add_(y_TD, part_TD)
+    assert y_TD.tolist() == [[3, 4], [1, 1], [1, 1], [5, 6]]
+    chosen.put_(y_TD, part_TD)
+    assert y_TD.tolist() == [[2, 3], [1, 1], [1, 1], [4, 5]]
+    assert chosen.take(y_TD) is y_TD

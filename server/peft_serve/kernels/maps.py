@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from peft_serve.kernels.subsets import Subset
+from peft_serve.kernels.subsets import Tokens
 
 
 def add_rescaled_(
     y_TO: Tensor,
     x_T: Tensor,
-    subset: Subset,
+    subset: Tokens,
     a_RI: Tensor,
     b_OR: Tensor,
     inner_NR: Tensor,

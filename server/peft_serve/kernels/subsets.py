@@ -1,4 +1,4 @@
-"""Some tokens of a step: a slice where they lie side by side, an index where not.
+"""Some tokens of a step: a slice where they lie side by side, an index where not, or a choice by slot.
 
 A `Subset` picks them out of a tensor and puts results back. A `Batch` is a subset of runs of one length, so that
 what is picked stacks to [runs, tokens, ...] and one batched product serves them all. Both are made once for a
@@ -27,6 +27,29 @@ class Tokens(Protocol):
     def take(self, x_T: Tensor) -> Tensor: ...
 
     def put_(self, y_T: Tensor, part_N: Tensor) -> None: ...
+
+    def add_(self, y_T: Tensor, part_N: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The tokens whose slots have a row that is true: what is asked of the device is the same whose tokens they are."""
+
+    is_own_S1: Tensor
+    slot_T: Tensor
+
+    def take(self, x_T: Tensor) -> Tensor:
+        """All tokens."""
+        return x_T
+
+    def put_(self, y_TD: Tensor, part_TD: Tensor) -> None:
+        """Overwrite the chosen tokens of y."""
+        is_own_T1 = self.is_own_S1.index_select(0, self.slot_T)
+        y_TD.copy_(torch.where(is_own_T1, part_TD, y_TD))
+
+    def add_(self, y_TD: Tensor, part_TD: Tensor) -> None:
+        """Add to the chosen tokens of y."""
+        self.put_(y_TD, y_TD + part_TD)
 
 
 @dataclass(frozen=True, slots=True)

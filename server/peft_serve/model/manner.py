@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-from peft_serve.adapters.primitives import Edit, Rows
+from peft_serve.adapters.primitives import Edit, Paired, Rows
+from peft_serve.adapters.shared_primitives import Rescaled
 
 Act = tuple[str, str, tuple[str, ...]]
 """The path of a site, the kind of edit there, and which of its fields are given, by what kind of value."""
@@ -65,5 +66,9 @@ def _kind_of(value: object) -> str:
     if isinstance(value, str | bool):  # an activation, or which form of a bottleneck it is
         return f"{type(value).__name__} {value}"
     if isinstance(value, tuple):
-        return ", ".join(sorted({type(each).__name__ for each in value}))
+        return ", ".join(sorted(_kind_of(each) for each in value))
+    if isinstance(value, Paired):
+        return f"{type(value).__name__} {value.group}"
+    if isinstance(value, Rescaled):
+        return f"{type(value).__name__} {value.key}"
     return type(value).__name__

@@ -22,7 +22,7 @@ from peft_serve.kernels import grouped
 from peft_serve.kernels.grids import Grid, grids_of
 from peft_serve.kernels.grouped import Piece
 from peft_serve.kernels.low_rank import Segments
-from peft_serve.kernels.subsets import Batch, Subset, batches_of, subset_of
+from peft_serve.kernels.subsets import Batch, Subset, Tokens, batches_of, subset_of
 from peft_serve.model.extents import Extent, Extents
 from peft_serve.model.stacks import Place
 
@@ -129,6 +129,12 @@ class Table(Protocol):
     def rows(self) -> Tensor: ...
 
 
+class Truths(Table, Protocol):
+    """A word for each slot, [S, 1], that is true for `slots`."""
+
+    slots: set[int]
+
+
 class Route:
     """How the tokens of a stream are divided among adapters.
 
@@ -222,6 +228,11 @@ class Route:
         if slots not in self._slots:
             self._slots[slots] = self.subset(slots).take(self.slot_of_token)
         return self._slots[slots]
+
+    def chosen(self, own: Truths) -> tuple[Tokens, Tensor]:
+        """The tokens of the active adapters that a table has, and the slots of what is taken of them."""
+        slots = self.active.intersection(own.slots)
+        return self.subset(slots), self.slots_in(slots)
 
     def rest(self, slots: frozenset[int]) -> Subset | None:
         """The tokens of everybody else, the base's among them; None when there are none."""

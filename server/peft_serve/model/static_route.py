@@ -14,9 +14,9 @@ from torch import Tensor
 
 from peft_serve.kernels.capture import NotCapturable
 from peft_serve.kernels.low_rank import Segments
-from peft_serve.kernels.subsets import Batch, Subset
+from peft_serve.kernels.subsets import Batch, Chosen, Subset, Tokens
 from peft_serve.model.extents import Extents
-from peft_serve.model.routing import Route, Run, Span, Table
+from peft_serve.model.routing import Route, Run, Span, Table, Truths
 
 
 class StaticRoute(Route):
@@ -64,6 +64,9 @@ class StaticRoute(Route):
 
     def subset(self, slots: frozenset[int]) -> Subset:  # noqa: ARG002
         raise NotCapturable("an adapter has a part that is computed for the tokens of some adapters")
+
+    def chosen(self, own: Truths) -> tuple[Tokens, Tensor]:
+        return Chosen(own.rows, self.slot_of_token), self.slot_of_token
 
     def rest(self, slots: frozenset[int]) -> Subset | None:  # noqa: ARG002
         raise NotCapturable("experts or routers divide tokens into those with adapters and those without")

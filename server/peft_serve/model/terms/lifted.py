@@ -19,8 +19,9 @@ from torch.nn.functional import layer_norm
 
 from peft_serve.adapters.sublayer_primitives import Bottleneck, LearnedNorm, Reads
 from peft_serve.kernels.bottleneck import BottleneckKernels, Lift, Squeeze, Squeezes
+from peft_serve.kernels.subsets import Chosen
 from peft_serve.model.routing import Route
-from peft_serve.model.terms.tables import SlotTable
+from peft_serve.model.terms.tables import SlotTable, TruthTable
 
 _NORM_EPS: Final = 1e-5
 _MOST_FORMS: Final = 8  # of a sublayer, until those that nobody has make room
@@ -37,23 +38,6 @@ class _Form:
     norms_after: bool
     norms_kept: bool
     is_final: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """The tokens whose slots have a row that is true."""
-
-    is_own_S1: Tensor
-    slot_T: Tensor
-
-    def take(self, x_TD: Tensor) -> Tensor:
-        """All tokens."""
-        return x_TD
-
-    def put_(self, y_TD: Tensor, result_TD: Tensor) -> None:
-        """Overwrite the chosen tokens of y."""
-        is_own_T1 = self.is_own_S1.index_select(0, self.slot_T)
-        y_TD.copy_(torch.where(is_own_T1, result_TD, y_TD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +112,7 @@ class _OfForm:
     def __init__(self, form: _Form, squeezes: Squeezes, like_D: Tensor) -> None:
         self.form = form
         self.squeezes = squeezes
-        self._own = SlotTable(torch.zeros(1, dtype=torch.bool, device=like_D.device))
-        self._yes = torch.ones(1, dtype=torch.bool, device=like_D.device)
+        self._own = TruthTable(like_D.device)
         self._before = _Norms(like_D) if form.norms_before else None
         self._after = _Norms(like_D) if form.norms_after else None
 
@@ -149,7 +132,7 @@ class _OfForm:
         for norms, norm in ((self._before, edit.norm_before), (self._after, edit.norm_after)):
             if norms is not None and norm is not None:
                 norms.put(slot, norm)
-        self._own.put(slot, self._yes)
+        self._own.add(slot)
 
     def drop(self, slot: int) -> None:
         self.squeezes.drop(slot)

@@ -12,9 +12,9 @@ from peft_serve.adapters.primitives import Affine, BlockDiagonal, Edit, Paired
 from peft_serve.kernels.block_diagonal import LayerBlocks
 from peft_serve.kernels.mixing import Blocks, Mix, MixingKernels, mixed_by_blocks, mixed_in_pairs
 from peft_serve.kernels.slot_numbers import SlotFactors
-from peft_serve.kernels.subsets import Batch, Subset
+from peft_serve.kernels.subsets import Batch, Tokens
 from peft_serve.model.routing import Route
-from peft_serve.model.terms.tables import SlotTable
+from peft_serve.model.terms.tables import SlotTable, TruthTable
 from peft_serve.model.terms.term import InOp, OtherKernels, OutOp
 
 _BlockPart = tuple[Batch, Tensor]
@@ -132,15 +132,19 @@ class OutMix(_Blocks):
 class _Pairs:
     """The adapters with one group size."""
 
+    having: TruthTable
     own: SlotTable
     other: SlotTable
+
+    def tables(self) -> tuple[SlotTable, ...]:
+        return self.having, self.own, self.other
 
 
 @dataclass(frozen=True, slots=True)
 class _PairPart:
     """Some tokens, their slots, and the tables to read for them."""
 
-    subset: Subset
+    subset: Tokens
     slot_N: Tensor
     own_SO: Tensor
     other_SO: Tensor
@@ -159,24 +163,29 @@ class OutPairs:
             return
         group = edit.out_mix.group
         if group not in self._by_group:
-            self._by_group[group] = _Pairs(*(SlotTable(self._like_O.new_zeros(len(self._like_O))) for _ in range(2)))
+            own, other = (SlotTable(self._like_O.new_zeros(len(self._like_O))) for _ in range(2))
+            self._by_group[group] = _Pairs(TruthTable(self._like_O.device), own, other)
         self._by_group[group].own.put(slot, edit.out_mix.own_O)
         self._by_group[group].other.put(slot, edit.out_mix.other_O)
+        self._by_group[group].having.add(slot)
 
     def drop(self, slot: int) -> None:
         for group, pairs in list(self._by_group.items()):
-            pairs.own.drop(slot)
-            pairs.other.drop(slot)
+            for table in pairs.tables():
+                table.drop(slot)
             if not pairs.own.slots:
                 del self._by_group[group]
+                for table in pairs.tables():
+                    table.end()
 
     def op(self, route: Route) -> OutOp | None:
         parts: list[_PairPart] = []
         for group, pairs in self._by_group.items():
-            slots = route.active.intersection(pairs.own.slots)
-            if slots:
-                subset, slot_N = route.subset(slots), route.slots_in(slots)
-                parts.append(_PairPart(subset, slot_N, pairs.own.rows, pairs.other.rows, group))
+            tokens = pairs.having.tokens(route)
+            if tokens is not None:
+                pairs.own.index(route)
+                pairs.other.index(route)
+                parts.append(_PairPart(*tokens, pairs.own.rows, pairs.other.rows, group))
         if not parts:
             return None
 

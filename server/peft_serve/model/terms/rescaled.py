@@ -10,10 +10,10 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit
 from peft_serve.adapters.shared_primitives import Rescaled
 from peft_serve.kernels.maps import add_rescaled_
-from peft_serve.kernels.subsets import Subset
+from peft_serve.kernels.subsets import Tokens
 from peft_serve.model.routing import Route
 from peft_serve.model.terms.shared import Factors, SharedFactors, numbered
-from peft_serve.model.terms.tables import SlotTable
+from peft_serve.model.terms.tables import SlotTable, TruthTable
 from peft_serve.model.terms.term import OutOp
 
 
@@ -22,15 +22,19 @@ class _Group:
     """The adapters with one key."""
 
     factors: Factors
+    own: TruthTable
     inner: SlotTable
     outer: SlotTable
+
+    def tables(self) -> tuple[SlotTable, ...]:
+        return self.own, self.inner, self.outer
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """The tokens of one key's adapters, their slots, and what to read for them."""
 
-    subset: Subset
+    subset: Tokens
     slot_N: Tensor
     group: _Group
 
@@ -54,24 +58,29 @@ class RescaledMaps:
         place = given.key, number
         if place not in self._groups:
             inner, outer = (SlotTable(self._like.new_zeros(len(t))) for t in (given.inner_R, given.outer_O))
-            self._groups[place] = _Group(factors, inner, outer)
+            self._groups[place] = _Group(factors, TruthTable(self._like.device), inner, outer)
         group = self._groups[place]
         group.inner.put(slot, given.inner_R)
         group.outer.put(slot, given.outer_O)
+        group.own.add(slot)
 
     def drop(self, slot: int) -> None:
         for place, group in list(self._groups.items()):
-            group.inner.drop(slot)
-            group.outer.drop(slot)
+            for table in group.tables():
+                table.drop(slot)
             if not group.outer.slots:
-                del self._groups[place]
+                del self._groups[place]  # and the factors with it, if no other site has them
+                for table in group.tables():
+                    table.end()
 
     def op(self, route: Route) -> OutOp | None:
         parts: list[_Part] = []
         for group in self._groups.values():
-            slots = route.active.intersection(group.outer.slots)
-            if slots:
-                parts.append(_Part(route.subset(slots), route.slots_in(slots), group))
+            tokens = group.own.tokens(route)
+            if tokens is not None:
+                group.inner.index(route)
+                group.outer.index(route)
+                parts.append(_Part(*tokens, group))
         if not parts:
             return None
         is_lookup = self._spec.kind is SiteKind.EMBEDDING

@@ -1,9 +1,11 @@
-"""A vector for each slot, in one table that the slots of tokens index."""
+"""A vector or a word for each slot, in one table that the slots of tokens index."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from peft_serve.kernels.subsets import Tokens
 from peft_serve.model.routing import Route
 
 
@@ -52,3 +54,20 @@ class SlotTable:
         self._reach(route.num_slots - 1)
         route.reads(self)
         return route.slot_of_token
+
+
+class TruthTable(SlotTable):
+    """Who has something: rows [S, 1] that are true."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.zeros(1, dtype=torch.bool, device=device))
+        self._yes = torch.ones(1, dtype=torch.bool, device=device)
+
+    def add(self, slot: int) -> None:
+        self.put(slot, self._yes)
+
+    def tokens(self, route: Route) -> tuple[Tokens, Tensor] | None:
+        """The tokens of the active adapters that are in it, and the slots of what `take` gives of them."""
+        if self.index(route) is None:
+            return None
+        return route.chosen(self)
