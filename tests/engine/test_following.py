@@ -112,6 +112,7 @@ def test_a_store_that_is_away_is_told_once_and_then_that_it_is_back(
     assert following.follower.look()
     assert len(caplog.messages) == 2
     assert "not seen" in caplog.messages[0]
+    assert caplog.messages[0].endswith("(Input/output error)"), "what the place said is the operator's to know"
     assert "answers again" in caplog.messages[1]
 
 

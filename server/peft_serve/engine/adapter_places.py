@@ -22,6 +22,7 @@ from peft_serve.adapters.folders import CheckpointFolders
 from peft_serve.adapters.shared.bucket import Bucket
 from peft_serve.adapters.shared.folder_bucket import FolderBucket
 from peft_serve.adapters.shared.object_bucket import SCHEME, ObjectBucket
+from peft_serve.adapters.shared.object_words import ObjectStoreError
 from peft_serve.adapters.shared.store import SharedStore
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.adapters.store_protocol import Store
@@ -101,10 +102,8 @@ def _opened(settings: Settings, what: str, open_bucket: Callable[[], Bucket]) ->
     except (OSError, Unavailable) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         why = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
-        raise Unavailable(
-            f"{what}: {why}; the store has to answer when a server starts: check the place, its rights, and for s3:// "
-            "the AWS_* variables"
-        ) from error
+        way_out = cause.way_out if isinstance(cause, ObjectStoreError) else "check the place and its rights"
+        raise Unavailable(f"{what}: {why}; {way_out} (the store has to answer when a server starts)") from error
 
 
 def _new_name() -> str:

@@ -64,7 +64,7 @@ class StoreFollower:
                 followed = self._catalog.follow()
             except ServeError as error:
                 if not self._is_away:
-                    _LOG.warning("changes of other servers are not seen: %s", error.message)
+                    _LOG.warning("changes of other servers are not seen: %s%s", error.message, _why(error))
                 self._is_away = True
                 return False
             if self._is_away:
@@ -97,3 +97,9 @@ class StoreFollower:
                 continue
             if num_gone:
                 _LOG.info("removed the files of %d checkpoints that no name stands for", num_gone)
+
+
+def _why(error: ServeError) -> str:
+    """What the place itself said, for the operator: callers are not told."""
+    cause = error.__cause__
+    return f" ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else ""

@@ -1,7 +1,8 @@
 """A bucket in an object store, by obstore: S3, and what speaks its language with conditional writes.
 
 Credentials, endpoint and region are the environment's (`AWS_*`), or those of the machine's role. What the library says
-becomes an OSError whose number says what is wrong; its words name addresses and are shown to nobody.
+becomes an OSError whose number says what is wrong (`object_words`); its own words name addresses and are shown to
+nobody. No request waits long for a store that takes connections and says nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from peft_serve.adapters.shared.bucket import Found, Oversize
+from peft_serve.adapters.shared.object_words import is_about_the_bucket, told_as
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -23,11 +25,12 @@ SCHEME: Final = "s3://"
 
 _CHUNK_BYTES: Final = 1 << 20
 _CONNECT_S: Final = 3
-_REQUEST_S: Final = 10
-_BULK_S: Final = 600  # for a file of a checkpoint
+_REQUEST_S: Final = 5
+_BULK_S: Final = 600  # for a file of a checkpoint, as long as bytes come or go
+_SILENCE_S: Final = 15  # without any: a part of a file has to be sent in that time
 _BULK_STEPS: Final = 5  # a key of so many steps is one
-_RETRY_S: Final = 10
-_DENIED: Final = ("403 Forbidden", "401 Unauthorized")  # of a listing the library tells the status in words alone
+_PARTS_AT_ONCE: Final = 4  # of a file that is sent in parts
+_ENDPOINTS: Final = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
 def open_objects(url: str, *, timeout_s: int = _REQUEST_S) -> ObjectStore:
@@ -42,12 +45,25 @@ def open_objects(url: str, *, timeout_s: int = _REQUEST_S) -> ObjectStore:
         raise ValueError("--store: a place in an object store is s3://bucket or s3://bucket/prefix")
     options: Any = {
         "connect_timeout": timedelta(seconds=_CONNECT_S),
+        "read_timeout": timedelta(seconds=min(timeout_s, _SILENCE_S)),
         "timeout": timedelta(seconds=timeout_s),
         # Given options replace those of the environment, of which this one is needed for a store without TLS.
         "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"),
     }
-    retries: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=min(timeout_s, _RETRY_S))}
+    _require_endpoint(allows_http=options["allow_http"])
+    # A retry begins only within this time, so that one that is not answered ends what was asked.
+    retries: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=_CONNECT_S)}
     return S3Store(bucket, prefix="/".join(steps) or None, client_options=options, retry_config=retries)
+
+
+def _require_endpoint(*, allows_http: bool) -> None:
+    """The library ends the thread on an address that is none, instead of an error."""
+    for name in _ENDPOINTS:
+        given = os.environ.get(name, "")
+        if given and not given.startswith(("http://", "https://")):
+            raise ValueError(f"{name}: the address of an object store begins with http:// or https://")
+        if given.startswith("http://") and not allows_http:
+            raise ValueError(f"{name}: begins with http://, which is used with AWS_ALLOW_HTTP=true only")
 
 
 class ObjectBucket:
@@ -84,11 +100,8 @@ class ObjectBucket:
     def put(self, key: str, content: bytes) -> None:
         import obstore
 
-        try:
-            with _told():
-                obstore.put(self._way_to(key), key, content)
-        except FileNotFoundError as error:
-            raise OSError(errno.ENOENT, "there is no such bucket") from error
+        with _told():
+            obstore.put(self._way_to(key), key, content, max_concurrency=_PARTS_AT_ONCE)
 
     def put_new(self, key: str, content: bytes) -> str | None:
         return self._put_if(key, content, "create")
@@ -144,13 +157,9 @@ def _told() -> Iterator[None]:
 
     try:
         yield
-    except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError) as error:
+        if is_about_the_bucket(error):  # else every key would be taken for one that was never written
+            raise told_as(error) from error
         raise
     except exceptions.BaseError as error:
-        denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
-        is_denied = denied or any(words in str(error) for words in _DENIED)
-        raise OSError(errno.EACCES if is_denied else errno.EIO, _kind(error)) from error
-
-
-def _kind(error: Exception) -> str:
-    return f"the object store did not answer as it should ({type(error).__name__})"
+        raise told_as(error) from error
