@@ -23,6 +23,7 @@ from peft_serve.adapters.shared.bucket import Bucket
 from peft_serve.adapters.shared.folder_bucket import FolderBucket
 from peft_serve.adapters.shared.object_bucket import SCHEME, ObjectBucket
 from peft_serve.adapters.shared.object_words import ObjectStoreError
+from peft_serve.adapters.shared.patient_bucket import PatientBucket
 from peft_serve.adapters.shared.store import SharedStore
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.adapters.store_protocol import Store
@@ -65,7 +66,7 @@ def open_store(settings: Settings, root: Path) -> Store:
     cannot be used: that is told to who starts the server, with the place and why."""
     if _is_object_store(settings):
         assert settings.store is not None
-        return _opened(settings, f"--store {settings.store}", lambda: ObjectBucket.at(settings.store or ""))
+        return _opened(settings, f"--store {settings.store}", lambda: _object_bucket(settings.store or ""))
     shared, alone = root / SHARED_FOLDER, root / "names"
     if settings.store_shared:
         if _has_entries(alone):
@@ -82,6 +83,10 @@ def _is_object_store(settings: Settings) -> bool:
 
 def _has_entries(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
+
+
+def _object_bucket(url: str) -> PatientBucket:
+    return PatientBucket(ObjectBucket.at(url), clock=time.monotonic)
 
 
 def _folder_bucket(settings: Settings, folder: Path) -> FolderBucket:

@@ -39,7 +39,7 @@ CASES = [
 class Service:
     """Answers every request alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.status, self.body = 200, b""
         service = self
 
@@ -56,10 +56,14 @@ class Service:
             def log_message(self, *_: Any) -> None:
                 """Nobody reads it."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Answers)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
     def says(self, status: int, code: str) -> None:
         region = "<Region>eu-west-7</Region>"
@@ -71,8 +75,7 @@ class Service:
 def service() -> Iterator[Service]:
     made = Service()
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.stop()
 
 
 @pytest.fixture(autouse=True)
