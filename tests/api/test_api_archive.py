@@ -7,12 +7,18 @@ import io
 import socket
 import tarfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 from peft_serve.adapters.archive import read_upload
+from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.api.adapter_archive import MAX_DOWNLOADS
+from peft_serve.core import AdapterId
+from tests.adapters.store.store_fakes import corrupt
 from tests.api.api_fakes import World, checkpoint
 
 
@@ -41,6 +47,35 @@ async def test_who_has_it_already_gets_nothing(client: httpx.AsyncClient) -> Non
 async def test_an_unknown_name_is_404(client: httpx.AsyncClient) -> None:
     for name in ("nobody", "plain@9", "..%2F..%2Fetc"):
         assert (await client.get(f"/adapters/{name}/archive")).status_code == 404
+
+
+async def test_what_is_deleted_before_its_files_are_read_is_not_called_damaged(
+    client: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, between = world.catalog.files, list[Callable[[], object]]()
+
+    def files(adapter: AdapterId) -> CheckpointFiles:
+        while between:
+            between.pop(0)()
+        return read(adapter)
+
+    monkeypatch.setattr(world.catalog, "files", files)
+    between.append(lambda: world.catalog.changes.delete("plain"))
+    gone = await client.get("/adapters/plain/archive")
+    assert (gone.status_code, gone.json()["code"]) == (404, "model_not_found")
+    between.append(lambda: world.catalog.changes.delete("complaints"))
+    between.append(lambda: world.publish("complaints", checkpoint("another")))
+    another = await client.get("/adapters/complaints/archive")
+    digest = read_upload(another.content, "application/x-tar").digest()
+    assert (another.status_code, digest) == (200, world.adapters["complaints"])
+    assert another.headers["etag"] == f'"{digest.replace(":", "-")}"'
+    assert another.headers["x-adapter-version"] == "2"
+
+
+async def test_what_is_damaged_is_called_so(client: httpx.AsyncClient, world: World, tmp_path: Path) -> None:
+    corrupt(tmp_path / "store", world.adapters["plain"])
+    answer = await client.get("/adapters/plain/archive")
+    assert (answer.status_code, answer.json()["code"]) == (503, "adapter_unavailable")
 
 
 async def test_what_adapterhub_saved_can_be_uploaded_again(client: httpx.AsyncClient, world: World) -> None:

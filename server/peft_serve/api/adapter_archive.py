@@ -20,9 +20,10 @@ from peft_serve.adapters.changes import etag
 from peft_serve.adapters.limits import GateLimits
 from peft_serve.adapters.records import HUB_WEIGHTS_FILE, WEIGHTS_FILE, CheckpointFiles, Resolved
 from peft_serve.api.openapi import error_responses
+from peft_serve.api.seen_catalog import SeenCatalog
 from peft_serve.api.service import Service
 from peft_serve.api.sse import until_gone
-from peft_serve.errors import QueueFull
+from peft_serve.errors import AdapterDamaged, QueueFull
 
 MAX_DOWNLOADS: Final = 2
 """Downloads at the same time: each has the whole of its files in memory, however slowly they are taken."""
@@ -55,28 +56,48 @@ class ArchiveRoutes:
 
     async def archive(self, name: str, request: Request) -> Response:
         """Of the current version, or of `name@3` or `name@sha256:..`."""
-        found = await self._threads.run(self._service.seen(request).resolve, name)
-        headers = {"etag": etag(found.id), "x-adapter": found.name, "x-adapter-version": str(found.number)}
-        if headers["etag"] in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
-            return Response(status_code=304, headers=headers)
+        seen = self._service.seen(request)
+        found = await self._threads.run(seen.resolve, name)
+        if etag(found.id) in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
+            return Response(status_code=304, headers=_facts(found))
         if self._num_running >= MAX_DOWNLOADS:
             raise QueueFull("so many downloads run already; come back later", retry_after_s=_RETRY_AFTER_S)
         self._num_running += 1
         try:
-            files = await self._threads.run(self._catalog.files, found.id)
+            found, files = await self._threads.run(self._read, name, found, seen)
         except BaseException:
             self._num_running -= 1
             raise
-        return ArchiveResponse(_members(files), _headers(found, headers), on_close=self._ended)
+        return ArchiveResponse(_members(files), _headers(found), on_close=self._ended)
+
+    def _read(self, name: str, found: Resolved, seen: SeenCatalog) -> tuple[Resolved, CheckpointFiles]:
+        """The files of `found`; where it was deleted since, what `name` stands for now, with its files. Raises
+        UnknownAdapter where that is nothing, and AdapterUnavailable."""
+        while True:
+            try:
+                return found, self._catalog.files(found.id)
+            except AdapterDamaged:
+                now = seen.resolve(name)
+                if now.id == found.id:
+                    raise
+                found = now
 
     def _ended(self) -> None:
         self._num_running -= 1
         assert self._num_running >= 0, "a download ends once"
 
 
-def _headers(found: Resolved, headers: dict[str, str]) -> dict[str, str]:
+def _facts(found: Resolved) -> dict[str, str]:
+    return {"etag": etag(found.id), "x-adapter": found.name, "x-adapter-version": str(found.number)}
+
+
+def _headers(found: Resolved) -> dict[str, str]:
     file = f"{found.name}-{found.number}.tar"  # names are plain: letters, digits, dots and dashes
-    return {**headers, "content-disposition": f'attachment; filename="{file}"', "cache-control": "private, no-cache"}
+    return {
+        **_facts(found),
+        "content-disposition": f'attachment; filename="{file}"',
+        "cache-control": "private, no-cache",
+    }
 
 
 def _members(files: CheckpointFiles) -> dict[str, bytes]:
