@@ -3,8 +3,6 @@ is stopped, one that takes connections and says nothing, and one that takes the 
 
 from __future__ import annotations
 
-import logging
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 
 from peft_serve.adapters.catalog import Catalog
 from peft_serve.config import Settings
 from peft_serve.engine import adapter_places
 from peft_serve.engine.adapter_places import local_folder, open_store
 from tests.adapters.checkpoints import make_checkpoint
+from tests.adapters.shared.object_services import ObjectService, environment, make_bucket
 from tests.adapters.shared.shared_fakes import catalog_over
-from tests.adapters.shared.test_buckets import make_bucket
-from tests.adapters.shared.test_object_words import Service
 from tests.adapters.store.store_fakes import FakeGate
 from tests.parity.bases import lively_base, save_tiny_base
 from tests.parity.served import ServedModel
@@ -63,15 +59,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         return
     service = ObjectService()
     service.come()
-    for name, value in (
-        ("AWS_ENDPOINT", f"http://127.0.0.1:{service.port}"),
-        ("AWS_ALLOW_HTTP", "true"),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-        ("AWS_REGION", "us-east-1"),
-    ):
+    for name, value in environment(service.address).items():
         monkeypatch.setenv(name, value)
-    make_bucket(f"http://127.0.0.1:{service.port}")
+    make_bucket(service.address)
     go = {"stopped": service.go, "silent": service.fall_silent, "expired": service.expire}[request.param]
     yield Place(f"s3://bucket/{tmp_path.name}", False, go, service.come)
     service.go()
@@ -79,45 +69,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def _moved(old: Path, new: Path) -> None:
     old.rename(new)
-
-
-class ObjectService:
-    """A server that speaks S3, which keeps what it has while it is stopped."""
-
-    def __init__(self) -> None:
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self.port = 0
-        self._server: ThreadedMotoServer | None = None
-        self._silent: socket.socket | None = None
-        self._refusing: Service | None = None
-
-    def come(self) -> None:
-        self._close_others()
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
-        self.port = self._server.get_host_and_port()[1]
-
-    def go(self) -> None:
-        self._close_others()
-        if self._server is not None:
-            self._server.stop()
-        self._server = None
-
-    def fall_silent(self) -> None:
-        self.go()
-        self._silent = socket.create_server(("127.0.0.1", self.port), backlog=200)
-
-    def expire(self) -> None:
-        self.go()
-        self._refusing = Service(self.port)
-        self._refusing.says(400, "ExpiredToken")
-
-    def _close_others(self) -> None:
-        if self._silent is not None:
-            self._silent.close()
-        if self._refusing is not None:
-            self._refusing.stop()
-        self._silent = self._refusing = None
 
 
 def files_of(seed: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from peft_serve.adapters.filesystem import DiskFileSystem
-from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE
+from peft_serve.adapters.records import CONFIG_FILE, WEIGHTS_FILE, CheckpointFiles
+from peft_serve.adapters.shared.object_bucket import ObjectBucket
+from peft_serve.config import Settings
+from peft_serve.engine.adapter_places import open_store
 from peft_serve.errors import UnknownAdapter
 from peft_serve.verify.checkpoint import find_checkpoint
 from peft_serve.verify.command import _table, app
 from peft_serve.verify.report import Answer, Comparison, verdict
 from tests.adapters.checkpoints import make_checkpoint
+from tests.adapters.shared.object_services import environment, object_service
+from tests.adapters.shared.shared_fakes import catalog_over
+from tests.adapters.store.store_fakes import FakeGate, checkpoint, tree
 from tests.parity.bases import lively_base, save_tiny_base
 from tests.parity.served import ServedModel
 from tests.parity.test_parity_http import as_zip
@@ -84,6 +91,54 @@ def test_reads_a_store_that_a_server_owns(tmp_path: Path) -> None:
         assert found.digest() == uploaded.json()["digest"]
         with pytest.raises(UnknownAdapter):
             find_checkpoint("other", store=tmp_path / "store", folders=(), base_name="base", fs=DiskFileSystem())
+
+
+@pytest.fixture
+def _bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`s3://bucket` is there."""
+    with object_service() as address:
+        for variable, value in environment(address).items():
+            monkeypatch.setenv(variable, value)
+        yield
+
+
+@pytest.mark.parametrize("kind", ["folder", "objects"])
+def test_reads_a_store_that_servers_share_and_leaves_it_as_it_is(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if kind == "folder":
+        settings = Settings(store=str(tmp_path / "store"), store_shared=True)
+    else:
+        settings = Settings(store=f"s3://bucket/{tmp_path.name}")
+        request.getfixturevalue("_bucket")
+    store = open_store(settings, tmp_path / "store")
+    catalog = catalog_over(store, FakeGate())
+    for seed in (1, 2):
+        catalog.changes.publish("mine", checkpoint(seed))
+    catalog.changes.publish("gone", checkpoint(3))
+    catalog.changes.delete("gone")
+    place = settings.store
+    assert place is not None
+
+    def there() -> object:
+        return tree(tmp_path / "store") if kind == "folder" else ObjectBucket.at(place).tags("")
+
+    def found(name: str) -> CheckpointFiles:
+        return find_checkpoint(name, store=place, folders=(), base_name="base", fs=DiskFileSystem())
+
+    before = there()
+    assert found("mine") == checkpoint(2)
+    for name in ("gone", "never"):
+        with pytest.raises(UnknownAdapter, match=r"store|s3://"):
+            found(name)
+    assert there() == before
+
+
+@pytest.mark.usefixtures("_bucket")
+def test_a_bucket_that_is_not_there_is_named() -> None:
+    result = CliRunner().invoke(app, ["verify", "mine", "--store", "s3://nowhere/x"], env=NARROW)
+    assert result.exit_code == 2
+    assert "--store s3://nowhere/x: there is no such bucket" in result.output
 
 
 def test_verdict_tells_equal_from_different_and_idle() -> None:

@@ -19,18 +19,20 @@ from peft_serve.adapters.catalog import Catalog
 from peft_serve.adapters.filesystem import DiskFileSystem
 from peft_serve.adapters.findings import Gate
 from peft_serve.adapters.folders import CheckpointFolders
+from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.adapters.shared.bucket import Bucket
 from peft_serve.adapters.shared.folder_bucket import FolderBucket
 from peft_serve.adapters.shared.object_bucket import SCHEME, ObjectBucket
 from peft_serve.adapters.shared.object_words import ObjectStoreError
 from peft_serve.adapters.shared.patient_bucket import PatientBucket
+from peft_serve.adapters.shared.reading import read_current
 from peft_serve.adapters.shared.store import SharedStore
 from peft_serve.adapters.store import AdapterStore
 from peft_serve.adapters.store_protocol import Store
 from peft_serve.config import Settings
 from peft_serve.engine.client import EngineThread
 from peft_serve.engine.following import StoreFollower
-from peft_serve.errors import Unavailable
+from peft_serve.errors import AdapterUnavailable, Unavailable
 from peft_serve.model.loader import DEMO_NAMES
 
 SHARED_FOLDER: Final = "shared"
@@ -105,10 +107,15 @@ def _opened(settings: Settings, what: str, open_bucket: Callable[[], Bucket]) ->
     try:
         return SharedStore(open_bucket(), clock=time.monotonic, new_name=_new_name, grace_s=settings.store_grace_s)
     except (OSError, Unavailable) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        why = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
-        way_out = cause.way_out if isinstance(cause, ObjectStoreError) else "check the place and its rights"
-        raise Unavailable(f"{what}: {why}; {way_out} (the store has to answer when a server starts)") from error
+        raise Unavailable(f"{what}: {_why(error)} (the store has to answer when a server starts)") from error
+
+
+def _why(error: OSError | Unavailable) -> str:
+    """What the place said, and the way out."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    why = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
+    way_out = cause.way_out if isinstance(cause, ObjectStoreError) else "check the place and its rights"
+    return f"{why}; {way_out}"
 
 
 def _new_name() -> str:
@@ -137,6 +144,24 @@ def open_store_to_read(settings: Settings, root: Path) -> Store:
     if settings.store_shared or _is_object_store(settings):
         return open_store(settings, root)
     return AdapterStore(root, DiskFileSystem(), min_free_bytes=settings.store_reserve_bytes, writes=False)
+
+
+def read_shared(store: str | Path, name: str) -> CheckpointFiles | None:
+    """What a name stands for now in a store that servers share, without becoming one of them; None if that is nothing,
+    or `store` is no such place. Raises AdapterUnavailable, and ValueError for a place that is none."""
+    settings = Settings(store=str(store), store_shared=True)
+    if _is_object_store(settings):
+        bucket: Bucket = _object_bucket(str(store))
+    elif (Path(store) / SHARED_FOLDER).is_dir():
+        bucket = _folder_bucket(settings, Path(store) / SHARED_FOLDER)
+    else:
+        return None
+    try:
+        return read_current(bucket, name)
+    except AdapterUnavailable as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise AdapterUnavailable(f"--store {store}: {_why(error)}") from error
 
 
 def make_catalog(

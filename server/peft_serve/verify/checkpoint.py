@@ -16,21 +16,22 @@ from peft_serve.adapters.records import CONFIG_FILE, HUB_WEIGHTS_FILE, PROFILE_F
 from peft_serve.adapters.sealed import unseal
 from peft_serve.adapters.store import blob_folder, record_file
 from peft_serve.adapters.vocabulary import MAX_BYTES, vocabulary_files
+from peft_serve.engine.adapter_places import read_shared
 from peft_serve.errors import BadRequest, UnknownAdapter
 
 
 def find_checkpoint(
-    name: str, *, store: Path, folders: Sequence[Path], base_name: str, fs: FileSystem
+    name: str, *, store: Path | str, folders: Sequence[Path], base_name: str, fs: FileSystem
 ) -> CheckpointFiles:
     """The files that `name` stands for now: a checkpoint folder, else an upload, else an adapter of `folders`.
 
-    Raises `UnknownAdapter`.
+    `store` is a folder of one server or of several, or `s3://bucket/prefix`. Raises `UnknownAdapter`.
     """
     place = Path(name)
     if fs.stamp(place / CONFIG_FILE) is not None:
         return _read(place, fs)
     if is_name(name):
-        uploaded = _uploaded(name, store, fs)
+        uploaded = read_shared(store, name) or _uploaded(name, Path(store), fs)
         if uploaded is not None:
             return uploaded
         found = CheckpointFolders(folders, fs, base_name=base_name)

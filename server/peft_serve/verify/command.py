@@ -57,7 +57,7 @@ def _adapters() -> None:
 def verify(
     name: Annotated[str, typer.Argument(help="a checkpoint folder, or the name of an uploaded or shipped adapter")],
     model: Annotated[str, typer.Option(help="the base: demo-llama, demo-t5, a folder, or a hub id")] = "demo-llama",
-    store: Annotated[Path | None, typer.Option(help="the server's folder of uploads")] = None,
+    store: Annotated[str | None, typer.Option(help="the servers' store: a folder, or s3://bucket/prefix")] = None,
     adapters: Annotated[list[Path] | None, typer.Option(help="folders of checkpoints")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to compare on; may be repeated")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1024, help="tokens of each answer")] = 16,

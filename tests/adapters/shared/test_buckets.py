@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
 from peft_serve.adapters.shared.bucket import Bucket, Oversize
 from peft_serve.adapters.shared.object_bucket import ObjectBucket, open_objects
+from tests.adapters.shared.object_services import object_service
 from tests.adapters.shared.shared_fakes import (
     Clock,
     Contents,
@@ -30,30 +29,8 @@ MANY = 1 << 20
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """A server that speaks S3, with the bucket `bucket`."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    make_bucket(address)
-    yield address
-    server.stop()
-
-
-def make_bucket(address: str) -> None:
-    import http.client
-
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
-    connection.request(
-        "PUT",
-        "/bucket",
-        headers={
-            "Authorization": "AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request, "
-            "SignedHeaders=host, Signature=0"
-        },
-    )
-    assert connection.getresponse().status == 200
-    connection.close()
+    with object_service() as address:
+        yield address
 
 
 Make = Callable[[], Bucket]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +16,7 @@ from peft_serve.adapters.shared.object_words import ObjectStoreError
 from peft_serve.config import Settings
 from peft_serve.engine.adapter_places import open_store
 from peft_serve.errors import Unavailable
+from tests.adapters.shared.object_services import Service, environment
 
 URL = "s3://models/adapters"
 CASES = [
@@ -36,41 +34,6 @@ CASES = [
 ]
 
 
-class Service:
-    """Answers every request alike."""
-
-    def __init__(self, port: int = 0) -> None:
-        self.status, self.body = 200, b""
-        service = self
-
-        class Answers(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.rfile.read(int(self.headers.get("content-length") or 0))
-                self.send_response(service.status)
-                self.send_header("content-length", str(len(service.body)))
-                self.end_headers()
-                self.wfile.write(service.body)
-
-            do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
-
-            def log_message(self, *_: Any) -> None:
-                """Nobody reads it."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Answers)
-        self.server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def says(self, status: int, code: str) -> None:
-        region = "<Region>eu-west-7</Region>"
-        self.status = status
-        self.body = f"<Error><Code>{code}</Code><Message>secret words</Message>{region}</Error>".encode()
-
-
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     made = Service()
@@ -80,12 +43,7 @@ def service() -> Iterator[Service]:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "hush"),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ALLOW_HTTP", "true"),
-    ):
+    for name, value in environment("http://127.0.0.1:9").items():
         monkeypatch.setenv(name, value)
 
 
