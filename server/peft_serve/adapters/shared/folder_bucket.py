@@ -7,6 +7,8 @@
 Content is written beside, synced, and linked to the next number. A link is made by one process alone, so of several
 who replace the same number one does. Earlier numbers go when they have been replaced for longer than `grace_s`: by
 then nobody is in the middle of a change that began before. A change that took half of that is refused by who makes it.
+A process that dies between a folder and its first file leaves the folder: it is empty, and removing it could take it
+from under somebody who is about to link a file there.
 """
 
 from __future__ import annotations
