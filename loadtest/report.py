@@ -43,18 +43,47 @@ class Report:
         return dated
 
     def show(self, console: Console) -> None:
-        """Print the table and the notes. Where the screen is narrow, the words of a cell go below each other."""
-        rows = [tuple(map(written, row)) for row in self.rows]
-        gap, widths = _layout(self.columns, rows, room=console.width)
-        table = Table(title=self.title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
-        for number, (column, width) in enumerate(zip(self.columns, widths, strict=True)):
-            justify: Literal["left", "right"] = "left" if number == 0 else "right"
-            table.add_column(column, justify=justify, overflow="fold", width=width)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        """Print the table and the notes. Where the screen is narrow, the words of a cell go below each other, and what
+        does not fit even so comes in further tables, which begin with the same names of the rows."""
+        title: str | None = self.title
+        for part in _parts(self.columns, self.rows, room=console.width):
+            rows = [tuple(written(row[at]) for at in part) for row in self.rows]
+            console.print(_table(title, [self.columns[at] for at in part], rows, room=console.width))
+            title = None
         for note in self.notes:
             console.print(f"- {note}", highlight=False)
+
+
+def _table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], *, room: int) -> Table:
+    gap, widths = _layout(columns, rows, room=room)
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
+    for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        justify: Literal["left", "right"] = "left" if number == 0 else "right"
+        table.add_column(column, justify=justify, overflow="fold", width=width)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _parts(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, room: int) -> list[list[int]]:
+    """The columns of each table, so that no word of a heading is broken: the first ones, which name a row, in every
+    table. All in one where that is not enough."""
+    texts = [[column, *(written(row[at]) for row in rows)] for at, column in enumerate(columns)]
+    least = [_longest_word(text) for text in texts]
+    num_names = next((at for at in range(len(columns)) if any(not isinstance(row[at], str) for row in rows)), 0)
+    names = [*range(num_names)]
+    parts = [names.copy()]
+    for at in range(num_names, len(columns)):
+        width = sum(least[each] for each in (*parts[-1], at)) + len(parts[-1])
+        if width > room and len(parts[-1]) > num_names:
+            parts.append(names.copy())
+        parts[-1].append(at)
+    fits = all(sum(least[at] for at in part) + len(part) - 1 <= room for part in parts)
+    return parts if fits else [[*range(len(columns))]]
+
+
+def _longest_word(text: Sequence[str]) -> int:
+    return max(len(word) for cell in text for word in cell.split() or [""])
 
 
 def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], *, room: int) -> tuple[int, list[int | None]]:
@@ -62,7 +91,7 @@ def _layout(columns: Sequence[str], rows: Sequence[Sequence[str]], *, room: int)
     broken within them, and values only where nothing else is left."""
     texts = [[column, *(row[at] for row in rows)] for at, column in enumerate(columns)]
     wide = [max(map(len, text)) for text in texts]
-    by_words = [max(len(word) for cell in text for word in cell.split() or [""]) for text in texts]
+    by_words = [_longest_word(text) for text in texts]
     by_values = [max((len(word) for cell in text[1:] for word in cell.split()), default=1) for text in texts]
     for gap, least in ((2, by_words), (1, by_words), (1, by_values)):
         left = room - sum(least) - gap * (len(columns) - 1)
