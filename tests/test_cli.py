@@ -56,11 +56,13 @@ def test_a_port_in_use_is_found_before_the_base_is_loaded() -> None:
     assert code == 1
     assert f"--port {port}" in text
     assert "loading" not in text
+    code, text = said("serve", "--host", "192.0.2.1")  # of no machine
+    assert (code, "--host 192.0.2.1" in text) == (2, True)
 
 
 def test_a_base_that_does_not_exist_is_refused_in_words(tmp_path: Path) -> None:
     code, text = said("serve", str(tmp_path / "nothing"), "--port", "0")
-    assert code == 1
+    assert code == 2
     assert "peft-serve does not start" in text
 
 
@@ -85,9 +87,11 @@ def test_a_store_in_use_is_found_before_the_base_is_loaded(tmp_path: Path) -> No
 
 def test_a_store_that_is_no_folder_is_told_with_its_path_and_why(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
-    with pytest.raises(Unavailable, match=r"--store .*store: .*; name a folder") as refusal:
+    with pytest.raises(ValueError, match=r"--store .*store: .*; name a folder") as refusal:
         open_store(Settings(store=tmp_path / "store"), tmp_path / "store")
-    assert "exists" in refusal.value.message.lower() or "not a directory" in refusal.value.message.lower()
+    assert "exists" in str(refusal.value).lower() or "not a directory" in str(refusal.value).lower()
+    with pytest.raises(ValueError, match=r"--store .*store: .*; name a folder"):
+        open_store(Settings(store=tmp_path / "store", store_shared=True), tmp_path / "store")
 
 
 def test_a_base_that_is_not_there_gets_no_store(tmp_path: Path) -> None:

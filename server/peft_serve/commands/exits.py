@@ -16,6 +16,12 @@ class Exit(IntEnum):
     REFUSED = 4  # the server says no
 
 
+def exit_of(refusal: Exception) -> Exit:
+    """How a server's start ends that was refused: a ValueError says which setting is to be changed. Everything else (a
+    port or a store in use, a disk that is full) may be gone the next time, with the same settings."""
+    return Exit.USAGE if isinstance(refusal, ValueError) else Exit.FAILED
+
+
 class CommandFailed(Exception):  # noqa: N818  named as an outcome
     """Ends a command. `errors` are (place, reason), as a refused upload has them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 
@@ -13,7 +14,8 @@ _log = logging.getLogger(__name__)
 
 
 def check_port(settings: Settings) -> None:
-    """Find out about a port in use before a base is loaded for it."""
+    """Find out about a port in use before a base is loaded for it: an OSError, and ValueError for a place that is none
+    of this machine or not this user's."""
     if settings.port == 0:
         return
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -22,8 +24,10 @@ def check_port(settings: Settings) -> None:
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            place = f"--host {settings.host} --port {settings.port}"
-            raise ValueError(f"{place}: cannot listen there ({error.strerror}); name another port") from error
+            message = f"--host {settings.host} --port {settings.port}: cannot listen there ({error.strerror})"
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(f"{message}; name another port") from error
+            raise ValueError(f"{message}; name another port, or an address of this machine") from error
 
 
 def warn_of_openness(settings: Settings, keyring: Keyring) -> None:

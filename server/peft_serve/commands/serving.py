@@ -19,7 +19,7 @@ from peft_serve.api.keyring import Keyring, open_keyring
 from peft_serve.commands.allocator import giving_back
 from peft_serve.commands.base_progress import BaseProgress
 from peft_serve.commands.connections import ConnectionLimits, Connections, room_for
-from peft_serve.commands.exits import Exit
+from peft_serve.commands.exits import Exit, exit_of
 from peft_serve.commands.interpreter import settle_interpreter
 from peft_serve.commands.listener import Listener
 from peft_serve.commands.listening import check_port, warn_of_openness
@@ -42,7 +42,7 @@ _WATCH_S = 300.0  # between two readings of the base's weights, which cost a rea
 
 
 def serve(settings: Settings, console: Console) -> None:
-    """Start the server and serve until told to stop; a start that fails ends the command with 1."""
+    """Start the server and serve until told to stop; a start that is refused ends the command (`exit_of`)."""
     configure_logs(settings.log_level, settings.log_format)
     try:
         check_port(settings)
@@ -55,7 +55,7 @@ def serve(settings: Settings, console: Console) -> None:
             _log.critical("peft-serve does not start: %s", error)
         else:
             console.print(f"[red]peft-serve does not start:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(Exit.FAILED) from None
+        raise typer.Exit(exit_of(error)) from None
     warn_of_openness(settings, keyring)
     run_server(parts, engine, console, tracer, keyring)
 

@@ -38,6 +38,9 @@ from peft_serve.model.loader import DEMO_NAMES
 SHARED_FOLDER: Final = "shared"
 """In the folder of a shared store; what is compiled of its adapters lies beside it."""
 
+_WRONG_PLACES: Final = (FileExistsError, NotADirectoryError, PermissionError)
+_NAME_ANOTHER: Final = "name a folder that this user may read and write"
+
 
 def default_store(base_name: str) -> Path:
     """Where the uploads of a base are kept unless --store says otherwise."""
@@ -64,8 +67,8 @@ def local_folder(settings: Settings, base_name: str) -> Path:
 def open_store(settings: Settings, root: Path) -> Store:
     """The store of uploads: of this server alone in `root`, with its lock, else the one that it shares with others.
 
-    Raises ValueError for a place that is none, and Unavailable where another process holds the lock, or the place
-    cannot be used: that is told to who starts the server, with the place and why."""
+    Raises ValueError for a place that is none or not this user's, and Unavailable where another process holds the lock,
+    or the place does not answer: that is told to who starts the server, with the place and why."""
     if _is_object_store(settings):
         assert settings.store is not None
         return _opened(settings, f"--store {settings.store}", lambda: _object_bucket(settings.store or ""))
@@ -107,12 +110,14 @@ def _opened(settings: Settings, what: str, open_bucket: Callable[[], Bucket]) ->
     try:
         return SharedStore(open_bucket(), clock=time.monotonic, new_name=_new_name, grace_s=settings.store_grace_s)
     except (OSError, Unavailable) as error:
-        raise Unavailable(f"{what}: {_why(error)} (the store has to answer when a server starts)") from error
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, _WRONG_PLACES):
+            raise ValueError(f"{what}: {cause.strerror or type(cause).__name__}; {_NAME_ANOTHER}") from error
+        raise Unavailable(f"{what}: {_why(cause)} (the store has to answer when a server starts)") from error
 
 
-def _why(error: OSError | Unavailable) -> str:
+def _why(cause: BaseException | None) -> str:
     """What the place said, and the way out."""
-    cause = error if isinstance(error, OSError) else error.__cause__
     why = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
     way_out = cause.way_out if isinstance(cause, ObjectStoreError) else "check the place and its rights"
     return f"{why}; {way_out}"
@@ -136,7 +141,8 @@ def _open_alone(settings: Settings, root: Path) -> AdapterStore:
         if not isinstance(error.__cause__, OSError) or "cannot be opened" not in error.message:
             raise
         why = error.__cause__.strerror or type(error.__cause__).__name__
-        raise Unavailable(f"--store {root}: {why}; name a folder that this user may read and write") from error
+        kind = ValueError if isinstance(error.__cause__, _WRONG_PLACES) else Unavailable
+        raise kind(f"--store {root}: {why}; {_NAME_ANOTHER}") from error
 
 
 def open_store_to_read(settings: Settings, root: Path) -> Store:

@@ -11,12 +11,17 @@ from peft_serve.engine.gpu_kernels import NoGpuKernels, load_kernels
 from peft_serve.model.loader import resolve_device
 
 
-def check_settings(settings: Settings) -> None:
-    """ValueError says which setting cannot be done here, and the way out."""
+def check_folders(settings: Settings) -> None:
+    """ValueError names a folder that is to be read and is not there."""
     for option, folders in (("--adapters", settings.adapters), ("--watch", settings.watch)):
         for folder in folders:
             if not folder.is_dir():
                 raise ValueError(f"{option} {folder}: there is no such folder; check the path")
+
+
+def check_settings(settings: Settings) -> None:
+    """ValueError says which setting cannot be done here, and the way out."""
+    check_folders(settings)
     device = resolve_device(settings.device)
     if settings.gpu_kernels == "on":
         try:
