@@ -44,11 +44,13 @@ class RayServer:
         return {name: float(value) for name, _, value in lines}
 
     def placed(self) -> dict[str, float]:
-        """How many requests were placed in each way."""
+        """How many requests were placed in each way, whatever the replica."""
         figures = self.figures()
+        kinds = ("base", "first", "same", "moved", "again")
+        names = {kind: f'peft_serve_placed_requests_total{{kind="{kind}",replica=' for kind in kinds}
         return {
-            kind: figures[f'peft_serve_placed_requests_total{{kind="{kind}"}}']
-            for kind in ("base", "first", "same", "moved", "again")
+            kind: sum(value for name, value in figures.items() if name.startswith(start))
+            for kind, start in names.items()
         }
 
     def replicas(self) -> list[psutil.Process]:

@@ -7,10 +7,11 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
+from peft_serve.cluster.figures import PlacingFigures
 from peft_serve.cluster.remote_engine import Bounds
 from peft_serve.cluster.replicas import ReplicaLost
 from peft_serve.cluster.wire import Accepted, packed
-from peft_serve.core import AdapterId, FinishEvent, FinishReason, PromptEvent, RequestId
+from peft_serve.core import BASE, AdapterId, FinishEvent, FinishReason, PromptEvent, RequestId
 from peft_serve.engine.client import EngineClient
 from peft_serve.engine.snapshot import EngineState
 from peft_serve.errors import AdapterUnavailable, DeadlineMissed, InvalidParameter, QueueFull, Unavailable
@@ -147,7 +148,7 @@ async def test_the_bound_is_exact() -> None:
     engine, events = await engine_over(ScriptedReplicas(scripts), bounds=Bounds(max_ongoing=2, max_queue=1))
     for name in names[:5]:
         engine.submit(request(name))
-    with pytest.raises(QueueFull, match="5 requests are under way"):
+    with pytest.raises(QueueFull, match="all 5 requests are under way that 2 replicas and"):
         engine.submit(request("r5"))
     go.set()
     await settled(engine)
@@ -283,6 +284,31 @@ async def test_the_snapshot_is_that_of_all_and_of_what_waits_here() -> None:
     await settled(engine)
 
 
+def placed(registry: CollectorRegistry) -> dict[str, dict[str, float]]:
+    """Requests by the replica's number and the kind."""
+    found: dict[str, dict[str, float]] = {}
+    for family in registry.collect():
+        for sample in family.samples:
+            if sample.name == "peft_serve_placed_requests_total":
+                found.setdefault(sample.labels["replica"], {})[sample.labels["kind"]] = sample.value
+    return found
+
+
+def test_a_replica_that_comes_takes_the_number_of_one_that_is_gone() -> None:
+    registry = CollectorRegistry()
+    figures = PlacingFigures(registry)
+    figures.set_replicas(["a", "b"])
+    assert set(placed(registry)) == {"0", "1"}, "one that got nothing is seen, too"
+    for generation in range(20):  # a rolling update, again and again
+        figures.set_replicas(["b", f"new {generation}"])
+        figures.observe(BASE, f"new {generation}", is_again=False)
+        figures.observe(BASE, "b", is_again=False)
+    told = placed(registry)
+    assert {number: kinds["base"] for number, kinds in told.items()} == {"0": 20, "1": 20}
+    figures.set_replicas(["b", "c", "d"])
+    assert set(placed(registry)) == {"0", "1", "2"}
+
+
 async def test_what_is_told_of_placing_is_where_requests_went() -> None:
     one, registry = "sha256:one", CollectorRegistry()
     scripts = [
@@ -297,9 +323,9 @@ async def test_what_is_told_of_placing_is_where_requests_went() -> None:
     for adapter in ("base", one, one, one, one):
         engine.submit(request(adapter=adapter))
         await settled(engine)
-    told = {
-        kind: registry.get_sample_value("peft_serve_placed_requests_total", {"kind": kind})
-        for kind in ("base", "first", "same", "moved", "again")
+    told = placed(registry)
+    assert told == {
+        "0": {"base": 1, "first": 0, "same": 1, "moved": 1, "again": 0},
+        "1": {"base": 0, "first": 1, "same": 1, "moved": 0, "again": 1},
     }
-    assert told == {"base": 1, "first": 1, "same": 2, "moved": 1, "again": 1}
     assert registry.get_sample_value("peft_serve_replicas") == 2

@@ -29,14 +29,18 @@ class Board:
         self._reports: tuple[Report, ...] = ()
         self._merged = EngineSnapshot(state=EngineState.STARTING)
         self.num_strangers = 0  # replicas of another base, version or limits
-        self.num_running = 0
+        self.running: tuple[str, ...] = ()  # the names of those that take requests
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
 
     def take(self, reports: Sequence[Report]) -> frozenset[str]:
         """These are all that answer; gives the names of those that were not there before."""
         before = {report.replica for report in self._reports}
         self._reports = tuple(each for each in reports if each.checked_for == self._checked_for)
         self.num_strangers = len(reports) - len(self._reports)
-        self.num_running = sum(each.snapshot.state is EngineState.RUNNING for each in self._reports)
+        self.running = tuple(each.replica for each in self._reports if each.snapshot.state is EngineState.RUNNING)
         self._merged = merged([report.snapshot for report in self._reports])
         return frozenset(report.replica for report in self._reports) - before
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from peft_serve.cluster.board import Board
+from peft_serve.cluster.counting import counted
 from peft_serve.cluster.figures import PlacingFigures
 from peft_serve.cluster.replicas import Call, Homes, ReplicaLost, Replicas
 from peft_serve.cluster.specs import SpecWriter
@@ -108,8 +109,8 @@ class RemoteEngine:
         most = self._board.num_running * self._bounds.max_ongoing + self._bounds.max_queue
         if len(self._open) >= most:
             raise QueueFull(
-                f"{len(self._open)} requests are under way, and {self._board.num_running} replicas take {most} with "
-                "the queue before them (--max-ongoing, --max-queue); try again later",
+                f"all {most} requests are under way that {counted(self._board.num_running, 'replica')} and the queue "
+                "have room for (--max-ongoing, --max-queue); try again later",
                 retry_after_s=_RETRY_S,
             )
         if request.sampling.seed is None:  # drawn here, so that a second replica draws the same tokens
@@ -168,7 +169,7 @@ class RemoteEngine:
         known of all stands: Serve finds out whether it is to be replaced."""
         reports = await self._replicas.reports(self._front, self._clock())
         is_news = self._board.take(reports)
-        self._figures.set_replicas(self._board.num_running)
+        self._figures.set_replicas(self._board.running)
         if is_news:
             for adapter in self._pins:
                 await self._errand(self._replicas.set_pinned(adapter, pinned=True))
