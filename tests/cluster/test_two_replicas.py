@@ -149,6 +149,13 @@ def test_an_upload_outlives_the_replica_that_had_it(server: RayServer) -> None:
     assert server.placed()["again"] > 0, "it had requests"
 
 
+def test_an_answer_has_one_request_id_which_is_the_callers_if_he_gave_one(server: RayServer) -> None:
+    named = server.post("/generate", {"inputs": 1}, headers={"x-request-id": "mine.1"})
+    assert named.headers.get_list("x-request-id") == ["mine.1"] == [named.json()["request_id"]]
+    refused = server.post("/generate", {"inputs": 1})
+    assert refused.headers.get_list("x-request-id") == [refused.json()["request_id"]]
+
+
 def archive() -> bytes:
     """An adapter that nobody has: a shipped one with another config."""
     found = shipped_adapters("demo-llama")

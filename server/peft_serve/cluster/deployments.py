@@ -140,8 +140,11 @@ class Front:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from peft_serve.api.app import create_app
+        from peft_serve.cluster.request_ids import OneRequestId
 
-        return create_app(self._parts)
+        app = create_app(self._parts)
+        app.add_middleware(OneRequestId)
+        return app
 
     async def drain(self) -> int:
         """Take no more requests; gives how many are open."""
