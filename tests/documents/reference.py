@@ -2,7 +2,8 @@
 
     python -m tests.documents.reference write    renew docs/reference/{routes,options,metrics}.md
 
-Routes come from the OpenAPI document of an application over fakes, options from `Settings`, metrics from the registry.
+Routes come from the OpenAPI document of an application over fakes, options from `Settings` and from the `Layout` of
+`serve-ray`, metrics from the registry.
 A test holds the pages to what is made here. (The table of methods is made by `tests.documents.formats_table`.)
 """
 
@@ -20,6 +21,8 @@ from pydantic.fields import FieldInfo
 from transformers import AutoTokenizer
 
 from peft_serve.api.app import create_app
+from peft_serve.cluster.plan import Layout
+from peft_serve.commands.layout import ADDRESS
 from peft_serve.commands.options import VLLM_NAMES, flag
 from peft_serve.config import GIB, MIB, Settings
 from peft_serve.metrics import Metrics
@@ -212,7 +215,26 @@ def options_page() -> str:
         default = "none" if field.default_factory is not None else amount(name, field.default)
         bounds = ", ".join(bounds_of(schema[name]))
         lines.append(row(option, theirs, type_of_setting(field), default, bounds, field.description or ""))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *layout_lines()]) + "\n"
+
+
+def layout_lines() -> list[str]:
+    """What `serve-ray` has beyond them."""
+    lines = [
+        "## serve-ray",
+        "",
+        "`peft-serve serve-ray` has these too, on the command line alone; in the `args` of a file for Ray Serve they",
+        "stand by their names with underscores. [many-replicas.md](../how-to/many-replicas.md) says when to use which.",
+        "",
+        row("option", "type", "default", "range", "meaning"),
+        row(*["---"] * 5),
+    ]
+    schema = Layout.model_json_schema()["properties"]
+    for name, field in Layout.model_fields.items():
+        bounds = ", ".join(bounds_of(schema[name]))
+        default = amount(name, field.default)
+        lines.append(row(f"`{flag(name)}`", type_of_setting(field), default, bounds, field.description or ""))
+    return [*lines, row(f"`{flag(ADDRESS.name)}`", "text", "none", "", ADDRESS.default.help)]
 
 
 def metrics_page() -> str:

@@ -24,7 +24,7 @@ def _as_option(name: str, field: FieldInfo) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
-_ADDRESS: Final = inspect.Parameter(
+ADDRESS: Final = inspect.Parameter(
     "address",
     inspect.Parameter.KEYWORD_ONLY,
     default=typer.Option(
@@ -36,4 +36,4 @@ _ADDRESS: Final = inspect.Parameter(
     annotation=Optional[str],  # noqa: UP045  # read at run time
 )
 
-LAYOUT_OPTIONS: Final = (*(_as_option(name, field) for name, field in Layout.model_fields.items()), _ADDRESS)
+LAYOUT_OPTIONS: Final = (*(_as_option(name, field) for name, field in Layout.model_fields.items()), ADDRESS)
