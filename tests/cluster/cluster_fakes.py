@@ -107,6 +107,9 @@ class ScriptedReplicas:
     async def facts(self) -> BaseFacts:
         raise AssertionError("a front that runs has its facts")
 
+    async def all_facts(self) -> Sequence[BaseFacts]:
+        raise AssertionError("a front that runs has its facts")
+
     async def inspect(self, files: CheckpointFiles) -> Found | Told:
         raise AssertionError("no upload here")
 

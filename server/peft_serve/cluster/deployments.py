@@ -108,6 +108,7 @@ class Front:
 
         from peft_serve.cluster.board import Board
         from peft_serve.cluster.figures import PlacingFigures
+        from peft_serve.cluster.fitting import fitting_facts, mark_of
         from peft_serve.cluster.front_parts import front_parts
         from peft_serve.cluster.handles import ServeFronts, ServeReplicas, put
         from peft_serve.cluster.remote_engine import Bounds, RemoteEngine
@@ -118,7 +119,7 @@ class Front:
         configure_logs(settings.log_level, settings.log_format)
         registry = CollectorRegistry()
         loop, replicas = asyncio.get_running_loop(), ServeReplicas(engine)
-        facts = await replicas.facts()
+        facts = await fitting_facts(replicas, mark_of(settings), clock=time.monotonic, sleep=asyncio.sleep)
         self._engine = RemoteEngine(
             replicas,
             Board(facts.checked_for),

@@ -106,6 +106,9 @@ class ServeReplicas:
     async def facts(self) -> BaseFacts:
         return cast(BaseFacts, await self._called(Route(), "facts"))
 
+    async def all_facts(self) -> Sequence[BaseFacts]:
+        return [each for each in await self._told("facts") if isinstance(each, BaseFacts)]
+
     async def inspect(self, files: CheckpointFiles) -> Found | Told:
         return cast("Found | Told", await self._called(Route(), "inspect", files))
 

@@ -17,6 +17,7 @@ from peft_serve.adapters.records import CheckpointFiles
 from peft_serve.api.operations import MAX_STALL_S
 from peft_serve.cluster.clocks import FarClock
 from peft_serve.cluster.desk import Desk
+from peft_serve.cluster.fitting import mark_of
 from peft_serve.cluster.replicas import Homes
 from peft_serve.cluster.routes import key_of
 from peft_serve.cluster.specs import SpecReader
@@ -126,7 +127,8 @@ class Replica:
     # what it tells
 
     def facts(self) -> BaseFacts:
-        return BaseFacts(card=self._parts.base, checked_for=self._parts.checked_for)
+        mark = mark_of(self._parts.settings)
+        return BaseFacts(card=self._parts.base, checked_for=self._parts.checked_for, mark=mark)
 
     def report(self, front: str, sent_s: float) -> Report:
         """How it is, for the front of this name whose clock says `sent_s`."""

@@ -56,7 +56,13 @@ class Replicas(Protocol):
         """How all are, none where there is none; raises ReplicaLost where one does not answer in time."""
         ...
 
-    async def facts(self) -> BaseFacts: ...
+    async def facts(self) -> BaseFacts:
+        """Some replica's, as soon as there is one."""
+        ...
+
+    async def all_facts(self) -> Sequence[BaseFacts]:
+        """Of all that are there."""
+        ...
 
     async def inspect(self, files: CheckpointFiles) -> Found | Told:
         """What some replica's gate says of a checkpoint."""

@@ -62,6 +62,7 @@ class BaseFacts:
 
     card: BaseCard
     checked_for: str  # version, weights, tokenizer and limits: equal where replicas may stand for each other
+    mark: str = ""  # of the settings that it was started with (`fitting`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
