@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from peft_serve.cli import app
-from peft_serve.cluster.plan import Layout
+from peft_serve.cluster.plan import Layout, plain
+from peft_serve.cluster.preflight import refusal_of, require_startable
 from peft_serve.config import Settings
+from peft_serve.engine.adapter_places import open_store
+from peft_serve.errors import Unavailable
 
 pytest.importorskip("ray.serve")
 
@@ -37,6 +47,9 @@ def test_every_setting_and_every_figure_of_the_layout_is_an_option() -> None:
         (("--min-replicas", "2"), "--max-replicas"),
         (("--max-rank", "0"), "--max-rank"),
         (("--placement", "nearest"), "--placement"),
+        (("--replica-gpus", "1.5"), "--replica-gpus"),
+        (("--fronts", "2"), "--store-shared"),
+        (("--api-keys-file", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )
 def test_a_wrong_option_is_named(options: tuple[str, ...], word: str) -> None:
@@ -50,7 +63,7 @@ def test_a_wrong_option_is_named(options: tuple[str, ...], word: str) -> None:
 )
 def test_what_only_one_server_has_is_refused(options: tuple[str, ...], word: str) -> None:
     code, text = said(*options)
-    assert code == 1
+    assert code == 2
     assert word in text
 
 
@@ -62,4 +75,45 @@ def test_a_port_in_use_and_a_cluster_without_a_token_are_found_before_anything_s
         code, text = said("--port", port)
         assert (code, f"--port {port}" in text) == (1, True)
     code, text = said("--port", port, RAY_AUTH_MODE="disabled")
-    assert (code, "RAY_AUTH_MODE=token" in text) == (1, True)
+    assert (code, "RAY_AUTH_MODE=token" in text) == (2, True)
+
+
+def test_a_base_and_a_store_are_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    nowhere, store = tmp_path / "nowhere", tmp_path / "store"
+    kind, words = refusal_of(plain(Settings(model=str(nowhere), store=store)), is_alone=True)
+    assert (kind, "nowhere: there is no such folder" in words) == ("setting", True)
+    assert not store.exists()
+    other = open_store(Settings(store=store), store)
+    values = plain(Settings(model="demo-llama", store=store))
+    with pytest.raises(Unavailable, match="in use by another server"):
+        require_startable(values, is_alone=True)
+    assert refusal_of(values, is_alone=False) == ("", ""), "the front that comes waits for it"
+    other.close()
+    assert refusal_of(values, is_alone=True) == ("", "")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file: .*name a folder"):
+        require_startable(values | {"store": str(tmp_path / "file")}, is_alone=False)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_start_at_once(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """While the settings are tried in a process of their own, and a cluster would be started next."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "peft_serve", "serve-ray", "--port", port, "--store", str(tmp_path / "store")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not psutil.Process(process.pid).children():
+        assert process.poll() is None
+        time.sleep(0.02)
+    tried = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    try:
+        _, told = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (process.returncode, "told to stop before it was ready" in told) == (code, True), told
+    assert "Traceback" not in told
+    psutil.wait_procs(tried, timeout=5)
+    assert not any(each.is_running() for each in tried)

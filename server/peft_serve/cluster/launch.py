@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any, Final
 
 import ray
 from ray import serve
 
 from peft_serve.api.origins import is_loopback
+from peft_serve.cluster.counting import counted
 from peft_serve.cluster.deployments import application
-from peft_serve.cluster.plan import APP, FRONT, Layout
+from peft_serve.cluster.plan import APP, ENGINE, FRONT, Layout
+from peft_serve.cluster.room import Node, Progress, Telling, require_room, waited_for
 from peft_serve.config import Settings
 
 AUTH: Final = "RAY_AUTH_MODE"
 
 _log = logging.getLogger(__name__)
+
+_ON_TOKENS: Final = "ray._private.authentication.authentication_token_setup"
+"""Its warning is advice to do without a token, which this command would refuse."""
 
 _ASKED_S: Final = 5.0
 _LOOK_S: Final = 0.2
@@ -48,11 +55,38 @@ def require_authentication(address: str | None, environ: Mapping[str, str]) -> N
 
 @contextmanager
 def cluster(settings: Settings, layout: Layout, address: str | None) -> Iterator[None]:
-    """A cluster with Serve listening, of our own unless there is an `address`; a cluster of our own ends with it."""
-    require_authentication(address, os.environ)
+    """A cluster with Serve listening, of our own unless there is an `address`; a cluster of our own ends with it, and
+    so do its processes at once where the start is interrupted. Who calls has called `require_authentication`.
+
+    Raises ValueError where a cluster of our own has no room for the replicas."""
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(_ON_TOKENS).setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # ray tells its makers how it is used, unless told not to
+    is_listening = is_cut = False
+    try:
+        _join(settings, layout, address)
+        if address is None:
+            require_room(_nodes()[0], layout)
+        serve.start(
+            http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 75},
+            logging_config=_logging(settings),
+        )
+        is_listening = True
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        is_cut = True
+        raise
+    finally:
+        with redirect_stdout(StringIO()):  # ray tells there of a controller that was lost: that is what it was told to
+            if is_listening and address is not None:
+                serve.delete(APP, _blocking=not is_cut)
+            elif is_listening and not is_cut:
+                serve.shutdown()
+            ray.shutdown()
+
+
+def _join(settings: Settings, layout: Layout, address: str | None) -> None:
     if address is None:
         needed = layout.most_replicas * layout.replica_cpus + layout.fronts * layout.front_cpus
         ray.init(
@@ -65,24 +99,13 @@ def cluster(settings: Settings, layout: Layout, address: str | None) -> Iterator
         )
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    try:
-        serve.start(
-            http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 75},
-            logging_config=_logging(settings),
-        )
-        yield
-    finally:
-        if address is None:
-            serve.shutdown()
-        else:
-            serve.delete(APP)
-        ray.shutdown()
 
 
 def deploy(settings: Settings, layout: Layout, say: Callable[[str], None]) -> None:
     """Start both deployments, and wait until they answer; again with another layout, it changes what runs."""
-    say(f"starting {layout.min_replicas or layout.replicas} replicas of {settings.model}")
-    serve.run(application(settings, layout), name=APP, route_prefix="/", logging_config=_logging(settings))
+    say(f"starting {counted(layout.least_replicas, 'replica')} of {settings.model}")
+    with Telling(lambda past_s: _log.warning(waited_for(layout, _progress(), _nodes(), past_s)), time.monotonic):
+        serve.run(application(settings, layout), name=APP, route_prefix="/", logging_config=_logging(settings))
 
 
 def drain(settings: Settings, *, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -101,6 +124,19 @@ def drain(settings: Settings, *, clock: Callable[[], float], sleep: Callable[[fl
             sleep(_LAST_WORDS_S)
             return
         sleep(_LOOK_S)
+
+
+def _nodes() -> list[Node]:
+    """The machines of the cluster, as ray counts them."""
+    counted_with = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+    return [Node(cpus=each.get("CPU", 0.0), gpus=each.get("GPU", 0.0)) for each in counted_with]
+
+
+def _progress() -> Progress:
+    told = serve.status().applications.get(APP)
+    states = {} if told is None else {name: each.replica_states for name, each in told.deployments.items()}
+    replicas, fronts = (states.get(name, {}).get("RUNNING", 0) for name in (ENGINE, FRONT))
+    return Progress(num_replicas=replicas, num_fronts=fronts)
 
 
 def _logging(settings: Settings) -> dict[str, Any]:

@@ -47,7 +47,14 @@ class Layout(BaseModel):
             raise ValueError("--replicas: is for a number that stays; leave it out with --min-replicas")
         if self.min_replicas is not None and self.max_replicas is not None and self.min_replicas > self.max_replicas:
             raise ValueError(f"--min-replicas {self.min_replicas} is above --max-replicas {self.max_replicas}")
+        if self.replica_gpus > 1 and self.replica_gpus != int(self.replica_gpus):
+            raise ValueError(f"--replica-gpus {self.replica_gpus:g}: give a part of one GPU, or whole ones")
         return self
+
+    @property
+    def least_replicas(self) -> int:
+        """As many as there are at the start."""
+        return self.min_replicas or self.replicas
 
     @property
     def most_replicas(self) -> int:
@@ -70,13 +77,13 @@ class Layout(BaseModel):
 def engine_settings(settings: Settings, layout: Layout) -> dict[str, Any]:
     """What a replica is started with. It has no HTTP, and its queue is never what refuses: the front counts."""
     most = layout.ongoing(settings) + RESERVED
-    return _plain(settings.model_copy(update={"api_key": None, "max_queue": most}))
+    return plain(settings.model_copy(update={"api_key": None, "max_queue": most}))
 
 
 def front_settings(settings: Settings, layout: Layout) -> dict[str, Any]:
     """What the front is started with: as many requests may wait as all replicas take, and its queue."""
     most = layout.most_replicas * layout.ongoing(settings) + settings.max_queue
-    return _plain(settings.model_copy(update={"max_queue": most}))
+    return plain(settings.model_copy(update={"max_queue": most}))
 
 
 def absolute(settings: Settings) -> Settings:
@@ -95,7 +102,7 @@ def absolute(settings: Settings) -> Settings:
     return settings.model_copy(update=found)
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def plain(settings: Settings) -> dict[str, Any]:
     """Values that travel in any form: no paths, no hidden ones."""
     found: dict[str, Any] = {}
     for name, value in settings:

@@ -5,12 +5,11 @@ Owns the command's process, in which nothing is served. It loads neither torch n
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from typing import Final
+from types import FrameType
 
 import typer
 from pydantic import ValidationError
@@ -18,13 +17,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from peft_serve.api.keyring import open_keyring
-from peft_serve.cluster.plan import Layout, absolute
-from peft_serve.commands.exits import CommandFailed, Exit
+from peft_serve.cluster.plan import Layout, absolute, plain
+from peft_serve.cluster.preflight import require_startable
+from peft_serve.commands.exits import CommandFailed, Exit, exit_of
 from peft_serve.commands.listening import check_port, warn_of_openness
 from peft_serve.config import Settings
 from peft_serve.errors import ServeError
 from peft_serve.logs import configure_logs
 
+_BY_SIGNAL = 128  # added to a signal's number, as shells tell of a process that ended by it
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _NOT_YET = ("otlp_traces_endpoint", "cache_trace")
 
 
@@ -40,46 +42,76 @@ def layout_of(**given: object) -> Layout:
 
 
 def serve_ray(settings: Settings, layout: Layout, address: str | None, console: Console) -> None:
-    """Start and serve until told to stop; a start that fails ends the command with 1."""
+    """Start and serve until told to stop; a start that is refused ends the command (`exit_of`), and one that a signal
+    interrupts as that signal ends a process."""
     configure_logs(settings.log_level, settings.log_format)
     try:
-        _check(settings)
-        layout.require_possible(settings)
-        try:
-            from peft_serve.cluster.launch import cluster, deploy, drain
-        except ImportError:
-            raise ValueError("serve-ray needs Ray Serve; pip install 'peft-serve[ray]'") from None
-        settings = absolute(settings)
-        _require_base(settings)
-        warn_of_openness(settings, open_keyring(settings))
-        with cluster(settings, layout, address), _told_to_stop() as stopped:
-            deploy(settings, layout, lambda line: console.print(line, highlight=False, soft_wrap=True))
-            console.print(_ready_text(settings), highlight=False, soft_wrap=True)
-            stopped.wait()
-            console.print("stopping: running requests get their time", highlight=False)
-            drain(settings, clock=time.monotonic, sleep=time.sleep)
+        with _Signals() as signals:
+            _serve_ray(settings, layout, address, console, signals)
     except (ServeError, ValueError, OSError, RuntimeError) as error:
         console.print(f"[red]peft-serve does not start:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(Exit.FAILED) from None
+        raise typer.Exit(exit_of(error)) from None
+    except (KeyboardInterrupt, SystemExit):
+        if signals.is_ready:
+            raise
+        console.print("told to stop before it was ready: what was started ends", highlight=False)
+        raise typer.Exit(_BY_SIGNAL + (signals.number or signal.SIGTERM)) from None  # while ray starts, SIGTERM is its
 
 
-class _told_to_stop:  # noqa: N801  reads as a word
-    """An event that SIGINT and SIGTERM set; a second one interrupts."""
+def _serve_ray(settings: Settings, layout: Layout, address: str | None, console: Console, signals: _Signals) -> None:
+    _check(settings)
+    layout.require_possible(settings)
+    try:
+        from peft_serve.cluster.launch import cluster, deploy, drain, require_authentication
+    except ImportError:
+        raise ValueError("serve-ray needs Ray Serve; pip install 'peft-serve[ray]'") from None
+    require_authentication(address, os.environ)
+    settings = absolute(settings)
+    require_startable(plain(settings), is_alone=address is None)
+    warn_of_openness(settings, open_keyring(settings))
+    with cluster(settings, layout, address):
+        signals.take()  # ray has taken SIGTERM for itself
+        deploy(settings, layout, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        signals.wait_from_now_on()
+        console.print(_ready_text(settings), highlight=False, soft_wrap=True)
+        signals.stopped.wait()
+        console.print("stopping: running requests get their time", highlight=False)
+        drain(settings, clock=time.monotonic, sleep=time.sleep)
 
-    def __enter__(self) -> threading.Event:
-        event = threading.Event()
 
-        def stop(number: int, _frame: object) -> None:
-            signal.signal(number, signal.default_int_handler)
-            event.set()
+class _Signals:
+    """SIGINT and SIGTERM: the first one interrupts a start, with KeyboardInterrupt, and has a server that is ready stop
+    in order; the second one interrupts that."""
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        return event
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self.number: int | None = None  # of the one that interrupted the start
+        self.is_ready = False
+
+    def __enter__(self) -> _Signals:
+        self.take()
+        return self
 
     def __exit__(self, *raised: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _NUMBERS if self.is_ready else ():
             signal.signal(number, signal.default_int_handler)
+
+    def take(self) -> None:
+        for number in _NUMBERS:
+            signal.signal(number, self._told)
+
+    def wait_from_now_on(self) -> None:
+        self.is_ready = True
+
+    def _told(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_ready:
+            signal.signal(number, signal.default_int_handler)
+            self.stopped.set()
+            return
+        self.number = number
+        for each in _NUMBERS:
+            signal.signal(each, signal.SIG_IGN)  # the end takes a moment
+        raise KeyboardInterrupt
 
 
 def _check(settings: Settings) -> None:
@@ -91,24 +123,6 @@ def _check(settings: Settings) -> None:
         raise ValueError("--port 0: Ray Serve listens on a port that is told; name one")
     check_port(settings)
     open_keyring(settings)
-
-
-_FIND_BASE: Final = """
-import sys
-from peft_serve.model.loader import NotServable, require_configuration
-try:
-    require_configuration(sys.argv[1], revision=sys.argv[2] or None)
-except NotServable as error:
-    sys.exit(str(error))
-"""
-
-
-def _require_base(settings: Settings) -> None:
-    """Find out about a base that is not there before a cluster is started for it, in a process that ends with that."""
-    told = [sys.executable, "-c", _FIND_BASE, settings.model, settings.revision or ""]
-    found = subprocess.run(told, stderr=subprocess.PIPE, text=True, check=False)
-    if found.returncode:
-        raise ValueError(found.stderr.strip().splitlines()[-1] if found.stderr.strip() else "the base cannot be read")
 
 
 def _ready_text(settings: Settings) -> str:
