@@ -134,7 +134,7 @@ def test_an_upload_outlives_the_replica_that_had_it(server: RayServer) -> None:
     assert uploaded.status_code == 201, uploaded.text
     assert "not tried out" not in uploaded.text
     before = server.placed()["moved"]
-    long = PLAIN | {"max_new_tokens": 150}
+    long = PLAIN | {"max_new_tokens": 400}
     calls = [("/generate?adapter=mine", {"inputs": f"number {i % 3}", "parameters": long}) for i in range(12)]
     first = at_once(server, calls, len(calls))
     assert {answer.status_code for answer in first} == {200}

@@ -110,14 +110,19 @@ def _opened(settings: Settings, what: str, open_bucket: Callable[[], Bucket]) ->
     try:
         return SharedStore(open_bucket(), clock=time.monotonic, new_name=_new_name, grace_s=settings.store_grace_s)
     except (OSError, Unavailable) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
+        cause = _cause(error)
         if isinstance(cause, _WRONG_PLACES):
             raise ValueError(f"{what}: {cause.strerror or type(cause).__name__}; {_NAME_ANOTHER}") from error
-        raise Unavailable(f"{what}: {_why(cause)} (the store has to answer when a server starts)") from error
+        raise Unavailable(f"{what}: {_why(error)} (the store has to answer when a server starts)") from error
 
 
-def _why(cause: BaseException | None) -> str:
+def _cause(error: OSError | Unavailable) -> BaseException | None:
+    return error if isinstance(error, OSError) else error.__cause__
+
+
+def _why(error: OSError | Unavailable) -> str:
     """What the place said, and the way out."""
+    cause = _cause(error)
     why = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
     way_out = cause.way_out if isinstance(cause, ObjectStoreError) else "check the place and its rights"
     return f"{why}; {way_out}"
