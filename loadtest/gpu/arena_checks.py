@@ -6,7 +6,7 @@ checks stands what a step takes that brings an adapter along.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from loadtest.gpu.ground import Ground
@@ -18,7 +18,6 @@ from loadtest.gpu.shapes import decoder, make
 from loadtest.gpu.timing import Act, in_turns
 from loadtest.work import Load
 from peft_serve.adapters.primitives import Adapter
-from peft_serve.config import Settings
 from peft_serve.core import AdapterId, Install, Row, Step, StepResult
 from peft_serve.engine.device_memory import DeviceMemory, device_memory
 from peft_serve.engine.gpu_kernels import speed_up
@@ -31,6 +30,22 @@ _LOAD: Final = Load(num_rows=4, context=32)
 _ROUNDS: Final = 24  # of adapters that come and go
 _RANKS: Final = (4, 16, 64)
 _MOST_S: Final = 3.0  # of repeats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Budget:
+    """What `device_memory` asks of settings, which are not at hand here: they take packages that serve HTTP."""
+
+    device_memory_bytes: int | None = 256 << 20
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int = 64 << 20
+    device_adapter_bytes: int = 64 << 20
+    pinned_adapter_bytes: int = 256 << 20
+    max_adapter_bytes: int = 512 << 20
+    max_resident_adapters: int = 64
+    max_rows: int = 64
+    max_step_tokens: int = 1024
+    block_size: int = BLOCK_SIZE
 
 
 def one_budget(ground: Ground) -> Found:
@@ -145,28 +160,14 @@ class _Trial:
 
 
 def _budgeted(base: ResidentBase) -> DeviceMemory:
-    settings = Settings(
-        device_memory_bytes=256 << 20,
-        kv_cache_bytes=64 << 20,
-        device_adapter_bytes=64 << 20,
-        block_size=BLOCK_SIZE,
-        max_adapter_bytes=64 << 20,
-    )
-    return device_memory(settings, base, base.shape.max_positions, lambda _: None)
+    return device_memory(_Budget(max_adapter_bytes=64 << 20), base, base.shape.max_positions, lambda _: None)
 
 
 def _less_than_it_says(ground: Ground, base: ResidentBase) -> Check:
     """A server starts with what there is where that is a little less than it was told."""
     said: list[str] = []
-    settings = Settings(
-        device_memory_bytes=256 << 20,
-        kv_cache_bytes=64 << 20,
-        device_adapter_bytes=64 << 20,
-        block_size=BLOCK_SIZE,
-        pinned_adapter_bytes=0,
-    )
     with little_memory(ground, 224 << 20):
-        memory = device_memory(settings, base, 1 << 20, said.append)
+        memory = device_memory(_Budget(pinned_adapter_bytes=0), base, 1 << 20, said.append)
         assert memory.carrier is not None
         found = memory.carrier.arena.memory.nbytes
     passed = 128 << 20 < found <= 224 << 20 and len(said) > 1

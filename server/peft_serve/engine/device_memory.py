@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
 from peft_serve.adapters.shortage import is_short_of_memory
-from peft_serve.config import Settings
 from peft_serve.model.arena import Arena
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.carrier import Carrier
@@ -30,6 +29,31 @@ _SMALLER: Final = 0.9  # as much as the one before
 
 MemoryInfo = Callable[[torch.device], tuple[int, int]]
 """Free and total bytes of a device."""
+
+
+class Wanted(Protocol):
+    """What the operator says of it, by the names of settings; whoever has no server to configure may say it too."""
+
+    @property
+    def device_memory_bytes(self) -> int | None: ...
+    @property
+    def gpu_memory_utilization(self) -> float: ...
+    @property
+    def kv_cache_bytes(self) -> int: ...
+    @property
+    def device_adapter_bytes(self) -> int: ...
+    @property
+    def pinned_adapter_bytes(self) -> int: ...
+    @property
+    def max_adapter_bytes(self) -> int: ...
+    @property
+    def max_resident_adapters(self) -> int: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def max_step_tokens(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +76,7 @@ class DeviceMemory:
 
 
 def device_memory(
-    settings: Settings,
+    settings: Wanted,
     base: ResidentBase,
     max_context: int,
     say: Callable[[str], None],
@@ -72,7 +96,7 @@ def device_memory(
     return _shared(settings, base, most_blocks, budget, say)
 
 
-def budget_of(settings: Settings, base: ResidentBase, info: MemoryInfo) -> int | None:
+def budget_of(settings: Wanted, base: ResidentBase, info: MemoryInfo) -> int | None:
     """Bytes for KV blocks and adapters together; None where each has its own."""
     if settings.device_memory_bytes is not None:
         return settings.device_memory_bytes
@@ -88,14 +112,14 @@ def budget_of(settings: Settings, base: ResidentBase, info: MemoryInfo) -> int |
     return budget
 
 
-def workspace_bytes(settings: Settings, base: ResidentBase) -> int:
+def workspace_bytes(settings: Wanted, base: ResidentBase) -> int:
     """About what a pass takes beside weights, KV blocks and adapters: the states of its tokens, and logits."""
     states = settings.max_step_tokens * _STATES * base.shape.hidden_size * base.dtype.itemsize
     num_logits = (settings.max_rows + MAX_SCORED) * base.shape.vocab_size
     return states + num_logits * (base.dtype.itemsize + 3 * torch.float32.itemsize)
 
 
-def _apart(settings: Settings, base: ResidentBase, most_blocks: int) -> Sizes:
+def _apart(settings: Wanted, base: ResidentBase, most_blocks: int) -> Sizes:
     """Blocks for the bytes the operator gives, and no more than every row at full length could use."""
     fits = settings.kv_cache_bytes // _block_bytes(settings, base)
     cross = _num_cross(fits, most_blocks) if base.shape.is_encoder_decoder else 0
@@ -110,12 +134,12 @@ def _num_cross(fits: int, most_blocks: int) -> int:
     return max(1, min(most_blocks, int(fits * _CROSS_SHARE)))
 
 
-def _block_bytes(settings: Settings, base: ResidentBase) -> int:
+def _block_bytes(settings: Wanted, base: ResidentBase) -> int:
     return base.runs.cache.bytes_per_block(settings.block_size, base.dtype)
 
 
 def _shared(
-    settings: Settings, base: ResidentBase, most_blocks: int, budget: int, say: Callable[[str], None]
+    settings: Wanted, base: ResidentBase, most_blocks: int, budget: int, say: Callable[[str], None]
 ) -> DeviceMemory:
     """One arena for both. An encoder-decoder's encoded sources keep memory of their own, half of what KV has."""
     block_bytes = _block_bytes(settings, base)
@@ -149,7 +173,7 @@ def _shared(
     )
 
 
-def _claimed(num_blocks: int, fewest: int, settings: Settings, base: ResidentBase, say: Callable[[str], None]) -> Arena:
+def _claimed(num_blocks: int, fewest: int, settings: Wanted, base: ResidentBase, say: Callable[[str], None]) -> Arena:
     """The arena, a little smaller where the device has not as much after all. ValueError below the fewest blocks."""
     num_parts = 2 * base.runs.cache.num_layers
     part_bytes = _block_bytes(settings, base) // num_parts

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from peft_serve.adapters.primitives import Adapter
-from peft_serve.config import Settings
 from peft_serve.core import AdapterId
 from peft_serve.engine.gpu_kernels import GpuKernels
-from peft_serve.metrics import Metrics
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.carrier import Carrier
 from peft_serve.model.cuda_graphs import CudaRecorder
 from peft_serve.model.runner import StepRunner
 from peft_serve.model.step_graphs import Capturing, Recorder
 from peft_serve.model.triton_attention import PlanAttention
+
+if TYPE_CHECKING:  # the check of a GPU runs where the packages that these need are not installed
+    from peft_serve.config import Settings
+    from peft_serve.metrics import Metrics
 
 Mode = Literal["auto", "on", "off"]
 
