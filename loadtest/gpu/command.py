@@ -12,7 +12,7 @@ from typing import Final
 
 from loadtest.arguments import above_zero
 from loadtest.gpu.parts import GROUPS, chosen
-from loadtest.gpu.results import Results, table
+from loadtest.gpu.results import Results, Section, table
 from loadtest.gpu.supervisor import NO_DEVICE, PROGRAM, NoDevice, Supervisor
 from loadtest.machine import command_line, commit
 
@@ -44,35 +44,40 @@ def run(
         say(f"gpu-check: {', '.join(missing)} is not installed, and nothing can be checked without it")
         return NO_DEVICE
     began_s, now = time.time(), datetime.now()
+    checked = parsed.commit or commit()
     folder = parsed.out or Path("loadtest/results") / f"gpu-{now:%Y%m%d-%H%M%S}"
+
+    def results(sections: tuple[Section, ...]) -> Results:
+        return Results(
+            date=f"{now:%Y-%m-%d %H:%M}",
+            commit=checked,
+            command=command_line(arguments),
+            device=parsed.device,
+            is_quick=parsed.quick,
+            seconds=time.time() - began_s,
+            sections=sections,
+        )
+
     supervisor = Supervisor(
         folder / "parts",
         device=parsed.device,
         is_quick=parsed.quick,
         until_s=began_s + 60 * parsed.minutes,
         say=say,
+        file=lambda sections: results(sections).file(folder),
         program=program,
     )
     try:
-        sections = supervisor.run(chosen(parsed.only))
+        found = results(supervisor.run(chosen(parsed.only)))
     except NoDevice as problem:
         say(f"gpu-check: {problem}")
         _tidy(folder, keeps_log=False)
         return NO_DEVICE
-    results = Results(
-        date=f"{now:%Y-%m-%d %H:%M}",
-        commit=parsed.commit or commit(),
-        command=command_line(arguments),
-        device=parsed.device,
-        is_quick=parsed.quick,
-        seconds=time.time() - began_s,
-        sections=sections,
-    )
     _tidy(folder, keeps_log=True)
-    results.file(folder)
-    say(f"\n{table(results)}")
+    found.file(folder)
+    say(f"\n{table(found)}")
     say(f"Filed in {folder}: results.json, table.md, child.log.")
-    return int(results.is_wrong)
+    return int(found.is_wrong)
 
 
 def _tidy(folder: Path, *, keeps_log: bool) -> None:

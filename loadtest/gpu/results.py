@@ -87,16 +87,20 @@ class Results:
         return any(section.is_wrong for section in self.sections)
 
     def file(self, folder: Path) -> None:
-        """Write ``results.json`` and ``table.md``."""
+        """Write ``results.json`` and ``table.md``, in place of those that are there."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(_plain(asdict(self)), indent=1, allow_nan=False))
-        (folder / "table.md").write_text(table(self))
+        _write(folder / "results.json", json.dumps(_plain(asdict(self)), indent=1, allow_nan=False))
+        _write(folder / "table.md", table(self))
 
 
 def write_section(section: Section, path: Path) -> None:
     """So that whoever reads the path finds the whole section or none."""
+    _write(path, json.dumps(_plain(asdict(section)), allow_nan=False))
+
+
+def _write(path: Path, text: str) -> None:
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(_plain(asdict(section)), allow_nan=False))
+    beside.write_text(text)
     beside.replace(path)
 
 

@@ -26,8 +26,8 @@ POISONED: Final = 3
 """Its status where it left off because the device is of no more use to it; what it began is told."""
 
 _START_S: Final = 120.0  # importing torch and transformers from a cold disk
-_OVER: Final = 1.5  # a part that is asked to end by then is ended at so many times its share of the time,
-_GRACE_S: Final = 20.0  # and these seconds: kernels are compiled, and a step is not interrupted
+_OVER: Final = 1.5  # a part that is asked to end by then is ended at so many times its share of the time, or when
+_GRACE_S: Final = 20.0  # all is to be over, and these seconds: kernels are compiled, and a step is not interrupted
 _LOOK_S: Final = 0.05
 
 Process = subprocess.Popen[bytes]
@@ -59,18 +59,21 @@ class Supervisor:
         is_quick: bool,
         until_s: float,
         say: Callable[[str], None] = print,
+        file: Callable[[tuple[Section, ...]], None] = lambda _: None,
         program: Sequence[str] = PROGRAM,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         grace_s: float = _GRACE_S,
     ) -> None:
         """Sections pass through `folder`. `until_s` is when all is to be over, on `clock`, which is time.time or a
-        clock like it; `program` takes the path of a `Job`."""
+        clock like it; `program` takes the path of a `Job`. `file` is given what there is behind each part: whoever
+        ends this process early has that."""
         self._folder = folder
         self._device = device
         self._is_quick = is_quick
         self._until_s = until_s
         self._say = say
+        self._file = file
         self._program = tuple(program)
         self._clock = clock
         self._sleep = sleep
@@ -81,10 +84,14 @@ class Supervisor:
         self._folder.mkdir(parents=True, exist_ok=True)
         sections: list[Section] = []
         while len(sections) < len(parts):
-            sections += self._run_some(parts[len(sections) :])
+            left = parts[len(sections) :]
+            if sections and self._clock() >= self._until_s:  # nor is a process begun that would only say so
+                sections += [_not_reached(part, "no time was left for it") for part in left]
+                break
+            sections += self._run_some(left, tuple(sections))
         return tuple(sections)
 
-    def _run_some(self, parts: Sequence[Part]) -> list[Section]:
+    def _run_some(self, parts: Sequence[Part], before: tuple[Section, ...]) -> list[Section]:
         """The sections of one process: of all parts, or of those up to the one that ended it; one at least."""
         path, log = self._folder / "job.json", self._folder / "child.log"
         path.write_text(json.dumps(asdict(self._job(parts))))
@@ -100,6 +107,8 @@ class Supervisor:
                     break
                 sections.append(section)
                 self._say(told(section))
+                missing = [_not_reached(each, "the check was ended before it") for each in parts[len(sections) :]]
+                self._file((*before, *sections, *missing))
                 if not self._path(part).exists():  # it ended the process
                     break
                 self._path(part).unlink()
@@ -130,7 +139,8 @@ class Supervisor:
         The parts are those that share what time is left."""
         part, began_s = parts[0], self._clock()
         own_s = share_s(parts, max(0.0, self._until_s - began_s))
-        latest_s = began_s + (_START_S if is_first else 0.0) + _OVER * own_s + self._grace_s
+        start_s = began_s + (_START_S if is_first else 0.0)
+        latest_s = min(start_s + _OVER * own_s, max(self._until_s, start_s)) + self._grace_s
         path = self._path(part)
         while not path.exists():
             status, now_s = process.poll(), self._clock()
@@ -154,6 +164,10 @@ class Supervisor:
 
     def _path(self, part: Part) -> Path:
         return self._folder / f"{part.name.replace(' ', '-')}.json"
+
+
+def _not_reached(part: Part, reason: str) -> Section:
+    return Section(name=part.name, group=part.group, state="left out", reason=reason)
 
 
 def _failed(part: Part, reason: str, seconds: float) -> Section:

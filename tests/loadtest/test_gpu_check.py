@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import nan
@@ -186,9 +187,44 @@ def test_a_process_that_dies_or_is_poisoned_costs_its_part_only(tmp_path: Path, 
 
 def test_a_part_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path, program: tuple[str, ...]) -> None:
     parts = [part(name) for name in ("one", "hangs", "two")]
-    sections = supervisor(tmp_path, program, grace_s=0.3, until_s=0.0).run(parts)
+    fast = fast_clock()
+    sections = supervisor(tmp_path, program, grace_s=1.0, until_s=fast() + 60.0, clock=fast).run(parts)
     assert [one.state for one in sections] == ["done", "failed", "done"]
     assert sections[1].reason.startswith("it was ended after")
+
+
+def fast_clock() -> Callable[[], float]:
+    """Twenty seconds a second."""
+    began_s = time.monotonic()
+    return lambda: 20 * (time.monotonic() - began_s)
+
+
+def test_when_time_is_over_no_process_is_begun(tmp_path: Path, program: tuple[str, ...]) -> None:
+    fast = fast_clock()
+    parts = [part(name) for name in ("one", "hangs", "dies", "two")]
+    sections = supervisor(tmp_path, program, grace_s=1.0, until_s=1.0, clock=fast).run(parts)
+    assert [one.state for one in sections] == ["done", "failed", "left out", "left out"]
+    assert sections[-1].reason == "no time was left for it"
+    assert not sections[-1].is_wrong
+
+
+def test_no_part_runs_on_when_all_is_to_be_over(tmp_path: Path, program: tuple[str, ...]) -> None:
+    """The last part has all the time that the others left, and no half as much again."""
+    fast = fast_clock()
+    sections = supervisor(tmp_path, program, grace_s=1.0, until_s=fast() + 40.0, clock=fast).run(
+        [part("one"), part("hangs")]
+    )
+    assert sections[1].reason.startswith("it was ended after")
+    assert fast() < 40.0 + 1.0 + 10.0
+
+
+def test_what_there_is_is_filed_behind_each_part(tmp_path: Path, program: tuple[str, ...]) -> None:
+    filed: list[tuple[str, ...]] = []
+    parts = [part(name) for name in ("one", "dies", "two")]
+    asked = supervisor(tmp_path, program, file=lambda sections: filed.append(tuple(one.state for one in sections)))
+    sections = asked.run(parts)
+    assert filed == [("done", "left out", "left out"), ("done", "failed", "left out"), ("done", "failed", "done")]
+    assert [one.state for one in sections] == ["done", "failed", "done"]
 
 
 def test_where_the_device_is_not_there_nothing_is_run(tmp_path: Path, program: tuple[str, ...]) -> None:
@@ -219,6 +255,24 @@ def test_the_command_files_what_it_found_and_fails_where_something_is_wrong(
     assert (results["commit"], results["device"], results["is_quick"]) == ("abc", "cpu", True)
     assert [one["name"] for one in results["sections"]] == ["one", "wrong"]
     assert "| tokens | FAILED | - | - |  |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_results_are_there_while_later_parts_run(
+    tmp_path: Path, program: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends the command early has what was found before."""
+    seen: list[list[str]] = []
+
+    def ended(_: Path, *, keeps_log: bool) -> None:  # as what it stands in for
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        seen.append([one["state"] for one in results["sections"]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_tidy", ended)
+    with pytest.raises(KeyboardInterrupt):
+        check(tmp_path, monkeypatch, program, "one", "wrong")
+    assert seen == [["done", "done"]]
+    assert "| tokens | FAILED |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_without_a_gpu_it_says_so_in_one_line(
