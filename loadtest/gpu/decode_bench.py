@@ -53,7 +53,7 @@ class Replayed:
 def replayed(ground: Ground, base: ResidentBase, loads: Sequence[Load]) -> Replayed | None:
     """Steps in CUDA graphs, where the base can have them."""
     was = base.runs.attention.whole
-    capturing = ground.bases.capturing(max_rows=max(load.num_rows for load in loads))
+    capturing = ground.bases.capturing_at_once(max_rows=max(load.num_rows for load in loads))
     ours, base.runs.attention.whole = base.runs.attention.whole, was
     return None if capturing is None else Replayed(base, Steps(base, loads, capturing=capturing), ours)
 

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import torch
 
@@ -14,6 +15,8 @@ from peft_serve.engine.gpu_kernels import GpuKernels, speed_up
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.cuda_graphs import CudaRecorder
 from peft_serve.model.step_graphs import Capturing
+
+_MAX_RANK: Final = 256  # a server's --max-rank: captured steps have room for it, whatever ranks there are
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,14 +41,20 @@ class Bases:
         assert self._kept is not None, "a base is there"
         return self._kept[2]
 
-    def capturing(self, *, max_rows: int, max_rank: int = 64) -> Capturing | None:
-        """How decode steps of the base that is there are captured at their first, None where they cannot be."""
+    def capturing(self, *, max_rows: int, told: Callable[[str], None] = lambda _: None) -> Capturing | None:
+        """How a server captures decode steps of the base that is there, None where they cannot be. Its attention is
+        our own kernel from then on. `told` hears what becomes of each step."""
         assert self._kept is not None, "a base is there"
         _, base, _, kernels = self._kept
         if kernels is None or why_not(base, kernels) is not None:
             return None
         recorder = CudaRecorder(base.device)
-        return replace(capturing_by(recorder, base, kernels, max_rows=max_rows, max_rank=max_rank), seen=1)
+        return capturing_by(recorder, base, kernels, max_rows=max_rows, max_rank=_MAX_RANK, told=told)
+
+    def capturing_at_once(self, *, max_rows: int, told: Callable[[str], None] = lambda _: None) -> Capturing | None:
+        """The same, for steps that are run again and again: each is captured when it is first seen."""
+        capturing = self.capturing(max_rows=max_rows, told=told)
+        return None if capturing is None else replace(capturing, seen=1)
 
     def drop(self) -> None:
         """Give its memory back."""

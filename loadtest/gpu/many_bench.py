@@ -13,8 +13,9 @@ import numpy as np
 from loadtest.gpu.ground import Ground
 from loadtest.gpu.random_adapters import lora, on_host, renamed
 from loadtest.gpu.results import Figures, Found, Value
+from loadtest.gpu.serving import Serving
 from loadtest.gpu.shapes import decoder
-from loadtest.gpu.traffic import ClosedLoop, Lengths, Served, forever
+from loadtest.gpu.traffic import ClosedLoop, Lengths, Served, forever, serving_for
 from loadtest.popularity import parse_popularity
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.model.base import ResidentBase
@@ -39,21 +40,16 @@ def many(ground: Ground) -> Found:
     adapters = host_cache(base, max(counts), rank=4 if quick else RANK)
     by_id = {adapter.id: adapter for adapter in adapters}
     found: dict[int, list[Served]] = {n: [] for n in counts}
+    num_rows, lengths = (4, Lengths(prompt=6, answer=8)) if quick else (NUM_ROWS, LENGTHS)
+    served = serving_for(ground, base, by_id.__getitem__, num_rows=num_rows, lengths=lengths)
     each_s = 0.0 if quick else max(1.0, (ground.left_s - 5) / (3 * len(counts)))
     for n in (*counts, *reversed(counts)):
-        loop = ClosedLoop(
-            ground,
-            base,
-            by_id.__getitem__,
-            num_rows=4 if quick else NUM_ROWS,
-            num_slots=5 if quick else NUM_SLOTS,
-            lengths=Lengths(prompt=6, answer=4) if quick else LENGTHS,
-        )
+        loop = ClosedLoop(ground, served, num_rows=num_rows, num_slots=5 if quick else NUM_SLOTS, lengths=lengths)
         found[n].append(loop.run(forever([one.id for one in adapters[:n]], asked(n)), most_s=each_s))
         loop.close()
         if ground.left_s < each_s and found[counts[-1]]:
             break
-    return Found(figures=(_figures(found, base.name),))
+    return Found(figures=(_figures(found, served),))
 
 
 def host_cache(base: ResidentBase, count: int, *, rank: int) -> list[Adapter]:
@@ -73,7 +69,7 @@ def asked(n: int) -> list[int]:
     return [int(number) for number in numbers]
 
 
-def _figures(found: dict[int, list[Served]], name: str) -> Figures:
+def _figures(found: dict[int, list[Served]], served: Serving) -> Figures:
     speeds = {n: sum(one.tokens_per_s for one in passes) / len(passes) for n, passes in found.items() if passes}
     rows: list[tuple[Value, ...]] = []
     for n, passes in found.items():
@@ -84,15 +80,19 @@ def _figures(found: dict[int, list[Served]], name: str) -> Figures:
             over_few = speeds[n] / speeds[FEW] if n > FEW and FEW in speeds else None
             of_most = TARGET_OF_MOST if n == max(COUNTS) else None
             told = (n, speeds[n], speeds[n] / speeds[0], target, over_few, of_most)
-            rows.append((*told, 1e3 * _step_s(passes), installs, steps))
+            replayed = sum(one.num_replayed for one in passes) / max(1, steps) if served.has_graphs else None
+            rows.append((*told, 1e3 * _step_s(passes), installs, steps, replayed))
     return Figures(
-        title=f"Throughput over n adapters registered, {name}",
+        title=f"Throughput over n adapters registered, {served.base.name}",
         columns=(
             *("adapters", "tokens/s", "thr(n)/thr(0)", "target", f"thr(n)/thr({FEW})", "target"),
-            *("step ms", "installs a step", "steps"),
+            *("step ms", "installs a step", "steps", "replayed"),
         ),
         rows=tuple(rows),
-        notes=(f"closed loop, {NUM_ROWS} requests, {_POPULARITY}, rank {RANK} at attention, {NUM_SLOTS} slots",),
+        notes=(
+            f"closed loop, {NUM_ROWS} requests, {_POPULARITY}, rank {RANK} at attention, {NUM_SLOTS} slots",
+            served.how,
+        ),
     )
 
 

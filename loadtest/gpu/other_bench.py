@@ -6,6 +6,7 @@ from loadtest.gpu.ground import Ground
 from loadtest.gpu.random_adapters import lora
 from loadtest.gpu.results import Figures, Found, Value
 from loadtest.gpu.rows import Steps
+from loadtest.gpu.serving import Outcomes
 from loadtest.gpu.shapes import encoder, encoder_decoder
 from loadtest.gpu.timing import Spread, in_turns
 from loadtest.work import Load
@@ -19,25 +20,29 @@ _EACH_S: Final = 6.0
 
 def others(ground: Ground) -> Found:
     """The base alone and with every row another adapter of rank 16, in turns."""
-    rows = [_encoder_decoder(ground), _encoder(ground)]
+    decoded, how = _encoder_decoder(ground)
+    rows = (decoded, _encoder(ground))
     columns = ("shape", "rows", "step", "base ms", "spread", "distinct adapters ms", "spread", "over base", "tokens/s")
     title = f"Other shapes, and adapters of rank {RANK} at every linear layer"
     ground.bases.drop()
-    return Found(figures=(Figures(title=title, columns=columns, rows=tuple(rows)),))
+    return Found(figures=(Figures(title=title, columns=columns, rows=rows, notes=(how,)),))
 
 
-def _encoder_decoder(ground: Ground) -> tuple[Value, ...]:
+def _encoder_decoder(ground: Ground) -> tuple[tuple[Value, ...], str]:
+    """The row, and how its steps were run."""
     quick = ground.is_quick
     shape = encoder_decoder(is_quick=quick)
     base = ground.bases.get(shape)
     load = Load(num_rows=2 if quick else NUM_ROWS, context=4 if quick else CONTEXT)
-    steps = Steps(base, [load], num_source=8 if quick else NUM_SOURCE)
+    outcomes = Outcomes()
+    capturing = ground.bases.capturing_at_once(max_rows=load.num_rows, told=outcomes.note)
+    steps = Steps(base, [load], num_source=8 if quick else NUM_SOURCE, capturing=capturing)
     adapters = {n: lora(base, f"e{n}", 4 if quick else RANK, seed=n) for n in range(1, load.num_rows + 1)}
     with steps.holding(adapters):
         own, plain = steps.decoding(load, list(adapters)), steps.decoding(load)
         steps.encode(plain)
         took = in_turns(ground, {"base": lambda: steps.run(plain), "own": lambda: steps.run(own)}, most_s=_EACH_S)
-    return _row(shape.name, load, f"decode, {steps.num_source} of source", took)
+    return _row(shape.name, load, f"decode, {steps.num_source} of source", took), outcomes.words()
 
 
 def _encoder(ground: Ground) -> tuple[Value, ...]:

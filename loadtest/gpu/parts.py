@@ -77,7 +77,7 @@ ALL: Final = (
     Part(name="decode", group="bench", where="loadtest.gpu.decode_bench:decode", weight=45),
     Part(name="popularity", group="bench", where="loadtest.gpu.popularity_bench:popularity", weight=45),
     Part(name="many adapters", group="bench", where="loadtest.gpu.many_bench:many", weight=45),
-    Part(name="load", group="bench", where="loadtest.gpu.load_bench:load", weight=40),
+    Part(name="load", group="bench", where="loadtest.gpu.load_bench:load", weight=60),
     Part(name="peft", group="bench", where="loadtest.gpu.peft_bench:peft", weight=60, needs=("peft",)),
     Part(
         name="attention kernel",

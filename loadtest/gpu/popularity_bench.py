@@ -9,10 +9,12 @@ from typing import Final
 
 import numpy as np
 
+from loadtest.gpu.facts import ceilings
 from loadtest.gpu.ground import Ground
 from loadtest.gpu.random_adapters import lora
 from loadtest.gpu.results import Figures, Found, Value
 from loadtest.gpu.rows import Steps
+from loadtest.gpu.serving import Outcomes
 from loadtest.gpu.shapes import decoder
 from loadtest.gpu.timing import Spread, in_turns
 from loadtest.popularity import parse_popularity
@@ -34,7 +36,9 @@ def popularity(ground: Ground) -> Found:
     shape = decoder(is_quick=ground.is_quick)
     base = ground.bases.get(shape)
     load = Load(num_rows=4 if ground.is_quick else NUM_ROWS, context=16 if ground.is_quick else CONTEXT)
-    steps = Steps(base, [load])
+    outcomes = Outcomes()
+    capturing = ground.bases.capturing_at_once(max_rows=load.num_rows, told=outcomes.note)
+    steps = Steps(base, [load], capturing=capturing)
     rows: list[tuple[Value, ...]] = []
     for rank in RANKS[: 1 if ground.is_quick else None]:
         if ground.left_s < _NEEDS_S and rows:
@@ -52,12 +56,14 @@ def popularity(ground: Ground) -> Found:
         "over identical",
         "bytes allow",
         "over bytes",
+        "over bound",
     )
     note = (
         "'bytes allow' is the base's step times the bytes with the adapters over those without; the target is "
-        f"distinct at rank 16 at most {TARGET:g} times that"
+        f"distinct at rank 16 at most {TARGET:g} times that; 'over bound' is the step over what its bytes or its "
+        "arithmetic take at the rates measured in this call"
     )
-    return Found(figures=(Figures(title=title, columns=columns, rows=tuple(rows), notes=(note,)),))
+    return Found(figures=(Figures(title=title, columns=columns, rows=tuple(rows), notes=(note, outcomes.words())),))
 
 
 def _of_rank(
@@ -69,13 +75,16 @@ def _of_rank(
         acts = {name: partial(steps.run, rows) for name, rows in decoding.items()}
         took: dict[str, Spread] = in_turns(ground, acts, most_s=_EACH_S)
     alone, own = took["base"].median_s, base_work(base, load)
-    rows: list[tuple[Value, ...]] = [(rank, "base alone", 0, 1e3 * alone, took["base"].words, 1.0, None, None, None)]
+    rates = ceilings(ground)
+    told = (rank, "base alone", 0, 1e3 * alone, took["base"].words, 1.0, None, None, None)
+    rows: list[tuple[Value, ...]] = [(*told, alone / own.bound_s(rates))]
     for name in POPULARITIES:
         used = {slot: adapters[slot] for slot in set(slots[name])}
-        allowed = 1 + adapters_work(base, used, load).num_bytes / own.num_bytes
+        more = adapters_work(base, used, load)
+        allowed = 1 + more.num_bytes / own.num_bytes
         over, same = took[name].median_s / alone, took[name].median_s / took["identical"].median_s
         found = (1e3 * took[name].median_s, took[name].words, over, same, allowed, over / allowed)
-        rows.append((rank, name, len(used), *found))
+        rows.append((rank, name, len(used), *found, took[name].median_s / (own + more).bound_s(rates)))
     return rows
 
 

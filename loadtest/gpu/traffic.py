@@ -2,7 +2,7 @@
 
 Closed: so many requests are always on their way; when one ends, the next comes. Open: requests come when they come.
 Adapters are in the host's memory already, as in a server whose host cache holds all of them, and are copied to the
-device when a request asks for one that is not there.
+device when a request asks for one that is not there. Decode steps are replayed where a server would.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ import numpy as np
 
 from loadtest.gpu.ground import Ground
 from loadtest.gpu.rows import BLOCK_SIZE
+from loadtest.gpu.serving import Serving, serving
 from peft_serve.adapters.primitives import Adapter
 from peft_serve.core import (
     BASE,
@@ -28,7 +29,6 @@ from peft_serve.core import (
     TokenEvent,
 )
 from peft_serve.model.base import ResidentBase
-from peft_serve.model.runner import StepRunner
 from peft_serve.scheduling.blocks import BlockLedger
 from peft_serve.scheduling.limits import Limits
 from peft_serve.scheduling.scheduler import Scheduler
@@ -50,6 +50,10 @@ class Lengths:
         """KV blocks of one request."""
         return -(-(self.prompt + self.answer) // BLOCK_SIZE) + 1
 
+    def blocks_of(self, num_rows: int) -> int:
+        """KV blocks of a loop of so many rows, with the padding block."""
+        return 1 + (num_rows + 1) * self.num_blocks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
@@ -59,6 +63,12 @@ class Served:
     seconds: float
     num_steps: int
     num_installs: int
+    num_replayed: int  # steps
+
+    @property
+    def replayed(self) -> float:
+        """The share of steps that were replayed from a CUDA graph."""
+        return self.num_replayed / max(1, self.num_steps)
 
     @property
     def tokens_per_s(self) -> float:
@@ -84,27 +94,30 @@ class Stepped:
     num_installs: int
 
 
-class Loop:
-    """Scheduler and runner over one base. One loop at a time on a base."""
+def serving_for(
+    ground: Ground,
+    base: ResidentBase,
+    adapters: Callable[[AdapterId], Adapter],
+    *,
+    num_rows: int,
+    lengths: Lengths,
+) -> Serving:
+    """A runner for loops of up to so many rows."""
+    return serving(ground, base, adapters, num_rows=num_rows, num_blocks=lengths.blocks_of(num_rows))
 
-    def __init__(
-        self,
-        ground: Ground,
-        base: ResidentBase,
-        adapters: Callable[[AdapterId], Adapter],
-        *,
-        num_rows: int,
-        num_slots: int,
-        lengths: Lengths,
-    ) -> None:
+
+class Loop:
+    """Scheduler and runner over one base. One loop at a time on a runner; its graphs stay for the next one."""
+
+    def __init__(self, ground: Ground, served: Serving, *, num_rows: int, num_slots: int, lengths: Lengths) -> None:
         self.ground = ground
         self.lengths = lengths
         self.num_rows = num_rows
-        self._adapters = adapters
+        self._serving = served
         self._num_slots = num_slots
         self._ids = count()
         self._footprints: dict[AdapterId, Footprint] = {}
-        num_blocks = 1 + (num_rows + 1) * lengths.num_blocks
+        num_blocks = lengths.blocks_of(num_rows)
         limits = Limits(
             max_rows=num_rows,
             max_step_tokens=_MAX_STEP_TOKENS,
@@ -123,9 +136,11 @@ class Loop:
             None,
             ground.clock,
         )
-        self._runner = StepRunner(
-            base, num_blocks=num_blocks, num_cross_blocks=0, block_size=BLOCK_SIZE, adapters=adapters
-        )
+
+    @property
+    def num_replayed(self) -> int:
+        """Steps of the runner so far that were replayed."""
+        return self._serving.outcomes.num_replayed
 
     def submit(self, adapter: AdapterId, *, answer: int) -> RequestId:
         """A request that comes now, for so many tokens."""
@@ -149,7 +164,7 @@ class Loop:
         step = self._scheduler.plan()
         if step is None:
             raise RuntimeError("no request can run: the loop's own sizes do not fit together")
-        events = self._scheduler.commit(self._runner.run(step))
+        events = self._scheduler.commit(self._serving.runner.run(step))
         ends = [event for event in events if isinstance(event, FinishEvent)]
         failed = next((event for event in ends if event.reason is FinishReason.FAILED), None)
         if failed is not None:
@@ -169,11 +184,11 @@ class Loop:
 
     def close(self) -> None:
         """Empty the slots, for the next loop on this base."""
-        self._runner.run(Step(id=0, rows=(), removes=tuple(range(1, self._num_slots + 1))))
+        self._serving.runner.run(Step(id=0, rows=(), removes=tuple(range(1, self._num_slots + 1))))
 
     def _footprint(self, adapter: AdapterId) -> Footprint:
         if adapter not in self._footprints:
-            self._footprints[adapter] = self._adapters(adapter).footprint(is_encoder_decoder=False)
+            self._footprints[adapter] = self._serving.adapters(adapter).footprint(is_encoder_decoder=False)
         return self._footprints[adapter]
 
 
@@ -186,7 +201,7 @@ class ClosedLoop(Loop):
         for number in range(self.num_rows):
             # Ages are spread from the start, or all rows would end in the same step for ever.
             self.submit(next(asked), answer=1 + number % self.lengths.answer)
-        num_ended = num_tokens = num_steps = num_installs = 0
+        num_ended = num_tokens = num_steps = num_installs = before = 0
         began_s, until_s = self.ground.clock(), float("inf")
         while num_steps < fewest_steps or self.ground.clock() < until_s:
             done = self.step()
@@ -196,6 +211,7 @@ class ClosedLoop(Loop):
                     self.ground.settle()
                     began_s = self.ground.clock()
                     until_s = began_s + most_s
+                    before = self.num_replayed
             else:
                 num_tokens, num_steps = num_tokens + len(done.tokens), num_steps + 1
                 num_installs += done.num_installs
@@ -204,7 +220,13 @@ class ClosedLoop(Loop):
         self.ground.settle()
         seconds = self.ground.clock() - began_s
         self.end_all()
-        return Served(num_tokens=num_tokens, seconds=seconds, num_steps=num_steps, num_installs=num_installs)
+        return Served(
+            num_tokens=num_tokens,
+            seconds=seconds,
+            num_steps=num_steps,
+            num_installs=num_installs,
+            num_replayed=self.num_replayed - before,
+        )
 
 
 class OpenLoop(Loop):
@@ -219,6 +241,7 @@ class OpenLoop(Loop):
         came_s: dict[RequestId, float] = {}
         first_s: list[float] = []
         num_asked = num_tokens = num_steps = num_installs = 0
+        before = self.num_replayed
         while self.ground.clock() < began_s + most_s and (num_asked < len(comes_s) or not self.is_idle):
             while num_asked < len(comes_s) and comes_s[num_asked] <= self.ground.clock():
                 came_s[self.submit(next(asked), answer=self.lengths.answer)] = comes_s[num_asked]
@@ -232,7 +255,13 @@ class OpenLoop(Loop):
             num_installs += done.num_installs
         seconds = self.ground.clock() - began_s
         self.end_all()
-        served = Served(num_tokens=num_tokens, seconds=seconds, num_steps=num_steps, num_installs=num_installs)
+        served = Served(
+            num_tokens=num_tokens,
+            seconds=seconds,
+            num_steps=num_steps,
+            num_installs=num_installs,
+            num_replayed=self.num_replayed - before,
+        )
         return Waited(served=served, first_s=tuple(first_s), num_asked=num_asked)
 
 
