@@ -66,6 +66,7 @@ ALL: Final = (
         weight=15,
         needs=_KERNELS,
     ),
+    Part(name="telling", group="correctness", where="loadtest.gpu.telling_checks:telling", weight=8),
     Part(name="memory", group="correctness", where="loadtest.gpu.memory_checks:memory", weight=10, is_for_gpu=True),
     Part(name="one budget", group="correctness", where="loadtest.gpu.arena_checks:one_budget", weight=10),
     Part(name="terms", group="correctness", where="loadtest.gpu.term_checks:terms", weight=15),

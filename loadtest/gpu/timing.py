@@ -78,7 +78,7 @@ def kernels_in_turns(ground: Ground, acts: Mapping[str, Act], *, most_s: float) 
         for _ in range(1 if ground.is_quick else _WARM_UPS):
             act()
     calls = 1 if ground.is_quick else _CALLS
-    fill = _filler(ground)
+    fill = filler(ground)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in acts}
     until_s = ground.clock() + min(most_s, max(0.0, ground.left_s))
     names = list(acts)
@@ -114,7 +114,7 @@ def _round_s(ground: Ground, act: Act, calls: int, fill: Act) -> tuple[float, fl
     return first.elapsed_time(last) / 1e3 / calls, host_s
 
 
-def _filler(ground: Ground) -> Act:
+def filler(ground: Ground) -> Act:
     """A few milliseconds of work for a GPU."""
     if not ground.is_gpu:
         return lambda: None

@@ -65,7 +65,18 @@ def test_every_part_runs_on_tiny_shapes(tmp_path: Path) -> None:
         ("graphs", "memory"), ("left out", "it has a meaning on a GPU only")
     )
     assert [check for one in sections.values() for check in one.found.checks if not check.passed] == []
-    names = ("attention", "low-rank", "one budget", "terms", "models", "bfloat16", "encoders", "methods", "eight bits")
+    names = (
+        "attention",
+        "low-rank",
+        "telling",
+        "one budget",
+        "terms",
+        "models",
+        "bfloat16",
+        "encoders",
+        "methods",
+        "eight bits",
+    )
     for name in names:
         assert sections[name].found.checks, name
     for one in parts:
