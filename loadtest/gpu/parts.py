@@ -97,6 +97,13 @@ ALL: Final = (
         weight=15,
         needs=_KERNELS,
     ),
+    Part(
+        name="compiled prompts",
+        group="bench",
+        where="loadtest.gpu.compiled_bench:prompts",
+        weight=45,
+        is_for_gpu=True,
+    ),
     Part(name="other shapes", group="bench", where="loadtest.gpu.other_bench:others", weight=20),
     Part(name="decode in 8 bits", group="bench", where="loadtest.gpu.decode_bench:eight_bits", weight=35),
 )

@@ -62,7 +62,7 @@ def test_every_part_runs_on_tiny_shapes(tmp_path: Path) -> None:
     assert child.run(job(tmp_path), ground(), parts=parts) == 0
     sections = {one.name: read_section(tmp_path / f"{one.name.replace(' ', '-')}.json") for one in parts}
     assert {name: (one.state, one.reason) for name, one in sections.items() if one.state != "done"} == dict.fromkeys(
-        ("graphs", "memory"), ("left out", "it has a meaning on a GPU only")
+        ("graphs", "memory", "compiled prompts"), ("left out", "it has a meaning on a GPU only")
     )
     assert [check for one in sections.values() for check in one.found.checks if not check.passed] == []
     names = (
@@ -80,7 +80,7 @@ def test_every_part_runs_on_tiny_shapes(tmp_path: Path) -> None:
     for name in names:
         assert sections[name].found.checks, name
     for one in parts:
-        if one.group == "bench":
+        if one.group == "bench" and not one.is_for_gpu:
             assert sections[one.name].found.figures, one.name
             for figures in sections[one.name].found.figures:
                 assert figures.rows, one.name
@@ -97,6 +97,19 @@ def test_kernels_stand_beside_plain_torch(name: str) -> None:
         assert figures.rows
         assert all(len(row) == len(figures.columns) for row in figures.rows)
         assert all(float(row[figures.columns.index("kernel us")]) > 0 for row in figures.rows)
+
+
+def test_compiled_prompts_stand_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is run as it is here; that layers share one graph is as it is on a GPU."""
+    from loadtest.gpu import compiled_bench
+
+    monkeypatch.setattr(compiled_bench, "BACKEND", "eager")
+    (found,) = compiled_bench.prompts(ground()).figures
+    (row,) = found.rows
+    told = dict(zip(found.columns, row, strict=True))
+    assert told["graphs"] == 1, "one for all layers"
+    assert 0 <= told["differs by"] < 1e-5
+    assert all(told[name] > 0 for name in ("bound ms", "ours ms", "compiled ms", "transformers ms", "compiling s"))
 
 
 def test_an_error_of_the_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
