@@ -1,6 +1,7 @@
 """The command: ``python3 -m loadtest gpu-check``. It imports neither torch nor what the other commands need, so that it
 can say what is missing on a machine where half of that is."""
 
+import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -16,6 +17,7 @@ from loadtest.gpu.results import Results, Section, table
 from loadtest.gpu.supervisor import NO_DEVICE, PROGRAM, NoDevice, Supervisor
 from loadtest.machine import command_line, commit
 
+_ENDED: Final = 128 + signal.SIGTERM
 ABOUT: Final = "is this GPU served correctly, and how fast? Under ten minutes, results.json and table.md"
 
 
@@ -102,6 +104,7 @@ def parser() -> ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """The command by itself, without the others' parser; `arguments` begin behind its name."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ENDED))  # so that the process that has the GPU is ended, too
     return run(parser().parse_args(arguments), ["gpu-check", *arguments])
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,26 @@ def test_no_part_needs_what_serves_http_or_runs_tests() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"all parts are there, and [1-9]\d* modules of the tests", done.stdout)
+
+
+def test_who_ends_the_command_ends_what_has_the_gpu(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "loadtest", "gpu-check", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    command = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (job := running(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert job, "the parts have a process of their own"
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(30) == 128 + signal.SIGTERM
+    assert not running(tmp_path)
+
+
+def running(folder: Path) -> list[str]:
+    """Processes that run this folder's parts."""
+    told = str(folder / "parts" / "job.json").encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if told in path.read_bytes():
+                found.append(path.parent.name)
+    return found
