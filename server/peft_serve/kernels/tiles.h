@@ -32,7 +32,7 @@ constexpr long TILE = DEPTH * COLUMNS;  // numbers
 constexpr long BLOCK = SIDE * TILE;     // a panel's for DEPTH of K
 constexpr long X_BYTES = 1 << 20;  // of rows that are multiplied by one panel after the other: they stay in the L2 cache
 constexpr long NEAR = 2048;        // bytes of each of several streams that are asked for in advance,
-constexpr long AHEAD = 8192;       // and of a single one
+constexpr long AHEAD = 4096;       // and of a single one
 
 inline long depths(long K) { return (K + DEPTH - 1) / DEPTH; }
 
@@ -90,10 +90,15 @@ struct Using {
 // The compiler does not know that tiles are read from memory and written to it.
 inline void fence() { asm volatile("" ::: "memory"); }
 
-inline void ask_ahead(const bf16* w) {
-  const char* from = reinterpret_cast<const char*>(w) + AHEAD;
-#pragma GCC unroll 32
-  for (long line = 0; line < BLOCK * 2; line += 64) __builtin_prefetch(from + line);
+// A quarter of what is wanted of a panel a little later: asked for all at once, it keeps x waiting.
+template <bool IS_FAR>
+inline void ask_ahead(const bf16* w, int quarter) {
+  constexpr long BYTES = BLOCK * 2 / 4;
+  const char* from = reinterpret_cast<const char*>(w) + AHEAD + quarter * BYTES;
+  if constexpr (IS_FAR) {
+#pragma GCC unroll 8
+    for (long line = 0; line < BYTES; line += 64) __builtin_prefetch(from + line);
+  }
 }
 
 // sums[32, 32] = x[up to 32 rows] . panel. The panel comes from memory the first time.
@@ -108,17 +113,20 @@ inline void multiply(const bf16* x, long x_bytes, const bf16* panel, long num, f
   const bf16* lower = x + ROWS * x_bytes / 2;
   for (long d = 0; d < num; ++d) {
     const bf16* w = panel + d * BLOCK;
-    if constexpr (IS_FAR) ask_ahead(w);
+    ask_ahead<IS_FAR>(w, 0);
     _tile_loadd(6, w, 64);
-    _tile_loadd(7, w + TILE, 64);
     _tile_loadd(4, x + d * DEPTH, x_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    ask_ahead<IS_FAR>(w, 1);
     if constexpr (HAS_LOWER) {
       _tile_loadd(5, lower + d * DEPTH, x_bytes);
       _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
     }
+    ask_ahead<IS_FAR>(w, 2);
+    _tile_loadd(7, w + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    ask_ahead<IS_FAR>(w, 3);
+    if constexpr (HAS_LOWER) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, NR * 4);
   _tile_stored(1, sums + COLUMNS, NR * 4);
