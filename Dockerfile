@@ -3,6 +3,7 @@
 #   CPU:   docker build -t peft-serve .
 #   CUDA:  docker build -t peft-serve:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 #   run:   docker run -p 8000:8000 -v peft-serve-adapters:/data peft-serve
+# What is locked has the packages of the extras [ray] and [s3] too: the same image is the one of a Ray cluster.
 ARG PYTHON_VERSION=3.12
 
 FROM python:${PYTHON_VERSION}-slim AS build
@@ -22,8 +23,9 @@ COPY adapters ./adapters
 RUN /opt/peft-serve/bin/pip install --no-deps .
 
 FROM python:${PYTHON_VERSION}-slim
-# The compiler is for the CPU kernels, which are built for the processor that runs them, at the first start.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+# The compiler is for the CPU kernels, which are built for the processor that runs them, at the first start; wget is what
+# the KubeRay operator asks with whether a pod is ready.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ wget && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 peft && mkdir -p /data && chown peft:peft /data
 COPY --from=build /opt/peft-serve /opt/peft-serve
 ENV PATH=/opt/peft-serve/bin:$PATH PYTHONUNBUFFERED=1 \
