@@ -118,7 +118,7 @@ def test_grafana_finds_its_data_and_its_dashboard() -> None:
     assert json.loads((folder / Path(home).name).read_text())["uid"] == "peft-serve"
 
 
-@pytest.mark.parametrize("folder", ["base", "gpu", "gateway"])
+@pytest.mark.parametrize("folder", ["base", "gpu", "gateway", "shared-store"])
 def test_what_kustomize_puts_together_is_there(folder: str) -> None:
     (made,) = documents(DEPLOY / "kubernetes" / folder / "kustomization.yaml")
     for resource in made["resources"]:
