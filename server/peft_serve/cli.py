@@ -15,7 +15,7 @@ import typer
 import peft_serve
 from peft_serve.commands import adapters, bench, config, doctor, generate, keys, top
 from peft_serve.commands.config import CONFIG_OPTION, settings_of
-from peft_serve.commands.layout import LAYOUT_NAMES, LAYOUT_OPTIONS
+from peft_serve.commands.layout import LAYOUT_NAMES, LAYOUT_OPTIONS, TOLD_HERE
 from peft_serve.commands.options import with_settings
 from peft_serve.commands.speech import Speech
 
@@ -70,7 +70,7 @@ def _serve_ray(config: Path | None, address: str | None, **flags: Any) -> None:
 
 
 app.command("serve")(with_settings(_serve, extra=(CONFIG_OPTION,)))
-app.command("serve-ray")(with_settings(_serve_ray, extra=(CONFIG_OPTION, *LAYOUT_OPTIONS)))
+app.command("serve-ray")(with_settings(_serve_ray, extra=(CONFIG_OPTION, *LAYOUT_OPTIONS), told=TOLD_HERE))
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")

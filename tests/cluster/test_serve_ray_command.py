@@ -32,12 +32,27 @@ def said(*arguments: str, **environ: str) -> tuple[int, str]:
     return result.exit_code, " ".join(re.sub(r"\x1b\[[0-9;]*m", "", result.output).split())
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def test_every_setting_and_every_figure_of_the_layout_is_an_option() -> None:
     code, text = said("--help")
     assert code == 0
     for name in (*Settings.model_fields, *Layout.model_fields, "address"):
         if name != "model":
             assert f"--{name.replace('_', '-')}" in text
+
+
+def test_the_help_has_its_brackets_and_says_what_is_not_as_with_one_server() -> None:
+    code, text = said("--help")
+    assert (code, "(needs peft-serve[ray])" in text) == (0, True)
+    assert "0 picks a free one" not in text
+    assert text.count("for one server: `serve` alone") == 2
+    of_one = RUNNER.invoke(app, ["serve", "--help"], env={"COLUMNS": "400"}).output
+    assert "0 picks a free one" in of_one
 
 
 @pytest.mark.parametrize(
@@ -95,13 +110,44 @@ def test_a_base_and_a_store_are_looked_at_before_anything_starts(tmp_path: Path)
         require_startable(values | {"store": str(tmp_path / "file")}, is_alone=False)
 
 
+def test_a_device_that_is_not_there_is_found_before_a_cluster_of_our_own_starts(tmp_path: Path) -> None:
+    values = plain(Settings(model="demo-llama", store=tmp_path, device="cpu", cuda_graphs="on"))
+    kind, words = refusal_of(values, is_alone=True)
+    assert (kind, "--cuda-graphs on" in words) == ("setting", True)
+    assert refusal_of(values, is_alone=False) == ("", ""), "the machines of another cluster have other devices"
+
+
+def test_a_hub_that_does_not_answer_is_told_of_while_it_is_asked(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        away = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "peft_serve", "serve-ray", "none/such", "--port", free_port()]
+        environ = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": away, "HF_HOME": str(tmp_path)}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
+        assert process.stderr is not None
+        told = [process.stderr.readline(), process.stderr.readline()]
+        is_asking = process.poll() is None
+        process.terminate()
+        rest = process.communicate(timeout=30)[1]
+    assert is_asking
+    assert "huggingface_hub" in told[0], told
+    assert ("Retrying" in told[0], "Retrying" in told[1]) == (False, True), "each is said once"
+    assert "told to stop before it was ready" in rest
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_start_at_once(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """While the settings are tried in a process of their own, and a cluster would be started next."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "peft_serve", "serve-ray", "--port", port, "--store", str(tmp_path / "store")]
+    command = [
+        sys.executable,
+        "-m",
+        "peft_serve",
+        "serve-ray",
+        "--port",
+        free_port(),
+        "--store",
+        str(tmp_path / "store"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not psutil.Process(process.pid).children():
         assert process.poll() is None

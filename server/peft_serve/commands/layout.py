@@ -13,6 +13,12 @@ from peft_serve.cluster.plan import Layout
 from peft_serve.commands.options import flag
 
 LAYOUT_NAMES: Final = tuple(Layout.model_fields)
+FOR_ONE_SERVER: Final = ("otlp_traces_endpoint", "cache_trace")
+TOLD_HERE: Final = {
+    "port": "port to listen on, not 0",
+    **dict.fromkeys(FOR_ONE_SERVER, "for one server: `serve` alone"),
+}
+"""What the help says of settings that are not as with `serve`."""
 
 
 def _as_option(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -44,15 +44,18 @@ def setting_named(word: str) -> str:
     return next((ours for ours, theirs in VLLM_NAMES.items() if theirs == name), name)
 
 
-def _as_option(name: str, field: FieldInfo) -> inspect.Parameter:
-    """The command-line option of a settings field; None when it is not given, so that the environment counts."""
+def _as_option(name: str, field: FieldInfo, told_here: str | None) -> inspect.Parameter:
+    """The command-line option of a settings field; None when it is not given, so that the environment counts.
+    `told_here` stands in the help instead of the field's own words."""
     flags = [flag(name)]
     if name in VLLM_NAMES:
         flags.append(flag(VLLM_NAMES[name]))
     default = None if field.default is PydanticUndefined else field.default
     told = [] if default in (None, []) else [f"default: {default}"]
     told.append(f"env: {PREFIX}{name.upper()}")
-    text = escape(f"{field.description or ''} [{'; '.join(told)}]".strip())  # brackets are markup in a help page
+    text = escape(
+        f"{told_here or field.description or ''} [{'; '.join(told)}]".strip()
+    )  # brackets are markup in a help page
     annotation: Any = field.annotation
     if field.annotation == SecretStr | None:
         annotation = str | None  # Settings hides it again
@@ -65,13 +68,19 @@ def _as_option(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
-def with_settings(run: Callable[..., None], *, extra: tuple[inspect.Parameter, ...] = ()) -> Callable[..., None]:
-    """`run` as a command with the argument MODEL and an option for each setting, besides those in `extra`."""
+def with_settings(
+    run: Callable[..., None],
+    *,
+    extra: tuple[inspect.Parameter, ...] = (),
+    told: Mapping[str, str] = MappingProxyType({}),
+) -> Callable[..., None]:
+    """`run` as a command with the argument MODEL and an option for each setting, besides those in `extra`. `told` has
+    the words for settings that are not the same in this command."""
 
     def command(**values: Any) -> None:
         run(**values)
 
-    command.__doc__ = run.__doc__
+    command.__doc__ = escape(run.__doc__ or "")
     model = inspect.Parameter(
         "model",
         inspect.Parameter.KEYWORD_ONLY,
@@ -80,7 +89,9 @@ def with_settings(run: Callable[..., None], *, extra: tuple[inspect.Parameter, .
         ),
         annotation=Optional[str],  # noqa: UP045  # as above
     )
-    options = [_as_option(name, field) for name, field in Settings.model_fields.items() if name != "model"]
+    options = [
+        _as_option(name, field, told.get(name)) for name, field in Settings.model_fields.items() if name != "model"
+    ]
     parameters = [model, *extra, *options]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -20,6 +20,7 @@ from peft_serve.api.keyring import open_keyring
 from peft_serve.cluster.plan import Layout, absolute, plain
 from peft_serve.cluster.preflight import require_startable
 from peft_serve.commands.exits import CommandFailed, Exit, exit_of
+from peft_serve.commands.layout import FOR_ONE_SERVER
 from peft_serve.commands.listening import check_port, warn_of_openness
 from peft_serve.config import Settings
 from peft_serve.errors import ServeError
@@ -27,7 +28,6 @@ from peft_serve.logs import configure_logs
 
 _BY_SIGNAL = 128  # added to a signal's number, as shells tell of a process that ended by it
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
-_NOT_YET = ("otlp_traces_endpoint", "cache_trace")
 
 
 def layout_of(**given: object) -> Layout:
@@ -116,7 +116,7 @@ class _Signals:
 
 def _check(settings: Settings) -> None:
     """What can be wrong is found before anything is started."""
-    for name in _NOT_YET:
+    for name in FOR_ONE_SERVER:
         if getattr(settings, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: is for one server (`serve`); leave it out with serve-ray")
     if settings.port == 0:
