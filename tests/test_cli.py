@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,23 @@ def test_every_setting_is_an_option_with_its_environment_variable() -> None:
     for name in Settings.model_fields:
         if name != "model":
             assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("when", ["peft_serve.cli", "typer", "torch", "peft_serve.engine.assembly"])
+def test_ctrl_c_while_the_command_is_imported_is_one_line(when: str, tmp_path: Path) -> None:
+    """As if it came while `when` is imported, which takes seconds where torch is."""
+    program = f"""
+import importlib.abc, runpy, signal, sys
+class Pressed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {when!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Pressed())
+sys.argv = ["peft-serve", "serve", "--port", "0", "--store", {str(tmp_path)!r}]
+runpy.run_module("peft_serve", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.strip(), ended.stdout) == (130, "interrupted", "")
 
 
 @pytest.mark.parametrize(

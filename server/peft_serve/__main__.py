@@ -1,6 +1,22 @@
-"""`python -m peft_serve` is the command `peft-serve`."""
+"""The command `peft-serve`, which is `python -m peft_serve` too: until its parts are imported, Ctrl-C ends it in order."""
 
-from peft_serve.cli import main
+from __future__ import annotations
+
+import sys
+
+INTERRUPTED = 130  # as shells tell of a process that SIGINT ended
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    try:
+        from peft_serve.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
 
 if __name__ == "__main__":
     main()

@@ -42,9 +42,12 @@ class Speech:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Turn a CommandFailed into its words and its exit code."""
+        """Turn a CommandFailed into its words and its exit code; one that Ctrl-C ends says so."""
         try:
             yield
+        except KeyboardInterrupt:
+            self.note("interrupted")
+            raise
         except CommandFailed as failure:
             self._tell_failure(failure)
             raise typer.Exit(failure.exit_code) from None
