@@ -149,8 +149,8 @@ class Request:
     arrival_s: float = 0.0
     deadline_s: float | None = None  # on the clock of `arrival_s`: end it, unless its first step comes before
     max_time_s: float | None = None  # from its first step: the token that comes then is the last one
-    prompt_logprobs: int | None = None  # not None = report the log-probability of each token of the (decoder's)
-    # prompt behind the first, and this many alternatives; `max_new_tokens` may then be 0
+    prompt_logprobs: int | None = None  # not None = report those of the (decoder's) prompt, and so many alternatives
+    is_trial: bool = False  # the server's own, to try an upload out: nobody's traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,7 @@ class StateFigures:
     now_s: float  # unix seconds
     num_running: int
     num_waiting: int
-    resident_adapters: tuple[str, ...]
+    resident_adapters: tuple[str, ...]  # of each slot that is taken
     waiting_adapters: tuple[str, ...]
     host_adapters: tuple[str, ...]
     loaded: tuple[LoadedAdapter, ...]  # under every name they are asked for by

@@ -6,7 +6,9 @@ import json
 import re
 
 import httpx
+import pytest
 
+from peft_serve.cluster.board import merged
 from peft_serve.engine.snapshot import EngineState
 from tests.api.api_fakes import World
 
@@ -42,6 +44,19 @@ async def test_metrics_name_adapters_as_callers_do(client: httpx.AsyncClient, wo
     samples = re.findall(r"^vllm:lora_requests_info\{(.*)\} \S+$", answer.text, re.MULTILINE)
     assert samples == ['max_lora="8",running_lora_adapters="plain",waiting_lora_adapters=""']
     assert 'peft_serve_adapter_resident{adapter="plain",tier="device"} 1.0' in answer.text
+
+
+async def test_the_slots_of_all_replicas_are_told_where_an_adapter_takes_one_on_each(
+    client: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.post("/adapters/plain/load")
+    of_one = world.engine.snapshot()
+    monkeypatch.setattr(world.engine, "snapshot", lambda: merged([of_one, of_one]))
+    page = (await client.get("/metrics/gateway")).text
+    assert re.search(r"vllm:num_gpu_loaded_lora_adapters{.*} 2.0", page), page
+    assert re.search(r"vllm:max_gpu_lora_adapters{.*} 16.0", page)
+    assert 'max_lora="16"' in page
+    assert page.count('adapter_name="plain"') == 1
 
 
 async def test_the_openapi_page_describes_every_route(client: httpx.AsyncClient) -> None:

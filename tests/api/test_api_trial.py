@@ -43,6 +43,7 @@ async def test_an_upload_is_tried_on_one_prompt_beside_the_base(client: httpx.As
     answer = await put(client, "new", files)
     assert (answer.status_code, answer.json()["tried"], answer.json()["warnings"]) == (201, True, [])
     seen = trials(world)
+    assert all(request.is_trial for request in seen)
     wanted = {(adapter, reading) for adapter in (BASE, id_of(files)) for reading in (None, Reading.LAST)}
     assert {(request.adapter, request.reading) for request in seen} == wanted
     assert len(seen) == len(wanted)

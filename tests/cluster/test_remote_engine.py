@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -279,7 +280,8 @@ async def test_the_snapshot_is_that_of_all_and_of_what_waits_here() -> None:
     seen = engine.snapshot()
     assert (seen.state, seen.num_running, seen.num_waiting) == (EngineState.RUNNING, 5, 6)
     assert dict(zip(seen.waiting_adapters, seen.num_waiters, strict=True)) == {a: 3, b: 2}
-    assert (seen.wait_s, seen.num_slots, seen.stalled_s) == (1.0, 3, 0.0)
+    assert (seen.wait_s, seen.stalled_s) == (1.0, 0.0)
+    assert (seen.num_slots, seen.num_pinnable) == (4 + 3 + 4, 2), "a pin takes a slot on every replica"
     engine.cancel(RequestId("r"), FinishReason.CANCELLED)
     await settled(engine)
 
@@ -329,3 +331,13 @@ async def test_what_is_told_of_placing_is_where_requests_went() -> None:
         "1": {"base": 0, "first": 1, "same": 1, "moved": 0, "again": 1},
     }
     assert registry.get_sample_value("peft_serve_replicas") == 2
+
+
+async def test_the_trial_of_an_upload_is_no_placed_request() -> None:
+    one, registry = "sha256:one", CollectorRegistry()
+    scripts = [answer([finish()]) for _ in range(4)]
+    engine, _ = await engine_over(ScriptedReplicas(scripts), registry=registry)
+    for adapter, is_trial in ((one, True), ("base", True), (one, False), (one, False)):
+        engine.submit(replace(request(adapter=adapter), is_trial=is_trial))
+        await settled(engine)
+    assert placed(registry)["0"] == {"base": 0, "first": 1, "same": 1, "moved": 0, "again": 0}

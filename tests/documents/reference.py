@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from transformers import AutoTokenizer
 
 from peft_serve.api.app import create_app
+from peft_serve.cluster.figures import PlacingFigures
 from peft_serve.cluster.plan import Layout
 from peft_serve.commands.layout import ADDRESS
 from peft_serve.commands.options import VLLM_NAMES, flag
@@ -241,6 +242,7 @@ def metrics_page() -> str:
     """docs/reference/metrics.md."""
     registry = CollectorRegistry()
     Metrics(registry)
+    PlacingFigures(registry)
     labels = {
         name: collector._labelnames
         for collector, names in registry._collector_to_names.items()
@@ -253,7 +255,8 @@ def metrics_page() -> str:
         "",
         "Every series of `GET /metrics`, which is Prometheus text (0.0.4), from the registry of the server. A",
         "histogram has `_bucket`, `_sum` and `_count`. Beside them stand those of the process (`process_*`, on Linux).",
-        "[operations.md](../operations.md#health-and-metrics) says what each is good for.",
+        "[operations.md](../operations.md#health-and-metrics) says what each is good for. `peft_serve_replicas` and",
+        "`peft_serve_placed_requests_total` are those of `serve-ray` alone.",
         "",
         row("metric", "type", "labels", "meaning"),
         row(*["---"] * 4),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
+from peft_serve.cluster.figures import PlacingFigures
 from peft_serve.config import Settings
 from peft_serve.metrics import Metrics
 from tests.documents.reference import FOLDER, PAGES, TAGS, openapi_document
@@ -28,7 +30,11 @@ def test_every_setting_and_every_metric_has_a_row() -> None:
     options, metrics = ((FOLDER / name).read_text() for name in ("options.md", "metrics.md"))
     for name in Settings.model_fields.keys() - {"model"}:
         assert f"| `--{name.replace('_', '-')}` |" in options
-    families = [line.split()[2] for line in Metrics().render().decode().splitlines() if line.startswith("# TYPE")]
+    registry = CollectorRegistry()
+    PlacingFigures(registry)
+    pages = Metrics().render().decode() + generate_latest(registry).decode()
+    families = [line.split()[2] for line in pages.splitlines() if line.startswith("# TYPE")]
+    assert "peft_serve_replicas" in families
     assert len(families) > 20
     for name in families:
         assert f"`{name}`" in metrics or name.startswith("process_") or name.endswith("_created")

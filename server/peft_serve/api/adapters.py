@@ -145,10 +145,10 @@ class AdapterRoutes:
         adapter = await self._id_of(name, request)
         snapshot = self._parts.engine.snapshot()
         others = snapshot.pinned - {adapter}
-        if len(others) + 1 >= snapshot.num_slots:
+        if len(others) >= snapshot.num_pinnable:
             raise PreconditionFailed(
-                f"adapter '{name}' cannot be pinned: {len(others)} of {snapshot.num_slots} slots are pinned, and one "
-                "must stay free for everybody else; unpin another, or start with more (--max-resident-adapters)"
+                f"adapter '{name}' cannot be pinned: {len(others)} of {snapshot.num_pinnable + 1} slots are pinned; "
+                "one must stay free for everybody else: unpin another, or start with more (--max-resident-adapters)"
             )
         await self._threads.run(self._parts.catalog.pins.add, adapter, name.partition("@")[0])
         self._parts.engine.load(adapter)

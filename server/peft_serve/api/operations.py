@@ -136,7 +136,7 @@ class OperationRoutes:
             now_s=self._service.now(),
             num_running=snapshot.num_running,
             num_waiting=snapshot.num_waiting,
-            resident_adapters=tuple(dict.fromkeys(name(r.adapter) for r in snapshot.resident)),
+            resident_adapters=tuple(name(r.adapter) for r in snapshot.resident),  # one for each slot that is taken
             waiting_adapters=tuple(name(adapter) for adapter in snapshot.waiting_adapters if adapter != BASE),
             host_adapters=tuple(dict.fromkeys(name(adapter) for adapter in snapshot.host_adapters)),
             loaded=tuple(self._loaded(snapshot)),

@@ -135,6 +135,7 @@ class Trial:
             choices=tuple((id_,) for id_ in dict.fromkeys(prompt[:NUM_IDS])) if probe.reading is None else (),
             reading=probe.reading,
             arrival_s=self._parts.clock(),
+            is_trial=True,
         )
 
     async def _answers(self, requests: Sequence[Request]) -> list[Rows | Exception]:

@@ -70,7 +70,8 @@ def merged(all_of: Sequence[EngineSnapshot]) -> EngineSnapshot:
         host_adapters=tuple(dict.fromkeys(one for each in all_of for one in each.host_adapters)),
         device_bytes=sum(each.device_bytes for each in all_of),
         host_bytes=sum(each.host_bytes for each in all_of),
-        num_slots=min(each.num_slots for each in all_of),  # pins are kept on every replica
+        num_slots=sum(each.num_slots for each in all_of),
+        least_slots=min(each.num_slots for each in all_of),
         kv_usage=sum(each.kv_usage for each in all_of) / len(all_of),
         wait_s=min(each.wait_s for each in serving),
         step_time=serving[0].step_time,

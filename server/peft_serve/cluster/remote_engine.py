@@ -233,7 +233,8 @@ class RemoteEngine:
         if not isinstance(first, Accepted):
             raise ReplicaLost("it gave no sign")
         one.replica = first.replica
-        self._figures.observe(one.request.adapter, first.replica, is_again=attempt > 0)
+        if not one.request.is_trial:
+            self._figures.observe(one.request.adapter, first.replica, is_again=attempt > 0)
         self._pass_on_stop(one)
         known = list(one.delivered)[::-1]
         async for item in items:

@@ -41,11 +41,11 @@ def resume(catalog: Catalog, engine: EngineThread) -> None:
 def pin_all(catalog: Catalog, engine: EngineThread, pins: Mapping[AdapterId, str]) -> None:
     """Pin what others have pinned, beside what is pinned already."""
     num_before = len(catalog.pins.all().keys() - pins.keys())
-    _pin(catalog, engine, pins, num_free=engine.snapshot().num_slots - 1 - num_before)
+    _pin(catalog, engine, pins, num_free=engine.snapshot().num_pinnable - num_before)
 
 
 def _pin_again(catalog: Catalog, engine: EngineThread) -> None:
-    _pin(catalog, engine, catalog.pins.all(), num_free=engine.snapshot().num_slots - 1)
+    _pin(catalog, engine, catalog.pins.all(), num_free=engine.snapshot().num_pinnable)
 
 
 def _pin(catalog: Catalog, engine: EngineThread, pins: Mapping[AdapterId, str], *, num_free: int) -> None:

@@ -37,6 +37,7 @@ class EngineSnapshot:
     device_bytes: int = 0
     host_bytes: int = 0
     num_slots: int = 0
+    least_slots: int | None = None  # of one of its replicas, where these are many: a pin takes one on each
     kv_usage: float = 0.0  # share of KV blocks in use, 0 to 1
     wait_s: float = 0.0  # expected of a request that comes now, until its first token
     step_time: Mapping[str, float] = field(default_factory=dict)  # fitted seconds of a step, token, rank, position
@@ -47,3 +48,8 @@ class EngineSnapshot:
     num_prompt_tokens: int = 0  # computed since the start
     num_drawn_tokens: int = 0  # drawn since the start
     stalled_s: float = 0.0  # how long the step in progress has been running
+
+    @property
+    def num_pinnable(self) -> int:
+        """So many adapters can be pinned: one slot stays free for everybody else."""
+        return max(0, (self.num_slots if self.least_slots is None else self.least_slots) - 1)
