@@ -1,4 +1,4 @@
-"""The command `peft-serve`, which is `python -m peft_serve` too: until its parts are imported, Ctrl-C ends it in order."""
+"""The command `peft-serve`, or `python -m peft_serve`: Ctrl-C ends it in order before its parts are imported, too."""
 
 from __future__ import annotations
 

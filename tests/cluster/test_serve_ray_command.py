@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from peft_serve.cli import app
 from peft_serve.cluster.plan import Layout, plain
 from peft_serve.cluster.preflight import refusal_of, require_startable
+from peft_serve.commands.serving_ray import linger_s
 from peft_serve.config import Settings
 from peft_serve.engine.adapter_places import open_store
 from peft_serve.errors import Unavailable
@@ -133,6 +134,36 @@ def test_a_hub_that_does_not_answer_is_told_of_while_it_is_asked(tmp_path: Path)
     assert "huggingface_hub" in told[0], told
     assert ("Retrying" in told[0], "Retrying" in told[1]) == (False, True), "each is said once"
     assert "told to stop before it was ready" in rest
+
+
+def test_only_who_may_have_a_load_balancer_waits_for_it() -> None:
+    settings = Settings(drain_delay_s=7.0)
+    assert linger_s(settings, signal.SIGTERM) == 7.0
+    assert linger_s(settings, signal.SIGINT) == 0.0
+
+
+def test_requests_are_waited_for_and_a_load_balancer_where_there_may_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_serve.cluster import launch
+
+    now, opened = [0.0], [2, 1, 0]
+
+    class Fronts:
+        def broadcast(self, _: str) -> Fronts:
+            return self
+
+        def results(self, **_: object) -> list[int]:
+            return [opened.pop(0) if len(opened) > 1 else opened[0]]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(launch.serve, "get_deployment_handle", lambda *_: Fronts())
+    took = []
+    for least_s in (0.0, 0.0, 7.0):
+        began_s = now[0]
+        launch.drain(Settings(), least_s, clock=lambda: now[0], sleep=sleep)
+        took.append(now[0] - began_s)
+    assert took == [pytest.approx(0.9), pytest.approx(0.5), pytest.approx(7.5, abs=0.2)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -108,9 +108,9 @@ def deploy(settings: Settings, layout: Layout, say: Callable[[str], None]) -> No
         serve.run(application(settings, layout), name=APP, route_prefix="/", logging_config=_logging(settings))
 
 
-def drain(settings: Settings, *, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
+def drain(settings: Settings, least_s: float, *, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
     """Have the fronts take no more requests, and give those that are open `drain_s` to end. They say that they are not
-    ready for `drain_delay_s` at least, so that whoever sends requests hears of it."""
+    ready for `least_s` at least, so that whoever sends requests hears of it."""
     fronts = serve.get_deployment_handle(FRONT, APP)
     began_s = clock()
     while True:
@@ -120,7 +120,7 @@ def drain(settings: Settings, *, clock: Callable[[], float], sleep: Callable[[fl
             _log.warning("the fronts do not answer: %s", error)
             return
         num_open, past_s = sum(each for each in told if isinstance(each, int)), clock() - began_s
-        if (num_open == 0 and past_s >= settings.drain_delay_s) or past_s >= settings.drain_s:
+        if (num_open == 0 and past_s >= least_s) or past_s >= settings.drain_s:
             sleep(_LAST_WORDS_S)
             return
         sleep(_LOOK_S)

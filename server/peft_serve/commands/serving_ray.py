@@ -76,7 +76,12 @@ def _serve_ray(settings: Settings, layout: Layout, address: str | None, console:
         console.print(_ready_text(settings), highlight=False, soft_wrap=True)
         signals.stopped.wait()
         console.print("stopping: running requests get their time", highlight=False)
-        drain(settings, clock=time.monotonic, sleep=time.sleep)
+        drain(settings, linger_s(settings, signals.number), clock=time.monotonic, sleep=time.sleep)
+
+
+def linger_s(settings: Settings, number: int | None) -> float:
+    """How long a server that stops still says so: whoever presses Ctrl-C has no load balancer to wait for."""
+    return 0.0 if number == signal.SIGINT else settings.drain_delay_s
 
 
 class _Signals:
@@ -85,7 +90,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
-        self.number: int | None = None  # of the one that interrupted the start
+        self.number: int | None = None  # of the last one
         self.is_ready = False
 
     def __enter__(self) -> _Signals:
@@ -104,11 +109,11 @@ class _Signals:
         self.is_ready = True
 
     def _told(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
         if self.is_ready:
             signal.signal(number, signal.default_int_handler)
             self.stopped.set()
             return
-        self.number = number
         for each in _NUMBERS:
             signal.signal(each, signal.SIG_IGN)  # the end takes a moment
         raise KeyboardInterrupt
