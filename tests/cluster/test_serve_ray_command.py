@@ -111,6 +111,12 @@ def test_a_base_and_a_store_are_looked_at_before_anything_starts(tmp_path: Path)
         require_startable(values | {"store": str(tmp_path / "file")}, is_alone=False)
 
 
+def test_a_command_that_was_stopped_before_it_asked_is_not_answered() -> None:
+    command = [sys.executable, "-m", "peft_serve.cluster.preflight"]
+    ran = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", "")
+
+
 def test_a_device_that_is_not_there_is_found_before_a_cluster_of_our_own_starts(tmp_path: Path) -> None:
     values = plain(Settings(model="demo-llama", store=tmp_path, device="cpu", cuda_graphs="on"))
     kind, words = refusal_of(values, is_alone=True)

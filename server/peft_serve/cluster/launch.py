@@ -19,6 +19,7 @@ from ray import serve
 from peft_serve.api.origins import is_loopback
 from peft_serve.cluster.counting import counted
 from peft_serve.cluster.deployments import application
+from peft_serve.cluster.failures import failure_of
 from peft_serve.cluster.plan import APP, ENGINE, FRONT, Layout
 from peft_serve.cluster.room import Node, Progress, Telling, require_room, waited_for
 from peft_serve.config import Settings
@@ -102,10 +103,14 @@ def _join(settings: Settings, layout: Layout, address: str | None) -> None:
 
 
 def deploy(settings: Settings, layout: Layout, say: Callable[[str], None]) -> None:
-    """Start both deployments, and wait until they answer; again with another layout, it changes what runs."""
+    """Start both deployments, and wait until they answer; again with another layout, it changes what runs. Raises
+    RuntimeError with the reason where replicas do not start."""
     say(f"starting {counted(layout.least_replicas, 'replica')} of {settings.model}")
     with Telling(lambda past_s: _log.warning(waited_for(layout, _progress(), _nodes(), past_s)), time.monotonic):
-        serve.run(application(settings, layout), name=APP, route_prefix="/", logging_config=_logging(settings))
+        try:
+            serve.run(application(settings, layout), name=APP, route_prefix="/", logging_config=_logging(settings))
+        except RuntimeError as error:
+            raise RuntimeError(failure_of(str(error), _messages())) from error
 
 
 def drain(settings: Settings, least_s: float, *, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -130,6 +135,12 @@ def _nodes() -> list[Node]:
     """The machines of the cluster, as ray counts them."""
     counted_with = [each["Resources"] for each in ray.nodes() if each["Alive"]]
     return [Node(cpus=each.get("CPU", 0.0), gpus=each.get("GPU", 0.0)) for each in counted_with]
+
+
+def _messages() -> dict[str, str]:
+    """What Serve tells of each deployment."""
+    told = serve.status().applications.get(APP)
+    return {} if told is None else {name: each.message for name, each in told.deployments.items()}
 
 
 def _progress() -> Progress:

@@ -56,7 +56,10 @@ def refusal_of(values: dict[str, Any], *, is_alone: bool) -> tuple[str, str]:
 def main() -> None:
     """Tell of what is on stdin, in one line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too, and the command tells of it
-    values, is_alone = json.load(sys.stdin)
+    told = sys.stdin.read()
+    if not told:  # the command was told to stop before it could ask
+        sys.exit(1)
+    values, is_alone = json.loads(told)
     import_module("peft_serve.model.loader")  # libraries behind it set up logs of their own, which ours replace
     configure_logs(values["log_level"], values["log_format"])
     print(json.dumps(refusal_of(values, is_alone=is_alone)))
