@@ -136,9 +136,13 @@ def test_an_upload_outlives_the_replica_that_had_it(server: RayServer) -> None:
     before = server.placed()["moved"]
     long = PLAIN | {"max_new_tokens": 400}
     calls = [("/generate?adapter=mine", {"inputs": f"number {i % 3}", "parameters": long}) for i in range(12)]
-    first = at_once(server, calls, len(calls))
-    assert {answer.status_code for answer in first} == {200}
-    assert server.placed()["moved"] > before, "one replica takes fewer than these, so both have the upload"
+    server.await_replicas(2)
+    for _ in range(3):  # where Serve's question how full a replica is times out on a busy machine, one answers them all
+        first = at_once(server, calls, len(calls))
+        assert {answer.status_code for answer in first} == {200}
+        if server.placed()["moved"] > before:
+            break
+    assert server.placed()["moved"] > before, f"one replica has no room for these: {server.placed()} {server.said}"
     num_placed = sum(server.placed().values())
     with ThreadPoolExecutor(len(calls)) as pool:
         running = [pool.submit(server.post, *call) for call in calls]
