@@ -12,8 +12,6 @@
 namespace {
 
 constexpr int MOST_PRODUCTS = 3;  // side by side
-constexpr long LEAST_PART = 4;    // panels that a thread takes at once,
-constexpr long MOST_PART = 64;    // and this many at most
 
 // A `Product` by tiles. x [M, K] has zeros behind each row up to whole tiles.
 struct TileProduct {
@@ -24,28 +22,37 @@ struct TileProduct {
   bool by_vectors;  // where there are one or two rows
 
   void columns(long first, long last) const {
-    tiles::columns(x, w, M, K, first, last, by_vectors, [this](long row, long column, const float* sums, int count) {
-      result.put(row, column, sums, count);
-    });
+    tiles::columns(x, w, M, K, first, last, by_vectors, result);
   }
 
   long num_panels() const { return (N + tiles::NR - 1) / tiles::NR; }
+  long least_part() const { return by_vectors && M <= 2 ? 4 : 1; }
 };
 
-// How the panels of a call are cut for its threads: large parts first, in which a thread reads on and on, and small ones
-// at the end, so that nobody waits long for another.
+// How the panels of a call are cut for its threads: each has a region, of which it takes half of what is left again and
+// again, so that it reads on and on. Who is done takes the others' small parts, so that nobody waits long for another.
 struct Parts {
-  static constexpr long MOST = 256;
-  long limits[MOST + 1], count = 0;
+  static constexpr long MOST = 1024, MOST_REGIONS = 64;
+  struct Part {
+    long first, last;
+  };
+  Part parts[MOST];
+  long count = 0;
 
-  explicit Parts(long panels) {
-    const long shares = 2 * team::num_threads();
-    for (long at = 0; at < panels && count < MOST;) {
-      limits[count++] = at;
-      const long part = (panels - at) / shares;
-      at += part > MOST_PART ? MOST_PART : (part < 1 ? 1 : part + LEAST_PART - 1) / LEAST_PART * LEAST_PART;
+  Parts(long panels, long least) {
+    const long threads = team::num_threads(), regions = threads < MOST_REGIONS ? threads : MOST_REGIONS;
+    long ends[MOST_REGIONS + 1], at[MOST_REGIONS];
+    for (long r = 0; r <= regions; ++r) ends[r] = panels * r / regions;
+    for (long r = 0; r < regions; ++r) at[r] = ends[r];
+    for (long before = -1; before != count;) {
+      before = count;
+      for (long r = 0; r < regions; ++r) {
+        const long left = ends[r + 1] - at[r], half = (left / 2 + least - 1) / least * least;
+        const long num = count + 2 * regions > MOST || half < least || half > left ? left : half;
+        if (left) parts[count++] = {at[r], at[r] + num};
+        at[r] += num;
+      }
     }
-    limits[count] = panels;
   }
 };
 
@@ -57,16 +64,18 @@ void run(const Each* each, long count) {
     panels += each[i].num_panels();
     features += each[i].N;
   }
-  const Parts parts(panels);
+  const Parts parts(panels, each->least_part());
   const bool is_small = each->M * each->K * features < 80000;  // less than what starting a team costs
   team::share(parts.count, is_small ? parts.count : 1, [&](long first_part, long last_part) {
-    const long first = parts.limits[first_part], last = parts.limits[last_part];
-    long before = 0;
-    for (long i = 0; i < count && before < last; ++i) {
-      const long here = each[i].num_panels();
-      const long from = first > before ? first - before : 0, to = last - before < here ? last - before : here;
-      if (from < to) each[i].columns(from, to);
-      before += here;
+    for (long part = first_part; part < last_part; ++part) {
+      const auto [first, last] = parts.parts[part];
+      long before = 0;
+      for (long i = 0; i < count && before < last; ++i) {
+        const long here = each[i].num_panels();
+        const long from = first > before ? first - before : 0, to = last - before < here ? last - before : here;
+        if (from < to) each[i].columns(from, to);
+        before += here;
+      }
     }
   });
 }

@@ -154,6 +154,12 @@ struct Result {
       put_as<float>(row, column, sums, count);
   }
 
+  // It is put there soon.
+  void expect(long row, long column) const {
+    const long at = (row * N + column) * (is_narrow ? sizeof(bf16) : sizeof(float));
+    __builtin_prefetch(static_cast<const char*>(y) + at, 1);
+  }
+
  private:
   template <class T>
   void put_as(long row, long column, const float* sums, int count) const {
@@ -240,6 +246,7 @@ struct Product {
   }
 
   long num_panels() const { return (N + NR - 1) / NR; }
+  long least_part() const { return 4; }  // panels that a thread takes: as many as one row is multiplied by at once
 };
 
 template <class W>

@@ -31,8 +31,9 @@ constexpr long NR = SIDE * COLUMNS;
 constexpr long TILE = DEPTH * COLUMNS;  // numbers
 constexpr long BLOCK = SIDE * TILE;     // a panel's for DEPTH of K
 constexpr long X_BYTES = 1 << 20;  // of rows that are multiplied by one panel after the other: they stay in the L2 cache
-constexpr long NEAR = 2048;        // bytes of each of several streams that are asked for in advance,
-constexpr long AHEAD = 4096;       // and of a single one
+constexpr long NEAR = 2048;        // bytes of each of several streams that are asked for in advance
+constexpr long PAGE = 4096;        // bytes; memory and the CPU's own prefetching work by them,
+constexpr long PAGES = 8;          // and by so many at once they give most
 
 inline long depths(long K) { return (K + DEPTH - 1) / DEPTH; }
 
@@ -90,15 +91,16 @@ struct Using {
 // The compiler does not know that tiles are read from memory and written to it.
 inline void fence() { asm volatile("" ::: "memory"); }
 
-// A quarter of what is wanted of a panel a little later: asked for all at once, it keeps x waiting.
-template <bool IS_FAR>
+// A quarter of what is asked for while a block of W is multiplied: lines of all of the next PAGES in turn, so that by
+// the time their first block is wanted they are in the L2 cache. From a single stream, however early it is asked for,
+// memory gives a fifth less; asked for all at once, lines keep x waiting.
 inline void ask_ahead(const bf16* w, int quarter) {
-  constexpr long BYTES = BLOCK * 2 / 4;
-  const char* from = reinterpret_cast<const char*>(w) + AHEAD + quarter * BYTES;
-  if constexpr (IS_FAR) {
+  constexpr long REACH = PAGES * PAGE, LINE = 64, LINES = BLOCK * 2 / LINE / 4;
+  const uintptr_t here = reinterpret_cast<uintptr_t>(w);
+  const char* from = reinterpret_cast<const char*>((here / REACH + 1) * REACH + here % REACH / PAGES);
 #pragma GCC unroll 8
-    for (long line = 0; line < BYTES; line += 64) __builtin_prefetch(from + line);
-  }
+  for (long i = quarter * LINES; i < (quarter + 1) * LINES; ++i)
+    __builtin_prefetch(from + i % PAGES * PAGE + i / PAGES * LINE, 0, 2);
 }
 
 // sums[32, 32] = x[up to 32 rows] . panel. The panel comes from memory the first time.
@@ -113,19 +115,19 @@ inline void multiply(const bf16* x, long x_bytes, const bf16* panel, long num, f
   const bf16* lower = x + ROWS * x_bytes / 2;
   for (long d = 0; d < num; ++d) {
     const bf16* w = panel + d * BLOCK;
-    ask_ahead<IS_FAR>(w, 0);
+    if constexpr (IS_FAR) ask_ahead(w, 0);
     _tile_loadd(6, w, 64);
     _tile_loadd(4, x + d * DEPTH, x_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    ask_ahead<IS_FAR>(w, 1);
+    if constexpr (IS_FAR) ask_ahead(w, 1);
     if constexpr (HAS_LOWER) {
       _tile_loadd(5, lower + d * DEPTH, x_bytes);
       _tile_dpbf16ps(2, 5, 6);
     }
-    ask_ahead<IS_FAR>(w, 2);
+    if constexpr (IS_FAR) ask_ahead(w, 2);
     _tile_loadd(7, w + TILE, 64);
     _tile_dpbf16ps(1, 4, 7);
-    ask_ahead<IS_FAR>(w, 3);
+    if constexpr (IS_FAR) ask_ahead(w, 3);
     if constexpr (HAS_LOWER) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, NR * 4);
@@ -134,31 +136,6 @@ inline void multiply(const bf16* x, long x_bytes, const bf16* panel, long num, f
     _tile_stored(2, sums + ROWS * NR, NR * 4);
     _tile_stored(3, sums + ROWS * NR + COLUMNS, NR * 4);
   }
-  fence();
-}
-
-// The same for up to 16 rows and two panels side by side, each a stream of its own: nothing need be asked for.
-inline void multiply_two(const bf16* x, long x_bytes, const bf16* panel, long num, float* sums, float* other_sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (long d = 0; d < num; ++d) {
-    const bf16 *one = panel + d * BLOCK, *other = panel + (num + d) * BLOCK;
-    _tile_loadd(4, x + d * DEPTH, x_bytes);
-    _tile_loadd(6, one, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, one + TILE, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, other, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, other + TILE, 64);
-    _tile_dpbf16ps(3, 4, 7);
-  }
-  _tile_stored(0, sums, NR * 4);
-  _tile_stored(1, sums + COLUMNS, NR * 4);
-  _tile_stored(2, other_sums, NR * 4);
-  _tile_stored(3, other_sums + COLUMNS, NR * 4);
   fence();
 }
 
@@ -202,31 +179,33 @@ __attribute__((noinline)) void add_up(const bf16* x, long x_step, const bf16* pa
 }
 
 // As many panels as can be with P at once, from `first` on.
-template <int R, int P, class Put>
-void few(const bf16* x, const bf16* w, long K, long& first, long last, const Put& put) {
+template <int R, int P, class Result>
+void few(const bf16* x, const bf16* w, long K, long& first, long last, const Result& result) {
   const long num = depths(K);
   const WithoutDenormals mode;
   float sums[R * P * NR];
   for (; first + P <= last; first += P) {
     add_up<R, P>(x, num * DEPTH, w + first * num * BLOCK, num, sums);
-    for (long row = 0; row < R; ++row) put(row, first * NR, sums + row * P * NR, P * NR);
+    for (long row = 0; row < R; ++row) result.put(row, first * NR, sums + row * P * NR, P * NR);
   }
 }
 
 #endif
 
-// `Put` writes numbers of y: put(row, column, sums, count).
-template <class Put>
-void columns(const bf16* x, const bf16* w, long M, long K, long first, long last, bool by_vectors, const Put& put) {
+// `Result` writes numbers of y: result.put(row, column, sums, count). Where they go was told a moment before, since
+// what lies there has to be fetched as well: result.expect(row, column).
+template <class Result>
+void columns(const bf16* x, const bf16* w, long M, long K, long first, long last, bool by_vectors,
+             const Result& result) {
 #if HAS_TILES
   if (by_vectors && M == 1) {
-    few<1, 4>(x, w, K, first, last, put);
-    few<1, 1>(x, w, K, first, last, put);
+    few<1, 4>(x, w, K, first, last, result);
+    few<1, 1>(x, w, K, first, last, result);
     return;
   }
   if (by_vectors && M == 2) {
-    few<2, 3>(x, w, K, first, last, put);
-    few<2, 1>(x, w, K, first, last, put);
+    few<2, 3>(x, w, K, first, last, result);
+    few<2, 1>(x, w, K, first, last, result);
     return;
   }
   const long num = depths(K), x_bytes = num * DEPTH * 2;
@@ -234,15 +213,6 @@ void columns(const bf16* x, const bf16* w, long M, long K, long first, long last
   alignas(64) float sums[2 * ROWS * NR];
   Using unit;
   fence();
-  for (; M <= ROWS && first + 2 <= last; first += 2) {
-    unit.set(M, M);
-    float* const other_sums = sums + ROWS * NR;
-    multiply_two(x, x_bytes, w + first * num * BLOCK, num, sums, other_sums);
-    for (long r = 0; r < M; ++r) {
-      put(r, first * NR, sums + r * NR, NR);
-      put(r, (first + 1) * NR, other_sums + r * NR, NR);
-    }
-  }
   for (long m = 0; m < M; m += group) {
     const long end = M - m < group ? M : m + group;
     for (long p = first; p < last; ++p) {
@@ -250,6 +220,7 @@ void columns(const bf16* x, const bf16* w, long M, long K, long first, long last
       for (long row = m; row < end; row += 2 * ROWS) {
         const long rows = end - row < 2 * ROWS ? end - row : 2 * ROWS;
         const bf16* from = x + row * (x_bytes / 2);
+        for (long r = 0; r < rows; ++r) result.expect(row + r, p * NR);
         unit.set(rows < ROWS ? rows : ROWS, rows > ROWS ? rows - ROWS : 0);
         if (rows > ROWS)
           row == m ? multiply<true, true>(from, x_bytes, panel, num, sums)
@@ -257,12 +228,12 @@ void columns(const bf16* x, const bf16* w, long M, long K, long first, long last
         else
           row == m ? multiply<false, true>(from, x_bytes, panel, num, sums)
                    : multiply<false, false>(from, x_bytes, panel, num, sums);
-        for (long r = 0; r < rows; ++r) put(row + r, p * NR, sums + r * NR, NR);
+        for (long r = 0; r < rows; ++r) result.put(row + r, p * NR, sums + r * NR, NR);
       }
     }
   }
 #else
-  (void)x, (void)w, (void)M, (void)K, (void)first, (void)last, (void)by_vectors, (void)put;
+  (void)x, (void)w, (void)M, (void)K, (void)first, (void)last, (void)by_vectors, (void)result;
 #endif
 }
 
