@@ -1,34 +1,31 @@
 // Attention of one new token a row over its own blocks of keys and values, where they lie: softmax(scale q k^T) v.
 //
-// A task is one row and one key/value head with the query heads that share it. Its context is read once, CHUNK
-// positions at a time, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867). What a row gives depends on
-// its own context alone, to the bit. No position beyond a row's last is read, whatever lies there.
+// A task is one row and one key/value head with the query heads that share it (heads.h). Its context is read once,
+// CHUNK positions at a time. What a row gives depends on its own context alone, to the bit. No position beyond a row's
+// last is read, whatever lies there.
 //
 // Keys and values are float32, or bfloat16 that is widened first; all arithmetic is float32.
 
 #include <cmath>
 #include <cstdint>
 
+#include "heads.h"
 #include "lanes.h"
 #include "team.h"
 
 namespace {
 
-constexpr int CHUNK = 32;
-constexpr int MAX_HEAD = 256;
+constexpr int PARTS = 4;           // of a thread's tasks, which are not equally long
 constexpr int MAX_QUERIES = 8192;  // numbers of all query heads of a key/value head
 
-// The sums of LANES vectors' lanes, as one vector.
-inline Lanes lane_sums(const Lanes* a) {
-  Lanes two[4], four[2];
-  for (int i = 0; i < 4; ++i)
-    two[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
-             __builtin_shufflevector(a[2 * i], a[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-  for (int i = 0; i < 2; ++i)
-    four[i] = __builtin_shufflevector(two[2 * i], two[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-              __builtin_shufflevector(two[2 * i], two[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+// Where the vectors of one number of each of the keys go, from such vectors of words.
+inline void store_words(float* keys, long step, Words words, float) {
+  (void)step;
+  store(keys, reinterpret_cast<Lanes>(words));
+}
+inline void store_words(float* keys, long step, Words words, Half) {
+  store(keys, reinterpret_cast<Lanes>(words << 16));
+  store(keys + step, reinterpret_cast<Lanes>(words & 0xffff0000u));
 }
 
 }  // namespace
@@ -55,6 +52,12 @@ struct Rows {
 
 namespace {
 
+// Query heads of a task, and what they have found so far.
+struct Found {
+  alignas(64) float queries[MAX_QUERIES], sums[MAX_QUERIES];  // [heads, head]
+  float most[MAX_QUERIES / LANES], total[MAX_QUERIES / LANES];
+};
+
 template <class T>
 struct Task {
   const Pages& pages;
@@ -65,109 +68,133 @@ struct Task {
   long heads;
   float scale;
 
-  void run(long task) const {
+  // Tasks [first, last), each while the next one's first keys and values are fetched.
+  void run(long first, long last) const {
+    for (long task = first; task < last; ++task) run_one(task, task + 1 < last ? task + 1 : task);
+  }
+
+  void run_one(long task, long next) const {
     const long row = task / pages.kv_heads, kv = task % pages.kv_heads;
     const long D = pages.head, G = heads / pages.kv_heads;
-    alignas(64) float queries[MAX_QUERIES], sums[MAX_QUERIES], shares[CHUNK];
-    float most[MAX_QUERIES / LANES], total[MAX_QUERIES / LANES];
+    Found found;
     for (long g = 0; g < G; ++g) {
       const T* from = q + row * q_row + (kv * G + g) * q_head;
       for (long d = 0; d < D; d += LANES) {
-        store(queries + g * D + d, load(from + d) * scale);
-        store(sums + g * D + d, Lanes{});
+        store(found.queries + g * D + d, load(from + d) * scale);
+        store(found.sums + g * D + d, Lanes{});
       }
-      most[g] = -INFINITY;
-      total[g] = 0;
+      found.most[g] = -INFINITY;
+      found.total[g] = 0;
     }
-    const long last = rows.last[row];
-    const long first = rows.window > 0 && last >= rows.window ? last - rows.window + 1 : 0;
-    alignas(64) float wide[sizeof(T) == 4 ? 1 : 2 * CHUNK * MAX_HEAD];
-    const float *keys[CHUNK], *values[CHUNK];
+    const long first = first_of(row), last = rows.last[row], next_row = next / pages.kv_heads;
+    Chunk chunk;
+    chunk.is_turned = G >= TURNED_FROM;
+    Soon soon;
     for (long at = first; at <= last; at += CHUNK) {
-      const int count = int(last - at + 1 < CHUNK ? last - at + 1 : CHUNK);
-      find(row, kv, at, count, wide, keys, values);
-      for (long g = 0; g < G; ++g) {
-        const float now = score(queries + g * D, keys, count, most[g], shares);
-        const float shrink = std::exp(most[g] - now);  // of the first chunk: e^-inf = 0
-        most[g] = now;
-        total[g] = total[g] * shrink + shares_of(shares, count, now);
-        add(sums + g * D, values, shares, count, shrink);
-      }
+      chunk.count = int(last - at + 1 < CHUNK ? last - at + 1 : CHUNK);
+      fetch(row, kv, at, chunk);
+      soon.told = soon.count = 0;
+      if (at + CHUNK <= last)
+        list(row, kv, at + CHUNK, soon);
+      else if (next != task)
+        list(next_row, next % pages.kv_heads, first_of(next_row), soon);
+      const long parts = (G + MOST_HEADS - 1) / MOST_HEADS;
+      for (long i = 0; i < parts; ++i)
+        some_heads(G * (i + 1) / parts - G * i / parts, G * i / parts, chunk, found, soon);
+      soon.tell(soon.count);
     }
     for (long g = 0; g < G; ++g) {
       T* to = out + (row * heads + kv * G + g) * D;
-      for (long d = 0; d < D; d += LANES) store(to + d, load(sums + g * D + d) / total[g]);
+      for (long d = 0; d < D; d += LANES) store(to + d, load(found.sums + g * D + d) / found.total[g]);
     }
   }
 
-  // Where the chunk's keys and values are; those beyond `count` are the last one's again.
-  void find(long row, long kv, long at, int count, float* wide, const float** keys, const float** values) const {
-    const long D = pages.head;
-    for (int c = 0; c < CHUNK; ++c) {
-      if (c >= count) {
-        keys[c] = keys[count - 1];
-        continue;
-      }
-      const long position = at + c;
+  void some_heads(long count, long g, const Chunk& chunk, Found& found, Soon& soon) const {
+    switch (count) {
+      case 8: return heads_from<8>(g, chunk, found, soon);
+      case 7: return heads_from<7>(g, chunk, found, soon);
+      case 6: return heads_from<6>(g, chunk, found, soon);
+      case 5: return heads_from<5>(g, chunk, found, soon);
+      case 4: return heads_from<4>(g, chunk, found, soon);
+      case 3: return heads_from<3>(g, chunk, found, soon);
+      case 2: return heads_from<2>(g, chunk, found, soon);
+      default: return heads_from<1>(g, chunk, found, soon);
+    }
+  }
+
+  template <int H>
+  void heads_from(long g, const Chunk& chunk, Found& found, Soon& soon) const {
+    const long at = g * pages.head;
+    Heads<H>{pages.head, found.queries + at, found.sums + at, found.most + g, found.total + g, chunk, soon, {}, {}}
+        .run();
+  }
+
+  // The first position that a row reads.
+  long first_of(long row) const {
+    const long last = rows.last[row];
+    return rows.window > 0 && last >= rows.window ? last - rows.window + 1 : 0;
+  }
+
+  // each(position, offset) of a row's positions: how far into keys and values those of a head are.
+  template <class Each>
+  void walk(long row, long kv, long first, long end, const Each& each) const {
+    const long step = pages.kv_heads * pages.head;
+    for (long position = first; position < end;) {
+      const long in_block = position % pages.block_size, left = position + pages.block_size - in_block;
       const long block = rows.blocks[row * rows.width + position / pages.block_size];
-      const long place = block * pages.block_size + position % pages.block_size;
-      const long offset = (place * pages.kv_heads + kv) * D;
-      const T* key = static_cast<const T*>(pages.keys) + offset;
+      long offset = (block * pages.block_size + in_block) * step + kv * pages.head;
+      for (const long until = left < end ? left : end; position < until; ++position, offset += step)
+        each(position, offset);
+    }
+  }
+
+  // The lines of the chunk from `at` on.
+  void list(long row, long kv, long at, Soon& soon) const {
+    const long end = rows.last[row] < at + CHUNK ? rows.last[row] + 1 : at + CHUNK;
+    walk(row, kv, at, end, [&](long, long offset) {
+      for (long d = 0; d < pages.head; d += LINE / long(sizeof(T))) {
+        soon.lines[soon.count++] = static_cast<const T*>(pages.keys) + offset + d;
+        soon.lines[soon.count++] = static_cast<const T*>(pages.values) + offset + d;
+      }
+    });
+  }
+
+  void fetch(long row, long kv, long at, Chunk& chunk) const {
+    static constexpr T NOTHING[MAX_HEAD] = {};
+    const long D = pages.head;
+    const T* keys[CHUNK];
+    walk(row, kv, at, at + chunk.count, [&](long position, long offset) {
+      keys[position - at] = static_cast<const T*>(pages.keys) + offset;
       const T* value = static_cast<const T*>(pages.values) + offset;
-      if constexpr (sizeof(T) == 4) {
-        keys[c] = key;
-        values[c] = value;
-        for (long d = 0; d < D; d += 16) __builtin_prefetch(value + d);
-      } else {
-        float* wide_key = wide + c * D;
-        float* wide_value = wide + (CHUNK + c) * D;
-        for (long d = 0; d < D; d += LANES) {
-          store(wide_key + d, load(key + d));
-          store(wide_value + d, load(value + d));
-        }
-        keys[c] = wide_key;
-        values[c] = wide_value;
+      for (long d = 0; d < D; d += LANES) store(chunk.values + (position - at) * D + d, load(value + d));
+    });
+    for (int c = chunk.count; c < CHUNK; ++c) keys[c] = NOTHING;
+    const int end = chunk.count <= NUM_WIDE ? NUM_WIDE : CHUNK;
+    for (int c = 0; c < end; c += LANES)
+      if (chunk.is_turned)
+        turn(keys + c, chunk.keys + c);
+      else
+        for (int i = c; i < c + LANES; ++i)
+          for (long d = 0; d < D; d += LANES) store(chunk.keys + i * D + d, load(keys[i] + d));
+  }
+
+  // Eight keys into eight columns of the chunk's.
+  void turn(const T* const* keys, float* columns) const {
+    constexpr long IN_WORD = sizeof(uint32_t) / sizeof(T), STEP = LANES * IN_WORD;
+    for (long d = 0; d < pages.head; d += STEP) {
+      const long count = pages.head - d < STEP ? pages.head - d : STEP;
+      Words words[LANES];
+      for (int i = 0; i < LANES; ++i) {
+        words[i] = Words{};
+        if (count == STEP)
+          words[i] = *reinterpret_cast<const LooseWords*>(keys[i] + d);
+        else
+          std::memcpy(&words[i], keys[i] + d, count * sizeof(T));
       }
+      transpose(words);
+      for (long w = 0; w < count / IN_WORD; ++w)
+        store_words(columns + (d + w * IN_WORD) * CHUNK, CHUNK, words[w], T{});
     }
-  }
-
-  // q . k of each position into `scores`; gives the largest of them and of `most`.
-  float score(const float* query, const float* const* keys, int count, float most, float* scores) const {
-    for (int c = 0; c < count; c += LANES) {
-      Lanes dots[LANES] = {};
-      for (long d = 0; d < pages.head; d += LANES) {
-        const Lanes part = load(query + d);
-        for (int i = 0; i < LANES; ++i) dots[i] = added(dots[i], part, load(keys[c + i] + d));
-      }
-      store(scores + c, lane_sums(dots));
-    }
-    for (int c = 0; c < count; ++c) most = scores[c] > most ? scores[c] : most;
-    return most;
-  }
-
-  // Scores become e^(score - most); gives their sum.
-  static float shares_of(float* scores, int count, float most) {
-    for (int c = 0; c < count; c += LANES) store(scores + c, exp_of(load(scores + c) - most));
-    float total = 0;
-    for (int c = 0; c < count; ++c) total += scores[c];
-    return total;
-  }
-
-  // sums = sums * shrink + shares . values
-  void add(float* sums, const float* const* values, const float* shares, int count, float shrink) const {
-    long d = 0;
-    for (; d + 8 * LANES <= pages.head; d += 8 * LANES) add_part<8>(sums + d, values, d, shares, count, shrink);
-    for (; d + 4 * LANES <= pages.head; d += 4 * LANES) add_part<4>(sums + d, values, d, shares, count, shrink);
-    for (; d < pages.head; d += LANES) add_part<1>(sums + d, values, d, shares, count, shrink);
-  }
-
-  template <int N>
-  static void add_part(float* sums, const float* const* values, long d, const float* shares, int count, float shrink) {
-    Lanes acc[N];
-    for (int n = 0; n < N; ++n) acc[n] = load(sums + n * LANES) * shrink;
-    for (int c = 0; c < count; ++c)
-      for (int n = 0; n < N; ++n) acc[n] = added(acc[n], load(values[c] + d + n * LANES), shares[c]);
-    for (int n = 0; n < N; ++n) store(sums + n * LANES, acc[n]);
   }
 };
 
@@ -175,9 +202,8 @@ template <class T>
 void attend(const Pages& pages, const Rows& rows, const void* q, long q_row, long q_head, void* out, long heads,
             float scale) {
   const Task<T> task{pages, rows, static_cast<const T*>(q), q_row, q_head, static_cast<T*>(out), heads, scale};
-  team::share(rows.rows * pages.kv_heads, 1, [&](long first, long last) {
-    for (long i = first; i < last; ++i) task.run(i);
-  });
+  const long tasks = rows.rows * pages.kv_heads, part = tasks / (PARTS * team::num_threads());
+  team::share(tasks, part < 1 ? 1 : part, [&](long first, long last) { task.run(first, last); });
 }
 
 }  // namespace

@@ -13,19 +13,11 @@
 
 namespace {
 
-constexpr long SHARE = 1 << 15;  // numbers that pay for another thread
+constexpr long SHARE = 1 << 13;  // numbers that pay for another thread
 
 long tokens_at_once(long size) { return size >= SHARE ? 1 : SHARE / size; }
 
 inline Lanes squares(Lanes sums, Lanes x) { return added(sums, x, x); }
-
-// As it comes out of memory once it was stored there.
-inline Lanes rounded(const float*, Lanes lanes) { return lanes; }
-inline Lanes rounded(const Half*, Lanes lanes) {
-  Half stored[LANES];
-  store(stored, lanes);
-  return load(stored);
-}
 
 template <class T>
 inline void put(T* to, Lanes lanes, long count) {
@@ -102,18 +94,19 @@ void rotate_and_store(T* q, T* k, const T* v, const T* cosines, const T* sines, 
 }
 
 // x / (1 + e^-x), from the side on which e^ cannot overflow.
-inline Lanes silu(Lanes x) {
-  const Lanes e = exp_of(x < Lanes{} ? x : -x), one = Lanes{} + 1.0f;
-  return x * ((x < Lanes{} ? e : one) / (one + e));
+template <class V>
+inline V silu(V x) {
+  const V e = exp_of(x < V{} ? x : -x), one = V{} + 1.0f;
+  return x * ((x < V{} ? e : one) / (one + e));
 }
 
 template <class T>
 void gate(T* x, const T* up, long num) {
-  team::share(num, SHARE / 4, [=](long first, long last) {
-    for (long i = first; i < last; i += LANES) {
-      const Lanes opened = rounded(x, silu(load_of(x + i, last - i)));
-      put(x + i, opened * load_of(up + i, last - i), last - i);
-    }
+  team::share(num, SHARE, [=](long first, long last) {
+    long i = first;
+    for (; i + NUM_WIDE <= last; i += NUM_WIDE) store(x + i, rounded(x, silu(load_wide(x + i))) * load_wide(up + i));
+    for (; i < last; i += LANES)
+      put(x + i, rounded(x, silu(load_of(x + i, last - i))) * load_of(up + i, last - i), last - i);
   });
 }
 
