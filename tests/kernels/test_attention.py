@@ -34,11 +34,14 @@ def _exact(q_HD: Tensor, k_CKD: Tensor, v_CKD: Tensor, window: int | None, scali
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 1, 33])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head"), [(4, 4, 16), (6, 2, 64), (7, 1, 80), (2, 1, 256)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head"),
+    [(4, 4, 16), (6, 2, 64), (7, 1, 80), (2, 1, 256), (9, 1, 24), (16, 1, 8), (10, 2, 40)],
+)
 def test_rows_attend_to_their_own_blocks(
     attention: PagedAttention, num_heads: int, num_kv_heads: int, head: int, window: int | None, dtype: torch.dtype
 ) -> None:
-    lengths = [1, 3, 4, 31, 32, 33, 100, 129]
+    lengths = [1, 3, 4, 8, 9, 16, 17, 31, 32, 33, 49, 100, 129]
     width = -(-max(lengths) // BLOCK_SIZE)
     num_blocks = width * len(lengths) + 1
     k_PKD, v_PKD = (_random(num_blocks * BLOCK_SIZE, num_kv_heads, head, dtype=dtype) * 2 for _ in range(2))
@@ -57,9 +60,10 @@ def test_rows_attend_to_their_own_blocks(
         assert torch.equal(attention.attend(pages, own, q_RHD[row : row + 1], scaling)[0], out_RHD[row])
 
 
-def test_nothing_behind_the_last_position_is_read(attention: PagedAttention) -> None:
+@pytest.mark.parametrize("num_heads", [1, 5])
+def test_nothing_behind_the_last_position_is_read(attention: PagedAttention, num_heads: int) -> None:
     k_PKD, v_PKD = (_random(12 * BLOCK_SIZE, 1, 16, dtype=torch.float32) for _ in range(2))
-    q_RHD = _random(1, 1, 16, dtype=torch.float32)
+    q_RHD = _random(1, num_heads, 16, dtype=torch.float32)
     pages = attention.pages(k_PKD, v_PKD, BLOCK_SIZE)
     rows = attention.rows(torch.arange(12), torch.tensor([37]), None)
     before = attention.attend(pages, rows, q_RHD, 0.25)
