@@ -37,7 +37,8 @@ class Settings(BaseSettings):
         default="auto", description="weights in the order a CPU reads them: faster; a second copy without kernels"
     )
     cpu_kernels: Literal["auto", "on", "off"] = Field(
-        default="auto", description="kernels compiled for this CPU at the first start; on = refuse to start without"
+        default="auto",
+        description="kernels compiled for this CPU at the first start; on = for all they compute, no start without",
     )
     gpu_kernels: Literal["auto", "on", "off"] = Field(
         default="auto",

@@ -100,6 +100,8 @@ def test_packing_is_for_a_cpu_with_room() -> None:
     assert not gains_from_kernels(torch.device("meta"), torch.bfloat16, has_tiles=True)
     assert gains_from_kernels(CPU, torch.bfloat16, has_tiles=False) == can_pack(CPU, torch.bfloat16)
     assert gains_from_kernels(CPU, torch.bfloat16, has_tiles=True)
+    assert gains_from_kernels(CPU, torch.bfloat16, has_tiles=False, is_always=True)
+    assert not gains_from_kernels(CPU, torch.float16, has_tiles=True, is_always=True)
     assert is_worth_its_room(1, torch.float32)
     assert not is_worth_its_room(1 << 60, torch.float32)
     assert not is_worth_its_room(1, torch.bfloat16)

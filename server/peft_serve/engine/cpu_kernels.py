@@ -109,7 +109,8 @@ def _pack(settings: Settings, base: ResidentBase, kernels: CpuKernels | None, sa
     num_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     is_asked = settings.prepack == "on"
     has_tiles = kernels is not None and kernels.few_rows.has_tiles
-    if kernels is not None and gains_from_kernels(base.device, base.dtype, has_tiles=has_tiles):
+    is_always = settings.cpu_kernels == "on"
+    if kernels is not None and gains_from_kernels(base.device, base.dtype, has_tiles=has_tiles, is_always=is_always):
         base.adapted.pack(kernels.few_rows.linear, fewest=1, places=WeightPlaces(base.model))
         say("weights packed for our own kernels")
     elif can_pack(base.device, base.dtype) and (is_asked or is_worth_its_room(num_bytes, base.dtype)):

@@ -64,15 +64,15 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_bfloat16_instructions())
 
 
-def gains_from_kernels(device: torch.device, dtype: torch.dtype, *, has_tiles: bool) -> bool:
-    """Whether our own kernels compute products of this kind, and faster than torch.
+def gains_from_kernels(device: torch.device, dtype: torch.dtype, *, has_tiles: bool, is_always: bool = False) -> bool:
+    """Whether our own kernels compute products of this kind, and faster than torch or because they are asked for.
 
     `has_tiles`: they multiply bfloat16 by the CPU's matrix unit. By widened numbers they are no faster, for long
     prompts, than torch where a CPU has other instructions for bfloat16.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and (has_tiles or not _has_bfloat16_instructions()))
+    return dtype == torch.float32 or has_tiles or is_always or not _has_bfloat16_instructions()
 
 
 def _has_bfloat16_instructions() -> bool:
