@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from peft_serve.config import Settings
+from peft_serve.engine import cpu_kernels
 from peft_serve.engine.cpu_kernels import speed_up
+from peft_serve.kernels.few_rows import FewRows
 from peft_serve.kernels.native import find_compiler
+from peft_serve.model import packing
 from peft_serve.model.base import ResidentBase
 from tests.model.driver import Driver, Job, random_jobs
 from tests.model.tiny_models import EVERY, VOCAB, tiny
@@ -69,10 +73,22 @@ def test_a_request_has_the_same_bits_alone_and_among_others(name: str) -> None:
 
 
 @needs_compiler
+def test_only_who_insists_has_kernels_for_bfloat16_where_torch_has_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a CPU with instructions for bfloat16 and no matrix unit."""
+    monkeypatch.setattr(cpu_kernels, "FewRows", partial(FewRows, tiles=False))
+    monkeypatch.setattr(packing, "_has_bfloat16_instructions", lambda: True)
+    _, said = _sped_up("llama", Settings(cpu_kernels="auto"), dtype=torch.bfloat16)
+    assert "weights packed for our own kernels" not in said
+    _, said = _sped_up("llama", Settings(cpu_kernels="on"), dtype=torch.bfloat16)
+    assert said[-1] == "weights packed for our own kernels"
+
+
+@needs_compiler
 def test_bfloat16_runs_on_kernels_too() -> None:
     ours, said = _sped_up("llama", Settings(prepack="auto", cpu_kernels="on"), dtype=torch.bfloat16)
-    if said[-1] != "weights packed for our own kernels":
-        pytest.skip("this CPU computes in bfloat16")
+    assert said[-1] == "weights packed for our own kernels"
     plain, _ = _sped_up("llama", Settings(prepack="off", cpu_kernels="off"), dtype=torch.bfloat16)
     for job, expected in zip(_served(ours), _served(plain), strict=True):
         assert job.logprobs[0] == pytest.approx(expected.logprobs[0], abs=0.1)
