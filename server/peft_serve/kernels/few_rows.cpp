@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <thread>
 
+#include "low_rank_tiles.h"
 #include "panels.h"
 #include "team.h"
 #include "tiles.h"
@@ -21,8 +23,11 @@ struct TileProduct {
   long M, N, K;
   bool by_vectors;  // where there are one or two rows
 
-  void columns(long first, long last) const {
-    tiles::columns(x, w, M, K, first, last, by_vectors, result);
+  void columns(long first, long last) const { columns_then(first, last, tiles::JustPut{}); }
+
+  template <class Then>
+  void columns_then(long first, long last, const Then& then) const {
+    tiles::columns(x, w, M, K, first, last, by_vectors, result, then);
   }
 
   long num_panels() const { return (N + tiles::NR - 1) / tiles::NR; }
@@ -56,29 +61,125 @@ struct Parts {
   }
 };
 
-// Products of the same rows, side by side: one team shares the panels of all of them.
+// Products of the same rows, side by side, and how their panels are cut.
+template <class Each>
+struct Panels {
+  const Each* each;
+  long count;
+  Parts parts;
+  bool is_small;  // less than what starting a team costs
+
+  Panels(const Each* each, long count)
+      : each(each), count(count), parts(all_of(each, count), each->least_part()), is_small(false) {
+    long features = 0;
+    for (long i = 0; i < count; ++i) features += each[i].N;
+    is_small = each->M * each->K * features < 80000;
+  }
+
+  static long all_of(const Each* each, long count) {
+    long panels = 0;
+    for (long i = 0; i < count; ++i) panels += each[i].num_panels();
+    return panels;
+  }
+
+  // act(number of the product, first panel, last panel) for a part.
+  template <class Act>
+  void in_part(long part, const Act& act) const {
+    const auto [first, last] = parts.parts[part];
+    long before = 0;
+    for (long i = 0; i < count && before < last; ++i) {
+      const long here = each[i].num_panels();
+      const long from = first > before ? first - before : 0, to = last - before < here ? last - before : here;
+      if (from < to) act(i, from, to);
+      before += here;
+    }
+  }
+};
+
+// One team shares the panels of all products.
 template <class Each>
 void run(const Each* each, long count) {
-  long panels = 0, features = 0;
-  for (long i = 0; i < count; ++i) {
-    panels += each[i].num_panels();
-    features += each[i].N;
+  const Panels<Each> panels(each, count);
+  team::share(panels.parts.count, panels.is_small ? panels.parts.count : 1, [&](long first, long last) {
+    for (long part = first; part < last; ++part)
+      panels.in_part(part, [&](long i, long from, long to) { each[i].columns(from, to); });
+  });
+}
+
+#if HAS_LOW_RANK_TILES
+
+constexpr long PATIENCE = 20000;  // looks at the others' work before the core is offered to somebody else
+
+// So many things to be done before others.
+struct Before {
+  long wanted;
+  std::atomic<long> done{0};
+
+  void one() { done.fetch_add(1, std::memory_order_release); }
+  void wait() const {
+    for (long tries = 0; done.load(std::memory_order_acquire) < wanted; ++tries)
+      if (tries > PATIENCE) std::this_thread::yield();
   }
-  const Parts parts(panels, each->least_part());
-  const bool is_small = each->M * each->K * features < 80000;  // less than what starting a team costs
-  team::share(parts.count, is_small ? parts.count : 1, [&](long first_part, long last_part) {
-    for (long part = first_part; part < last_part; ++part) {
-      const auto [first, last] = parts.parts[part];
-      long before = 0;
-      for (long i = 0; i < count && before < last; ++i) {
-        const long here = each[i].num_panels();
-        const long from = first > before ? first - before : 0, to = last - before < here ? last - before : here;
-        if (from < to) each[i].columns(from, to);
-        before += here;
+};
+
+// Results are put with a thread's terms, once every unit of shrinking is done.
+struct PutWithTerms {
+  static constexpr bool ACTS = true;
+  const low_rank::Shrinking& low;
+  const Before& shrunk;
+  low_rank::Terms& terms;
+  low_rank::Expanding& its;
+
+  void prepare(long row, long rows, long column) const { its.prepare(row, rows, column); }
+  void meanwhile(long part, long parts) const { its.meanwhile(part, parts); }
+
+  void operator()(long row, long rows, long column, const float* sums, const Result& result) const {
+    if (!terms.has_low()) {
+      shrunk.wait();
+      terms.take_low(low);
+    }
+    const uint32_t put = its.add(low_rank::FromSums{sums, row, result.bias ? result.bias + column : nullptr});
+    for (long r = 0; r < rows; ++r)
+      if (!(put >> r & 1)) result.put(row + r, column, sums + r * tiles::NR, tiles::NR);
+  }
+};
+
+// The same with low-rank terms. Threads shrink first, and then put results with the terms; those that are for vectors come
+// behind.
+void run_with(const TileProduct* each, long count, low_rank::Shrinking& low, void* const* ys) {
+  static thread_local Kept kept;
+  low.sums = kept.of(low.size());
+  const Panels<TileProduct> panels(each, count);
+  const long units = low.few_units(), most = 2 * team::num_threads();
+  Before shrunk{least(low.num_units, team::num_threads())}, put{panels.parts.count};
+  const long few = least(units, most), tasks = shrunk.wanted + put.wanted + few;
+  team::share(tasks, panels.is_small ? tasks : 1, [&](long first, long last) {
+    for (long task = first; task < last; ++task) {
+      if (task < shrunk.wanted) {
+        low.some(low.num_units * task / shrunk.wanted, low.num_units * (task + 1) / shrunk.wanted);
+        shrunk.one();
+        continue;
       }
+      low_rank::Terms& terms = low_rank::Terms::of(low, ys);
+      if (const long part = task - shrunk.wanted; part < put.wanted) {
+        panels.in_part(part, [&](long i, long from, long to) {
+          if (low_rank::Expanding* its = terms.layer(i))
+            each[i].columns_then(from, to, PutWithTerms{low, shrunk, terms, *its});
+          else
+            each[i].columns(from, to);
+        });
+        put.one();
+        continue;
+      }
+      put.wait();
+      shrunk.wait();
+      const long part = task - shrunk.wanted - put.wanted;
+      terms.few(low, ys, units * part / few, units * (part + 1) / few);
     }
   });
 }
+
+#endif
 
 void pack_tiles(const bf16* w, long row_step, long column_step, bf16* packed, long N, long K) {
   const long panels = (N + tiles::NR - 1) / tiles::NR, depth = tiles::depths(K) * tiles::DEPTH;
@@ -119,6 +220,11 @@ struct Layer {
   int kind;  // of weights, rows and results
   int by_vectors;  // one or two rows of BFLOAT16_TILES
 };
+
+static TileProduct tile_product(const Layer& layer, const bf16* rows, void* y, long M) {
+  const Result result{layer.bias, y, true, layer.N};
+  return {rows, static_cast<const bf16*>(layer.panels), result, M, layer.N, layer.K, layer.by_vectors != 0};
+}
 
 // Whether this CPU has BFLOAT16_TILES, and this process may use them.
 int few_rows_has_tiles() { return tiles::allowed(); }
@@ -167,10 +273,8 @@ void few_rows_each(const Layer* const* layers, long count, const void* x, void* 
   if (layers[0]->kind == BFLOAT16_TILES) {
     std::unique_ptr<bf16[]> filled;
     const bf16* rows = filled_up(narrow_x, M, K, filled);
-    TileProduct products[MOST_PRODUCTS];
-    for (long i = 0; i < count; ++i)
-      products[i] = {rows, static_cast<const bf16*>(layers[i]->panels), {layers[i]->bias, ys[i], true, layers[i]->N}, M,
-                     layers[i]->N, K, layers[i]->by_vectors != 0};
+    TileProduct products[MOST_PRODUCTS]{};
+    for (long i = 0; i < count; ++i) products[i] = tile_product(*layers[i], rows, ys[i], M);
     return run(products, count);
   }
   const std::unique_ptr<float[]> wide(new float[M * K]);
@@ -185,4 +289,19 @@ void few_rows_each(const Layer* const* layers, long count, const void* x, void* 
 }
 
 void few_rows(const Layer* layer, const void* x, void* y, long M) { few_rows_each(&layer, 1, x, &y, M); }
+
+#if HAS_LOW_RANK_TILES
+// As few_rows_each, for BFLOAT16_TILES, with the low-rank terms of the segments' adapters on the same x: a layer's, or
+// null. The bits are those of low_rank_each_by_tiles behind few_rows_each.
+void few_rows_each_with(const Layer* const* layers, long count, const void* x, void* const* ys, long M,
+                        const void* const* low_ranks, const void* segments) {
+  low_rank::Shrinking low(low_ranks, count, segments, x);
+  if (!low.num_units) return few_rows_each(layers, count, x, ys, M);
+  std::unique_ptr<bf16[]> filled;
+  const bf16* rows = filled_up(static_cast<const bf16*>(x), M, layers[0]->K, filled);
+  TileProduct products[MOST_PRODUCTS]{};
+  for (long i = 0; i < count; ++i) products[i] = tile_product(*layers[i], rows, ys[i], M);
+  run_with(products, count, low, ys);
+}
+#endif
 }

@@ -74,6 +74,8 @@ class FewRows:
     def __init__(self, code: NativeCode, *, tiles: bool = True) -> None:
         """`tiles` False: do without the CPU's matrix unit."""
         library = code.library("few_rows")
+        self.has_tiles = tiles and bool(library.few_rows_has_tiles())
+        """Whether bfloat16 is multiplied by the CPU's matrix unit."""
         self._pack: Any = library.few_rows_pack
         self._pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
         self._pack.restype = None
@@ -85,12 +87,11 @@ class FewRows:
         self._take.restype = None
         self.each: Any = library.few_rows_each
         """Up to three products of the same rows at once: (addresses, count, x, addresses of results, rows)."""
+        self._each_with: Any = getattr(library, "few_rows_each_with", None) if self.has_tiles else None
         self._memory = LargePages()
         self._size: Any = library.few_rows_size
         self._size.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_int]
         self._size.restype = ctypes.c_long
-        self.has_tiles = tiles and bool(library.few_rows_has_tiles())
-        """Whether bfloat16 is multiplied by the CPU's matrix unit."""
         self._by_vectors = self.has_tiles  # where there are one or two rows
         self._kinds = {
             torch.float32: _FLOAT32,
@@ -116,6 +117,11 @@ class FewRows:
         at = ctypes.addressof(layer)
         self._pack(at, weight.data_ptr(), weight.stride(0), weight.stride(1))
         return Product(self._run, self._take, at, num_out, num_in, dtype, (layer, panels, bias))
+
+    def each_with(self, dtype: torch.dtype) -> Any:
+        """`each` with low-rank terms on the same rows in one call: (.., addresses of their factors, each or null,
+        segments). The bits are those of one behind the other. None where no kernel does both."""
+        return self._each_with if dtype == torch.bfloat16 else None
 
     def _try_out(self) -> None:
         """A compiler's mistake is found here rather than in an answer."""

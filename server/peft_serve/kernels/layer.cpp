@@ -25,6 +25,9 @@ struct Kernels {
   void (*scale)(void* y, const void* x, const void* table, const int64_t* slots, long tokens, long size);
   void (*shift)(void* y, const void* table, const int64_t* slots, long tokens, long size);
   void (*products)(const void* const* layers, long count, const void* x, void* const* ys, long rows);
+  // The same with low-rank terms, null for a layer without; null where no kernel does both at once.
+  void (*products_with)(const void* const* layers, long count, const void* x, void* const* ys, long rows,
+                        const void* const* low_ranks, const void* segments);
   void (*low_rank)(const void* const* layers, long count, const void* segments, void* const* ys, const void* x);
   void (*mix)(const void* layer, const void* segments, void* y, const void* x);
   void (*attend)(const void* pages, const void* rows, const void* q, long q_row, long q_head, void* out, long heads,
@@ -124,11 +127,16 @@ struct Run {
     return terms.in_scale || terms.in_mix ? pass.given : from;
   }
 
+  // Whether the low-rank term of a projection comes with its product: it reads the same, and nothing is between them.
+  bool is_with_product(const Terms& its) const {
+    return its.low_rank && layer.kernels->products_with && !its.in_scale && !its.in_mix && !its.out_scale && !its.out_mix;
+  }
+
   // The products of `count` projections with what `from` has: side by side as far as they read the same.
   void multiply(long first, long count, const void* from, void* const* ys) const {
-    const void* layers[MOST_PRODUCTS];
+    const void *layers[MOST_PRODUCTS], *low_ranks[MOST_PRODUCTS];
     void* its[MOST_PRODUCTS];
-    long num = 0;
+    long num = 0, num_with = 0;
     for (long i = 0; i < count; ++i) {
       const Terms& terms = here.terms[first + i];
       if (terms.is_elsewhere) continue;
@@ -137,9 +145,14 @@ struct Run {
         continue;
       }
       layers[num] = layer.products[first + i];
+      low_ranks[num] = is_with_product(terms) ? terms.low_rank : nullptr;
+      num_with += low_ranks[num] != nullptr;
       its[num++] = ys[i];
     }
-    if (num) layer.kernels->products(layers, num, from, its, pass.tokens);
+    if (num_with)
+      layer.kernels->products_with(layers, num, from, its, pass.tokens, low_ranks, pass.segments);
+    else if (num)
+      layer.kernels->products(layers, num, from, its, pass.tokens);
   }
 
   void project(long first, long count, const void* from, void* const* ys) const {
@@ -152,7 +165,7 @@ struct Run {
       const Terms& terms = here.terms[first + i];
       if (terms.out_scale) run.scale(ys[i], ys[i], terms.out_scale, pass.slots, pass.tokens, size_out(first + i));
       if (terms.out_mix) run.mix(terms.out_mix, pass.segments, ys[i], ys[i]);
-      if (terms.low_rank) {
+      if (terms.low_rank && !is_with_product(terms)) {
         low_rank[num_low_rank] = terms.low_rank;
         low_rank_ys[num_low_rank++] = ys[i];
       }

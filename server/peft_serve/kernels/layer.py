@@ -32,7 +32,7 @@ NUM_NORMS: Final = 4  # before attention, of each head's queries and keys, after
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _KERNELS: Final = (
     *("norm", "own_norm", "rotate", "gate", "add", "scale", "shift"),
-    *("products", "low_rank", "mix", "attend"),
+    *("products", "products_with", "low_rank", "mix", "attend"),
 )
 _TERMS: Final = ("in_scale", "in_mix", "out_scale", "out_mix", "low_rank", "shift")
 _MEMORY: Final = ("q", "k", "v", "attended", "normed", "gate", "up", "given")
@@ -189,8 +189,9 @@ class LayerKernel:
         self._kernels = {
             dtype: _Kernels(
                 *(_address(each) for each in (ops.rms_norm, ops.own_rms_norm, ops.rotate, ops.gate, ops.add)),
-                *(_address(each) for each in (ops.scale, ops.shift, few_rows.each, low_rank.each(dtype))),
-                *(_address(each) for each in (blocks.function(dtype), attention.function)),
+                *(_address(each) for each in (ops.scale, ops.shift, few_rows.each)),
+                _address(few_rows.each_with(dtype)) if low_rank.has_tiles else None,
+                *(_address(each) for each in (low_rank.each(dtype), blocks.function(dtype), attention.function)),
             )
             for dtype, ops in row_ops.functions.items()
         }
@@ -325,4 +326,4 @@ def _at(told: Tensor | SlotFactors | None) -> int | None:
 
 
 def _address(function: Any) -> int | None:
-    return ctypes.cast(function, _POINTER).value
+    return None if function is None else ctypes.cast(function, _POINTER).value

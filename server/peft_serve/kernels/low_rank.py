@@ -66,7 +66,8 @@ class LooksUp(Protocol):
 
 
 class Segments:
-    """Tokens [first, last) and the slot of their adapter, (slot, first, last) each, as the kernel reads them.
+    """Tokens [first, last) and the slot of their adapter, (slot, first, last) each, in the order of the tokens, as the
+    kernel reads them.
 
     Made once for a step; serves every layer.
     """
@@ -74,7 +75,9 @@ class Segments:
     def __init__(self, each: Iterable[tuple[int, int, int]], num_tokens: int, *, num_slots: int = 0) -> None:
         """`num_slots`: for so many slots at least a layer's table has room behind this."""
         rows = tuple(each)
-        assert all(0 <= first < last <= num_tokens for _, first, last in rows), (rows, num_tokens)
+        ends = (0, *(last for _, _, last in rows))
+        assert all(end <= first < last for end, (_, first, last) in zip(ends, rows, strict=False)), rows
+        assert ends[-1] <= num_tokens, (rows, num_tokens)
         self.each = rows
         self.num_tokens = num_tokens
         self.num_slots = max(num_slots, 1 + max((slot for slot, _, _ in rows), default=0))
@@ -146,10 +149,16 @@ class LayerFactors:
 class LowRankKernel:
     """The compiled kernel. Raises NativeError where it cannot be had or does not compute what it should."""
 
-    def __init__(self, code: NativeCode) -> None:
+    def __init__(self, code: NativeCode, *, tiles: bool = True) -> None:
+        """`tiles` False: do without the CPU's matrix unit."""
         library = code.library("low_rank")
         self._functions = {torch.float32: library.low_rank_f32, torch.bfloat16: library.low_rank_bf16}
         self._each = {torch.float32: library.low_rank_each_f32, torch.bfloat16: library.low_rank_each_bf16}
+        self.has_tiles = tiles and bool(library.low_rank_has_tiles())
+        """Whether bfloat16 terms are computed by the CPU's matrix unit."""
+        if self.has_tiles:
+            self._functions[torch.bfloat16] = library.low_rank_by_tiles
+            self._each[torch.bfloat16] = library.low_rank_each_by_tiles
         for function in self._functions.values():
             function.argtypes = [ctypes.c_void_p] * 4
             function.restype = None

@@ -103,9 +103,10 @@ inline void ask_ahead(const bf16* w, int quarter) {
     __builtin_prefetch(from + i % PAGES * PAGE + i / PAGES * LINE, 0, 2);
 }
 
-// sums[32, 32] = x[up to 32 rows] . panel. The panel comes from memory the first time.
-template <bool HAS_LOWER, bool IS_FAR>
-inline void multiply(const bf16* x, long x_bytes, const bf16* panel, long num, float* sums) {
+// sums[32, 32] = x[up to 32 rows] . panel. The panel comes from memory the first time; meanwhile(part, parts) is called
+// for each part of it.
+template <bool HAS_LOWER, bool IS_FAR, class Meanwhile>
+inline void multiply(const bf16* x, long x_bytes, const bf16* panel, long num, float* sums, const Meanwhile& meanwhile) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (HAS_LOWER) {
@@ -129,6 +130,7 @@ inline void multiply(const bf16* x, long x_bytes, const bf16* panel, long num, f
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (IS_FAR) ask_ahead(w, 3);
     if constexpr (HAS_LOWER) _tile_dpbf16ps(3, 5, 7);
+    meanwhile(d, num);
   }
   _tile_stored(0, sums, NR * 4);
   _tile_stored(1, sums + COLUMNS, NR * 4);
@@ -192,11 +194,21 @@ void few(const bf16* x, const bf16* w, long K, long& first, long last, const Res
 
 #endif
 
+// Results are put as they are.
+struct JustPut {
+  static constexpr bool ACTS = false;
+  void prepare(long, long, long) const {}
+  void meanwhile(long, long) const {}
+};
+
 // `Result` writes numbers of y: result.put(row, column, sums, count). Where they go was told a moment before, since
-// what lies there has to be fetched as well: result.expect(row, column).
-template <class Result>
-void columns(const bf16* x, const bf16* w, long M, long K, long first, long last, bool by_vectors,
-             const Result& result) {
+// what lies there has to be fetched as well: result.expect(row, column). Where `Then` acts, it puts a panel's results of up
+// to 32 rows, which the unit's registers are set for: then(row, rows, column, sums, result), behind then.prepare(row, rows,
+// column). While a panel is multiplied, it may have something to do: then.meanwhile(part, parts). One or two rows that are
+// multiplied by vectors are just put.
+template <class Result, class Then>
+void columns(const bf16* x, const bf16* w, long M, long K, long first, long last, bool by_vectors, const Result& result,
+             const Then& then) {
 #if HAS_TILES
   if (by_vectors && M == 1) {
     few<1, 4>(x, w, K, first, last, result);
@@ -221,19 +233,25 @@ void columns(const bf16* x, const bf16* w, long M, long K, long first, long last
         const long rows = end - row < 2 * ROWS ? end - row : 2 * ROWS;
         const bf16* from = x + row * (x_bytes / 2);
         for (long r = 0; r < rows; ++r) result.expect(row + r, p * NR);
+        then.prepare(row, rows, p * NR);
+        const auto meanwhile = [&then](long part, long parts) { then.meanwhile(part, parts); };
         unit.set(rows < ROWS ? rows : ROWS, rows > ROWS ? rows - ROWS : 0);
         if (rows > ROWS)
-          row == m ? multiply<true, true>(from, x_bytes, panel, num, sums)
-                   : multiply<true, false>(from, x_bytes, panel, num, sums);
+          row == m ? multiply<true, true>(from, x_bytes, panel, num, sums, meanwhile)
+                   : multiply<true, false>(from, x_bytes, panel, num, sums, meanwhile);
         else
-          row == m ? multiply<false, true>(from, x_bytes, panel, num, sums)
-                   : multiply<false, false>(from, x_bytes, panel, num, sums);
-        for (long r = 0; r < rows; ++r) result.put(row + r, p * NR, sums + r * NR, NR);
+          row == m ? multiply<false, true>(from, x_bytes, panel, num, sums, meanwhile)
+                   : multiply<false, false>(from, x_bytes, panel, num, sums, meanwhile);
+        if constexpr (Then::ACTS)
+          then(row, rows, p * NR, sums, result);
+        else
+          for (long r = 0; r < rows; ++r) result.put(row + r, p * NR, sums + r * NR, NR);
       }
     }
   }
 #else
-  (void)x, (void)w, (void)M, (void)K, (void)first, (void)last, (void)by_vectors, (void)result;
+  (void)x, (void)w, (void)M, (void)K, (void)first, (void)last, (void)by_vectors, (void)result,
+      (void)then;
 #endif
 }
 
