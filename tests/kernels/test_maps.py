@@ -69,7 +69,8 @@ def test_sparse(entries: list[tuple[int, int]], tokens: int) -> None:
     torch.testing.assert_close(got, y + x @ full.T)
     ids = torch.arange(tokens)
     got = y.clone()
-    maps.add_sparse_lookup_(got, ids, maps.compressed(columns, rows, values, num_rows=5))
+    by_column = maps.compressed(columns, rows, values, num_rows=5)
+    maps.add_sparse_lookup_(got, ids, by_column, most=maps.most_in_a_row(by_column))
     torch.testing.assert_close(got, y + full.T[ids])
 
 

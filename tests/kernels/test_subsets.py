@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from peft_serve.kernels.subsets import Chosen, Range, batches_of, subset_of
 
@@ -30,10 +31,16 @@ def test_a_subset_is_its_tokens(given_ranges: list[Range]) -> None:
     part = subset.take(x)
     assert part[:, 0].tolist() == own
     put, added = x.clone(), x.clone()
+    changed, columns = x.clone(), x.clone()
     subset.put_(put, -part)
     subset.add_(added, part)
+    subset.change_(changed, Tensor.neg_)
+    subset.put_columns_(columns, torch.tensor([1]), -part[:, 1:])
     assert put[:, 1].tolist() == [-t if t in own else t for t in range(40)]
     assert added[:, 1].tolist() == [2 * t if t in own else t for t in range(40)]
+    assert changed.equal(put)
+    assert columns[:, 0].equal(x[:, 0])
+    assert columns[:, 1].equal(put[:, 1])
 
 
 @given(ranges())
@@ -55,6 +62,9 @@ def test_neighbours_are_a_slice(given_ranges: list[Range], is_slice: bool) -> No
     assert (subset.index_N is None) is is_slice
     x = torch.arange(9)
     assert (subset.take(x).data_ptr() == x[2:].data_ptr()) is is_slice
+    seen: list[Tensor] = []
+    subset.change_(x, seen.append)
+    assert (seen[0].data_ptr() == x[2:].data_ptr()) is is_slice, "a slice is changed where it lies"
 
 
 def test_tokens_chosen_by_slot_leave_the_others_as_they_are() -> None:
@@ -67,3 +77,18 @@ def test_tokens_chosen_by_slot_leave_the_others_as_they_are() -> None:
     chosen.put_(y_TD, part_TD)
     assert y_TD.tolist() == [[2, 3], [1, 1], [1, 1], [4, 5]]
     assert chosen.take(y_TD) is y_TD
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 3, 2)])
+def test_a_change_of_chosen_tokens_leaves_no_trace_in_the_others(shape: tuple[int, ...]) -> None:
+    chosen = Chosen(torch.tensor([[False], [True]]), torch.tensor([1, 0, 0, 1]))
+    y_T = torch.ones(shape)
+    chosen.change_(y_T, lambda own: own.mul_(3).view(4, -1)[1:3].fill_(float("nan")))
+    assert y_T.view(4, -1)[:, 1].tolist() == [3, 1, 1, 3]
+
+
+def test_columns_of_chosen_tokens_are_exchanged_in_the_dtype_that_is_there() -> None:
+    chosen = Chosen(torch.tensor([[False], [True]]), torch.tensor([1, 0]))
+    y_TO, part_TC = torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([[2.0, 4.0], [float("nan")] * 2])
+    chosen.put_columns_(y_TO, torch.tensor([2, 0]), part_TC)
+    assert y_TO.tolist() == [[4, 1, 2], [1, 1, 1]]

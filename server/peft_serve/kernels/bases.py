@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_serve.kernels.subsets import Subset
+from peft_serve.kernels.subsets import Tokens
 
 _MAX_GAINED = 1 << 21
 """Numbers that the products with gains of several runs may hold at once: 8 MiB in float32."""
@@ -24,7 +24,7 @@ _MAX_GAINED = 1 << 21
 
 @dataclass(frozen=True, slots=True)
 class Gained:
-    """Tokens [first, last) of a subset, and the gains of their adapter."""
+    """Tokens [first, last) of those taken, and the gains of their adapter."""
 
     first: int
     last: int
@@ -32,22 +32,22 @@ class Gained:
 
 
 def add_bases_(
-    y_TO: Tensor, x_TI: Tensor, subset: Subset, a_RS: Tensor, b_LC: Tensor, weights_NC: Tensor, runs: Sequence[Gained]
+    y_TO: Tensor, x_TI: Tensor, tokens: Tokens, a_RS: Tensor, b_LC: Tensor, weights_NC: Tensor, runs: Sequence[Gained]
 ) -> None:
-    """y += B (w * (A (g * x))), x as wide as A. The runs divide the tokens of the subset, in their order."""
-    x_NS = subset.take(x_TI)
+    """y += B (w * (A (g * x))), x as wide as A. The runs divide what is taken of the tokens."""
+    x_NS = tokens.take(x_TI)
     parts = [_shrink(x_NS[group[0].first : group[-1].last], a_RS, group) for group in _groups(runs, len(a_RS))]
     low_NC = parts[0] if len(parts) == 1 else torch.cat(parts)
-    subset.add_(y_TO, low_NC.mul_(weights_NC) @ b_LC.t())
+    tokens.add_(y_TO, low_NC.mul_(weights_NC) @ b_LC.t())
 
 
 def add_transposed_bases_(
-    y_TO: Tensor, x_TI: Tensor, subset: Subset, a_RS: Tensor, b_LC: Tensor, weights_NC: Tensor, runs: Sequence[Gained]
+    y_TO: Tensor, x_TI: Tensor, tokens: Tokens, a_RS: Tensor, b_LC: Tensor, weights_NC: Tensor, runs: Sequence[Gained]
 ) -> None:
     """The transpose of the map: y += sum_q g[q] * (A^T (w * (B^T x))), x as wide as B."""
-    low_NC = (subset.take(x_TI) @ b_LC).mul_(weights_NC)
+    low_NC = (tokens.take(x_TI) @ b_LC).mul_(weights_NC)
     parts = [_expand(low_NC[group[0].first : group[-1].last], a_RS, group) for group in _groups(runs, len(a_RS))]
-    subset.add_(y_TO, parts[0] if len(parts) == 1 else torch.cat(parts))
+    tokens.add_(y_TO, parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def _groups(runs: Sequence[Gained], num_ranks: int) -> Iterator[Sequence[Gained]]:

@@ -82,11 +82,21 @@ def add_sparse_(y_TO: Tensor, x_TI: Tensor, rows: Compressed) -> None:
     y_TO.add_(bags_OT.t()[:num_tokens])
 
 
-def add_sparse_lookup_(y_TO: Tensor, ids_T: Tensor, columns: Compressed) -> None:
-    """y += S[:, ids], `columns` being S by its columns."""
-    first_T = columns.starts_M[ids_T]
-    count_T = columns.starts_M[ids_T + 1] - first_T
-    token_N = torch.repeat_interleave(torch.arange(len(ids_T), device=ids_T.device), count_T)
-    before_T = count_T.cumsum(0) - count_T
-    entry_N = torch.arange(len(token_N), device=ids_T.device) - before_T[token_N] + first_T[token_N]
-    y_TO.index_put_((token_N, columns.column_N[entry_N]), columns.value_N[entry_N], accumulate=True)
+def most_in_a_row(rows: Compressed) -> int:
+    """How many entries the fullest row has."""
+    return int(rows.starts_M.diff().max())
+
+
+def add_sparse_lookup_(y_TO: Tensor, ids_T: Tensor, columns: Compressed, *, most: int) -> None:
+    """y += S[:, ids], `columns` being S by its columns, of which none has more than `most` entries.
+
+    Each token reads as many: what is asked of the device does not depend on its id.
+    """
+    if not most:
+        return
+    first_T1, last_T1 = columns.starts_M[ids_T, None], columns.starts_M[ids_T + 1, None]
+    entry_TW = first_T1 + torch.arange(most, device=ids_T.device)
+    is_own_TW = entry_TW < last_T1
+    entry_TW = entry_TW.clamp_(max=len(columns.column_N) - 1)
+    value_TW = columns.value_N[entry_TW].masked_fill_(~is_own_TW, 0)
+    y_TO.scatter_add_(1, columns.column_N[entry_TW], value_TW)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.kernels.subsets import Subset, subset_of
+from peft_serve.kernels.subsets import Tokens
 from peft_serve.model.routing import Lane, Route
 from peft_serve.model.sites_forward import expect_tokens
 from peft_serve.model.terms.experts import ExpertDeltas, is_stack_of_experts
 from peft_serve.model.terms.term import Term
 
-_Plan = tuple[tuple[int | None, Subset], ...]
+_Plan = tuple[tuple[int | None, Tokens], ...]
 """(slot, its tokens); None for the tokens that the module itself serves."""
 
 
@@ -56,16 +56,14 @@ class ExpertsSite:
         slots = route.active & self._deltas.slots
         if not slots:
             return ()
-        plan: list[tuple[int | None, Subset]] = []
-        for slot in sorted(slots):
-            runs = route.runs_of((slot,))
-            plan.append((slot, subset_of([(run.first, run.last) for run in runs], route.device)))
+        route.asks_host("experts are gone through one by one, those that some token chose")
+        plan: list[tuple[int | None, Tokens]] = [(slot, route.subset(frozenset({slot}))) for slot in sorted(slots)]
         rest = route.rest(slots)
         return (*plan, (None, rest)) if rest is not None else tuple(plan)
 
 
-def _part(value: Any, subset: Subset) -> Any:
-    return subset.take(value) if isinstance(value, Tensor) else value
+def _part(value: Any, tokens: Tokens) -> Any:
+    return tokens.take(value) if isinstance(value, Tensor) else value
 
 
 def expert_spec(path: str, module: nn.Module) -> SiteSpec | None:

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_serve.adapters.base import SiteKind, SiteSpec
-from peft_serve.kernels.subsets import Subset, subset_of
+from peft_serve.kernels.subsets import Tokens
 from peft_serve.model.routing import Lane, Route
 from peft_serve.model.sites_forward import expect_tokens
 from peft_serve.model.terms.router import RouterDeltas
 from peft_serve.model.terms.term import Term
 
-_Plan = tuple[tuple[int | None, Subset], ...]
+_Plan = tuple[tuple[int | None, Tokens], ...]
 """(slot, its tokens); None for the tokens that the module itself serves."""
 
 
@@ -64,10 +64,7 @@ class RouterSite:
         slots = route.active & self._deltas.slots
         if not slots:
             return ()
-        plan: list[tuple[int | None, Subset]] = []
-        for slot in sorted(slots):
-            runs = route.runs_of((slot,))
-            plan.append((slot, subset_of([(run.first, run.last) for run in runs], route.device)))
+        plan: list[tuple[int | None, Tokens]] = [(slot, route.subset(frozenset({slot}))) for slot in sorted(slots)]
         rest = route.rest(slots)
         return (*plan, (None, rest)) if rest is not None else tuple(plan)
 

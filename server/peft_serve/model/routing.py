@@ -45,6 +45,31 @@ class Run:
     last: int
 
 
+@dataclass(frozen=True, slots=True)
+class Personal:
+    """Tokens of one adapter, for a part that is computed for it by itself."""
+
+    slot: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Tokens that are computed together, and the runs that they divide into, counted in what is taken of them."""
+
+    tokens: Tokens
+    slot_N: Tensor
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Runs of one length, and whose they are, in the order of the batch."""
+
+    batch: Batch
+    slots: tuple[int, ...]
+
+
 class Way(StrEnum):
     """How the low-rank terms of a step's adapters are computed."""
 
@@ -171,7 +196,7 @@ class Route:
         self._spans: dict[frozenset[int], Span] = {}
         self._subsets: dict[frozenset[int], Subset] = {}
         self._slots: dict[frozenset[int], Tensor] = {}
-        self._batches: dict[frozenset[int], tuple[Batch, ...]] = {}
+        self._batches: dict[frozenset[int], tuple[Alike, ...]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -188,6 +213,12 @@ class Route:
 
     def reads(self, table: Table) -> None:
         """An op of this route reads a table by slot. Who keeps ops for longer than adapters stay wants to know."""
+
+    def keeps(self, *made: Tensor) -> None:
+        """An op of this route reads what was made for it alone. Who replays what it asked for keeps that too."""
+
+    def asks_host(self, reason: str) -> None:
+        """An op of this route has the host look at numbers of the step; `reason` names it. Who replays refuses it."""
 
     @property
     def slot_of_token(self) -> Tensor:
@@ -209,6 +240,24 @@ class Route:
         """The runs of some of the adapters."""
         return tuple(run for run in self.runs if run.slot in slots)
 
+    def personal(self, slots: Collection[int]) -> tuple[Personal, ...]:
+        """The tokens of some of the adapters, each adapter's by themselves, in the order of the tokens; one adapter's
+        may come in several pieces."""
+        return tuple(Personal(run.slot, Subset(run.first, run.last, None)) for run in self.runs_of(slots))
+
+    def has_no_others(self, slots: Collection[int]) -> bool:
+        """Whether no token is anybody else's, the base's among them."""
+        return sum(run.last - run.first for run in self.runs_of(slots)) == self.num_tokens
+
+    def together(self, slots: frozenset[int]) -> tuple[Together, ...]:
+        """The tokens of some of the active adapters, in as few parts as can be."""
+        runs, first = [], 0
+        for run in self.runs_of(slots):
+            last = first + run.last - run.first
+            runs.append(Run(run.slot, first, last))
+            first = last
+        return (Together(self.subset(slots), self.slots_in(slots), tuple(runs)),)
+
     def span(self, slots: frozenset[int]) -> Span:
         """The stack rows of some of the adapters, all of them placed. Sites with the same adapters share one."""
         if slots not in self._spans:
@@ -216,7 +265,7 @@ class Route:
             self._spans[slots] = Span(self.num_tokens, runs, self._device)
         return self._spans[slots]
 
-    def subset(self, slots: frozenset[int]) -> Subset:
+    def subset(self, slots: frozenset[int]) -> Tokens:
         """The tokens of some of the active adapters."""
         if slots not in self._subsets:
             ranges = [(run.first, run.last) for run in self.runs_of(slots)]
@@ -234,7 +283,7 @@ class Route:
         slots = self.active.intersection(own.slots)
         return self.subset(slots), self.slots_in(slots)
 
-    def rest(self, slots: frozenset[int]) -> Subset | None:
+    def rest(self, slots: frozenset[int]) -> Tokens | None:
         """The tokens of everybody else, the base's among them; None when there are none."""
         ranges, at = [], 0
         for run in self.runs_of(slots):
@@ -244,11 +293,12 @@ class Route:
         ranges = [(first, last) for first, last in ranges if first < last]
         return subset_of(ranges, self._device) if ranges else None
 
-    def batches(self, slots: frozenset[int]) -> tuple[Batch, ...]:
-        """The runs of some of the active adapters by length; their members count `runs_of(slots)`."""
+    def batches(self, slots: frozenset[int]) -> tuple[Alike, ...]:
+        """The runs of some of the active adapters by length."""
         if slots not in self._batches:
-            ranges = [(run.first, run.last) for run in self.runs_of(slots)]
-            self._batches[slots] = batches_of(ranges, self._device)
+            runs = self.runs_of(slots)
+            each = batches_of([(run.first, run.last) for run in runs], self._device)
+            self._batches[slots] = tuple(Alike(one, tuple(runs[m].slot for m in one.members)) for one in each)
         return self._batches[slots]
 
 

@@ -62,7 +62,7 @@ class DenseTerms:
         readable = (term for term, its in factors.items() if its is not None)
         known: set[Term] = {self.in_scale, self.out_scale, self.shift, *readable}
         before: list[Term] = [term for term in self.before if term.op(route) is not None]
-        if self.own.runs(route) or self.rows.op(route) is not None or not known.issuperset(before):
+        if self.own.parts(route) or self.rows.op(route) is not None or not known.issuperset(before):
             return SitePart(SiteTerms(is_elsewhere=True))
         behind = [term for term in self.after if term.op(route) is not None]
         done: list[Term] = list(takewhile(known.__contains__, behind))

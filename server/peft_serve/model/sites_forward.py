@@ -19,7 +19,7 @@ from peft_serve.kernels.row_ops import Norm, RowOps
 from peft_serve.model.norms import kernel_norm, norm_forward, run_by
 from peft_serve.model.packing import Pack, Places
 from peft_serve.model.quantised import is_quantised
-from peft_serve.model.routing import Lane, Route, Run
+from peft_serve.model.routing import Lane, Personal, Route
 from peft_serve.model.site_ops import dense_terms
 from peft_serve.model.terms.own import OwnNorm, token_axis
 from peft_serve.model.terms.shared import SharedFactors
@@ -45,14 +45,11 @@ class _DensePlan:
 
     num_tokens: int
     before: tuple[InOp, ...]
-    own_runs: tuple[Run, ...]
+    own: tuple[Personal, ...]
+    is_all_own: bool  # nobody is served by the base's parameters
     rows: OutOp | None
     after: tuple[OutOp, ...]
     alone: OutOp | None  # all there is, and it takes x and y as they come
-
-    @property
-    def is_all_own(self) -> bool:
-        return sum(run.last - run.first for run in self.own_runs) == self.num_tokens
 
 
 class DenseSite:
@@ -125,13 +122,14 @@ class DenseSite:
         before = tuple(op for op in (term.op(route) for term in self.dense.before) if op is not None)
         ops = self.dense.ops_after(route)
         after = tuple(op for _, op in ops)
-        own_runs = self.dense.own.runs(route)
+        own = self.dense.own.parts(route)
         rows = self.dense.rows.op(route)
-        if not (before or after or own_runs or rows):
+        if not (before or after or own or rows):
             return None
-        is_alone = len(ops) == 1 and not (before or own_runs or rows) and ops[0][0] is self.dense.delta
+        is_alone = len(ops) == 1 and not (before or own or rows) and ops[0][0] is self.dense.delta
         alone = after[0] if is_alone and self.dense.delta.is_direct else None
-        return _DensePlan(route.num_tokens, before, own_runs, rows, after, alone)
+        is_all_own = bool(own) and route.has_no_others(self.dense.own.slots)
+        return _DensePlan(route.num_tokens, before, own, is_all_own, rows, after, alone)
 
     def _adapted(self, x: Tensor, plan: _DensePlan) -> Tensor:
         is_lookup = self._spec.kind is SiteKind.EMBEDDING
@@ -141,11 +139,11 @@ class DenseSite:
         for in_op in plan.before:
             given_T = in_op(given_T)
         if plan.is_all_own:
-            y_TO = torch.cat([self.dense.own.of(run.slot, x_T[run.first : run.last]) for run in plan.own_runs])
+            y_TO = torch.cat([self.dense.own.of(one.slot, one.tokens.take(x_T)) for one in plan.own])
         else:
             y_TO = self._base(given_T)  # a new tensor: what follows may change it
-            for run in plan.own_runs:
-                y_TO[run.first : run.last] = self.dense.own.of(run.slot, x_T[run.first : run.last])
+            for one in plan.own:
+                one.tokens.put_(y_TO, self.dense.own.of(one.slot, one.tokens.take(x_T)))
         if plan.rows is not None:
             plan.rows(y_TO, given_T)
         for out_op in plan.after:

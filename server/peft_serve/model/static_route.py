@@ -14,9 +14,9 @@ from torch import Tensor
 
 from peft_serve.kernels.capture import NotCapturable
 from peft_serve.kernels.low_rank import Segments
-from peft_serve.kernels.subsets import Batch, Chosen, Subset, Tokens
+from peft_serve.kernels.subsets import Chosen, Tokens
 from peft_serve.model.extents import Extents
-from peft_serve.model.routing import Route, Run, Span, Table, Truths
+from peft_serve.model.routing import Alike, Personal, Route, Span, Table, Together, Truths
 
 
 class StaticRoute(Route):
@@ -54,22 +54,31 @@ class StaticRoute(Route):
         """Whether the tables that its ops read are where they were."""
         return all(table.rows is rows for table, rows in self.tables)
 
-    def runs_of(self, slots: Collection[int]) -> tuple[Run, ...]:
+    def personal(self, slots: Collection[int]) -> tuple[Personal, ...]:
         if not self.active.isdisjoint(slots):
             raise NotCapturable("an adapter has a part that is computed for its tokens by themselves")
         return ()
 
+    def has_no_others(self, slots: Collection[int]) -> bool:  # noqa: ARG002
+        return False
+
     def span(self, slots: frozenset[int]) -> Span:  # noqa: ARG002
         raise NotCapturable("low-rank terms are read from stacks, since no kernel of ours computes them")
 
-    def subset(self, slots: frozenset[int]) -> Subset:  # noqa: ARG002
+    def subset(self, slots: frozenset[int]) -> Tokens:  # noqa: ARG002
         raise NotCapturable("an adapter has a part that is computed for the tokens of some adapters")
 
     def chosen(self, own: Truths) -> tuple[Tokens, Tensor]:
         return Chosen(own.rows, self.slot_of_token), self.slot_of_token
 
-    def rest(self, slots: frozenset[int]) -> Subset | None:  # noqa: ARG002
-        raise NotCapturable("experts or routers divide tokens into those with adapters and those without")
+    def asks_host(self, reason: str) -> None:
+        raise NotCapturable(reason)
 
-    def batches(self, slots: frozenset[int]) -> tuple[Batch, ...]:  # noqa: ARG002
+    def rest(self, slots: frozenset[int]) -> Tokens | None:  # noqa: ARG002
+        raise NotCapturable("routers divide tokens into those with adapters and those without")
+
+    def together(self, slots: frozenset[int]) -> tuple[Together, ...]:  # noqa: ARG002
+        raise NotCapturable("an adapter has a part that is computed for the tokens of some adapters")
+
+    def batches(self, slots: frozenset[int]) -> tuple[Alike, ...]:  # noqa: ARG002
         raise NotCapturable("an adapter has a part that is stacked with those of others for each step")

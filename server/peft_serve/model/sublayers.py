@@ -219,16 +219,15 @@ class CouplingSite:
         assert self._wrapping is not None, "called where it is wrapped"
         inner = self._wrapping.inner
         route = self.lane.route
-        runs = () if route is None else route.runs_of(route.active.intersection(self._edits))
-        if route is None or not runs:
+        parts = () if route is None else route.personal(self._edits)
+        if route is None or not parts:
             return inner(*args, **kwargs)
         x = _first(args, kwargs)
         changed = x.clone()
         changed_TD = changed.view(-1, x.shape[-1])
         expect_tokens(self._around.spec.path, changed_TD.shape[0], route.num_tokens)
-        for run in runs:
-            part = changed_TD[run.first : run.last]
-            changed_TD[run.first : run.last] = _coupled(self._edits[run.slot], part)
+        for one in parts:
+            one.tokens.put_(changed_TD, _coupled(self._edits[one.slot], one.tokens.take(changed_TD)))
         if args:
             return inner(changed, *args[1:], **kwargs)
         return inner(**{**kwargs, next(iter(kwargs)): changed})

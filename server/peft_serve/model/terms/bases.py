@@ -15,7 +15,7 @@ from peft_serve.adapters.base import SiteSpec
 from peft_serve.adapters.primitives import Affine, Edit
 from peft_serve.adapters.shared_primitives import SharedBases
 from peft_serve.kernels.bases import Gained, add_bases_, add_transposed_bases_
-from peft_serve.kernels.subsets import Subset
+from peft_serve.kernels.subsets import Tokens
 from peft_serve.model.routing import Route, Run
 from peft_serve.model.terms.shared import Factors, SharedFactors, numbered
 from peft_serve.model.terms.tables import SlotTable
@@ -37,9 +37,9 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The tokens of one group's adapters, their slots and their gains, run by run."""
+    """The tokens of some of a group's adapters, their slots and their gains, run by run."""
 
-    subset: Subset
+    tokens: Tokens
     slot_N: Tensor
     runs: tuple[Gained, ...]
     group: _Group
@@ -79,10 +79,9 @@ class BasesMaps:
     def op(self, route: Route) -> OutOp | None:
         parts: list[_Part] = []
         for group in self._groups.values():
-            slots = route.active.intersection(group.gains)
-            if slots:
-                runs = _gained(route.runs_of(slots), group)
-                parts.append(_Part(route.subset(slots), route.slots_in(slots), runs, group))
+            if group.weights.index(route) is not None:
+                each = route.together(route.active.intersection(group.gains))
+                parts += (_Part(one.tokens, one.slot_N, _gained(one.runs, group), group) for one in each)
         if not parts:
             return None
 
@@ -93,16 +92,11 @@ class BasesMaps:
                 a_RS = group.factors.a[:, : self._small]
                 b_LC = group.factors.b[: self._large, : weights_NC.shape[1]]
                 add_them_ = add_transposed_bases_ if group.is_transposed else add_bases_
-                add_them_(y_TO, x_TI, part.subset, a_RS, b_LC, weights_NC, part.runs)
+                add_them_(y_TO, x_TI, part.tokens, a_RS, b_LC, weights_NC, part.runs)
 
         return add
 
 
 def _gained(runs: Sequence[Run], group: _Group) -> tuple[Gained, ...]:
-    """The runs with their gains, their tokens counted in the subset that they make up."""
-    gained, first = [], 0
-    for run in runs:
-        last = first + run.last - run.first
-        gained.append(Gained(first, last, group.gains[run.slot]))
-        first = last
-    return tuple(gained)
+    """The runs with their gains."""
+    return tuple(Gained(run.first, run.last, group.gains[run.slot]) for run in runs)

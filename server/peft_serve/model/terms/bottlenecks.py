@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from peft_serve.adapters.primitives import mapped
 from peft_serve.adapters.sublayer_primitives import Bottleneck, LearnedNorm, Reads
 from peft_serve.kernels.bottleneck import BottleneckKernels
-from peft_serve.kernels.subsets import Batch, Subset, Tokens
+from peft_serve.kernels.subsets import Batch, Tokens
 from peft_serve.model.routing import Route
 from peft_serve.model.terms.lifted import Lifted, LiftedPart
 
@@ -82,7 +82,7 @@ class BottleneckPart:
     is_final: bool
 
     @property
-    def subset(self) -> Subset:
+    def subset(self) -> Tokens:
         """Its tokens."""
         return self.batch.subset
 
@@ -153,9 +153,8 @@ def parts_of(edits: Mapping[int, Bottleneck], route: Route) -> tuple[BottleneckP
         by_form.setdefault(_form_of(edits[slot]), set()).add(slot)
     parts: list[BottleneckPart] = []
     for slots in by_form.values():
-        its = frozenset(slots)
-        runs = route.runs_of(its)
-        parts += (_stacked(batch, [edits[runs[m].slot] for m in batch.members]) for batch in route.batches(its))
+        each = route.batches(frozenset(slots))
+        parts += (_stacked(alike.batch, [edits[slot] for slot in alike.slots]) for alike in each)
     return tuple(parts)
 
 

@@ -144,13 +144,12 @@ class GatedPrompts:
             by_form.setdefault((prompt.keys_HPD.shape, prompt.is_projected), set()).add(slot)
         parts: list[GatedPart] = []
         for (_, is_projected), slots in by_form.items():
-            its = frozenset(slots)
-            runs = route.runs_of(its)
-            for batch in route.batches(its):
-                prompts = [self._prompts[runs[m].slot] for m in batch.members]
+            for alike in route.batches(frozenset(slots)):
+                prompts = [self._prompts[slot] for slot in alike.slots]
                 keys, values = (
                     torch.stack(t) for t in ([p.keys_HPD for p in prompts], [p.values_HPD for p in prompts])
                 )
                 gate = torch.stack([p.gate for p in prompts])[:, :, None, None]
-                parts.append(GatedPart(batch, keys, values, gate, is_projected))
+                route.keeps(keys, values, gate)
+                parts.append(GatedPart(alike.batch, keys, values, gate, is_projected))
         return tuple(parts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,14 +39,13 @@ class Maps:
         self._maps.pop(slot, None)
 
     def op(self, route: Route) -> OutOp | None:
-        parts = [(run.first, run.last, self._maps[run.slot]) for run in route.runs_of(self._maps)]
+        parts = [(one.tokens, self._maps[one.slot]) for one in route.personal(self._maps)]
         if not parts:
             return None
 
         def add(y_TO: Tensor, x_T: Tensor) -> None:
-            for first, last, own in parts:
-                for add_map in own:
-                    add_map(y_TO[first:last], x_T[first:last])
+            for tokens, own in parts:
+                tokens.change_(y_TO, partial(_add_all_, tokens.take(x_T), own))
 
         return add
 
@@ -68,7 +68,8 @@ class Maps:
         values_N = given.values_N.to(self._like)
         if is_lookup:
             columns = maps.compressed(in_N, out_N, values_N, num_rows=self._spec.in_features)
-            return lambda y_TO, ids_T: maps.add_sparse_lookup_(y_TO, ids_T, columns)
+            most = maps.most_in_a_row(columns)
+            return lambda y_TO, ids_T: maps.add_sparse_lookup_(y_TO, ids_T, columns, most=most)
         rows = maps.compressed(out_N, in_N, values_N, num_rows=self._spec.out_features)
         return lambda y_TO, x_TI: maps.add_sparse_(y_TO, x_TI, rows)
 
@@ -77,6 +78,11 @@ class Maps:
         values_N = given.values_N.to(self._like.device, torch.float32)
         rows = maps.compressed(out_N, in_N, values_N, num_rows=self._spec.out_features)
         return lambda y_TO, x_TI: transforms.add_spectrum_(y_TO, x_TI, rows)
+
+
+def _add_all_(x_T: Tensor, own: Sequence[AddMap], y_TO: Tensor) -> None:
+    for add_map in own:
+        add_map(y_TO, x_T)
 
 
 def _circulant(given: Circulant, like: Tensor) -> AddMap:

@@ -77,9 +77,8 @@ class _Blocks:
             by_shape.setdefault(self._blocks[slot].shape, set()).add(slot)
         parts: list[_BlockPart] = []
         for slots in map(frozenset, by_shape.values()):
-            runs = route.runs_of(slots)
             parts.extend(
-                (batch, _stacked([self._blocks[runs[m].slot] for m in batch.members])) for batch in route.batches(slots)
+                (alike.batch, _stacked([self._blocks[slot] for slot in alike.slots])) for alike in route.batches(slots)
             )
         return parts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, linear, rms_norm
@@ -12,7 +12,7 @@ from peft_serve.adapters.base import SiteKind, SiteSpec
 from peft_serve.adapters.primitives import Edit, Replace
 from peft_serve.kernels.row_ops import Norm, RowOps
 from peft_serve.model.quantised import is_quantised
-from peft_serve.model.routing import Route, Run
+from peft_serve.model.routing import Personal, Route
 from peft_serve.model.terms.tables import SlotTable
 from peft_serve.model.terms.term import OwnOp
 
@@ -35,8 +35,14 @@ class OwnParameters:
     def drop(self, slot: int) -> None:
         self._states.pop(slot, None)
 
-    def runs(self, route: Route) -> tuple[Run, ...]:
-        return route.runs_of(self._states)
+    @property
+    def slots(self) -> Collection[int]:
+        """Who has some here."""
+        return self._states.keys()
+
+    def parts(self, route: Route) -> tuple[Personal, ...]:
+        """The tokens of those who are active, in the order of the tokens."""
+        return route.personal(self._states)
 
     def of(self, slot: int, x: Tensor) -> Tensor:
         """The site's op with the slot's parameters where it has them, with the base's where not."""

@@ -56,10 +56,11 @@ class LookupRows(_RowsBySlot):
         keys_N = torch.cat([self._own[slot].ids_N + slot * self._num_ids for slot in slots])
         values_ND = torch.cat([self._own[slot].values_ND for slot in slots])
         subset = route.subset(frozenset(slots))
-        offset_N = route.slots_in(frozenset(slots)) * self._num_ids
+        slot_N = route.slots_in(frozenset(slots))
+        route.keeps(keys_N, values_ND)
 
         def exchange(y_TO: Tensor, ids_T: Tensor) -> None:
-            wanted_N = subset.take(ids_T) + offset_N
+            wanted_N = subset.take(ids_T) + slot_N * self._num_ids
             at_N = torch.searchsorted(keys_N, wanted_N).clamp_(max=len(keys_N) - 1)
             is_own_N = keys_N[at_N] == wanted_N
             own_NO = values_ND.index_select(0, at_N)
@@ -81,15 +82,15 @@ class HeadRows(_RowsBySlot):
         self._bias_O: Tensor | None = None if bias is None else bias.detach()
 
     def op(self, route: Route) -> OutOp | None:
-        parts = [(run.first, run.last, self._own[run.slot]) for run in route.runs_of(self._own)]
+        parts = [(one.tokens, self._own[one.slot]) for one in route.personal(self._own)]
         if not parts:
             return None
         bias_O = self._bias_O
 
         def exchange(y_TO: Tensor, x_TI: Tensor) -> None:
-            for first, last, own in parts:
-                out_TN = x_TI[first:last] @ own.values_ND.t()
+            for tokens, own in parts:
+                out_TN = tokens.take(x_TI) @ own.values_ND.t()
                 out_TN = out_TN if bias_O is None else out_TN + bias_O[own.ids_N]
-                y_TO[first:last].index_copy_(1, own.ids_N, out_TN)
+                tokens.put_columns_(y_TO, own.ids_N, out_TN)
 
         return exchange
