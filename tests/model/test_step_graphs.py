@@ -200,6 +200,24 @@ def test_tables_that_have_moved_are_not_read_where_they_were() -> None:
     assert len(bench.graphs) == 1
 
 
+def test_norms_with_a_bias_of_their_own_are_another_kind_than_those_without() -> None:
+    bench = Bench(lambda: tiny("gpt2"))
+    path, make = "transformer.h.0.ln_1", torch.Generator().manual_seed(1)
+    scale, both = (
+        {name: 1 + torch.randn(bench.base.sites[path].out_features, generator=make) for name in names}
+        for names in (("weight",), ("weight", "bias"))
+    )
+    first, other = (
+        Adapter(id=AdapterId(name), method="TEST", sites={path: Replace(state)})
+        for name, state in (("a", scale), ("b", both))
+    )
+    bench.install(first, other)
+    bench.answers(first.id, BASE)
+    bench.answers(other.id, BASE)
+    assert bench.num_recorded == 2
+    assert bench.outcomes["eager"] == 0
+
+
 def test_adapters_on_their_way_are_waited_for_before_a_replay() -> None:
     bench = Bench(llama)
     order: list[str] = []

@@ -65,6 +65,8 @@ def _kind_of(value: object) -> str:
         return ""
     if isinstance(value, str | bool):  # an activation, or which form of a bottleneck it is
         return f"{type(value).__name__} {value}"
+    if isinstance(value, Mapping):  # parameters by their names: one that is missing is the base's
+        return ", ".join(sorted(map(str, value)))
     if isinstance(value, tuple):
         return ", ".join(sorted(_kind_of(each) for each in value))
     if isinstance(value, Paired):
