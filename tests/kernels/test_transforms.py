@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from peft_serve.kernels import transforms
 from peft_serve.kernels.maps import compressed
 from peft_serve.kernels.transforms import add_circulant_, add_spectrum_, circulant_spectrum
 from tests.kernels.test_maps import normal
@@ -53,3 +58,34 @@ def test_half_precision_is_rounded_once_at_the_end(dtype: torch.dtype) -> None:
     got = y.clone()
     add_spectrum_(got, x, rows)
     assert torch.equal(got, want.to(dtype))
+
+
+@pytest.mark.parametrize(("tokens", "planned"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
+def test_where_plans_are_kept_transforms_are_of_powers_of_two(
+    tokens: int, planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, rows = (
+        normal(2, 3, 4, dtype=F32),
+        compressed(torch.tensor([1]), torch.tensor([2]), normal(1).float(), num_rows=8),
+    )
+    x, y = normal(tokens, 12, dtype=F32), normal(tokens, 8, dtype=F32)
+
+    spectrum, counted = circulant_spectrum(kernel), set[int]()
+
+    def both() -> tuple[Tensor, Tensor]:
+        turned, sparse = y.clone(), y.clone()
+        add_circulant_(turned, x, spectrum, 4)
+        add_spectrum_(sparse, x, rows)
+        return turned, sparse
+
+    exact = both()
+    for name in ("rfft", "irfft", "ifft"):
+        monkeypatch.setattr(torch.fft, name, partial(_counting, getattr(torch.fft, name), counted))
+    monkeypatch.setattr(transforms, "_has_plans", lambda _: True)
+    torch.testing.assert_close(both(), exact)
+    assert counted == {planned}
+
+
+def _counting(transform: Callable[..., Tensor], counted: set[int], x: Tensor, **more: int) -> Tensor:
+    counted.add(len(x))
+    return transform(x, **more)
