@@ -5,7 +5,6 @@ The graph is a tape (`tape`): what was asked of the device, over the same memory
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,6 +21,7 @@ from peft_serve.model.base import ResidentBase
 from peft_serve.model.carrier import Carrier
 from peft_serve.model.runner import StepRunner
 from peft_serve.model.step_graphs import Capturing, Recorder, Replay
+from peft_serve.model.terms.term import OtherKernels
 from peft_serve.model.wire import wire_to
 from tests.kernels.triton.interpreter import IS_INTERPRETED
 from tests.model.driver import BLOCK_SIZE, Driver, Job
@@ -98,6 +98,7 @@ class Bench:
         make: Callable[[], PreTrainedModel],
         recorder: Recorder | None = None,
         kernel: TiledAttention | None = None,
+        others: Callable[[OtherKernels], OtherKernels] = lambda kernels: kernels,
         **more: int,
     ) -> None:
         self.recorder = recorder or TapeRecorder()
@@ -105,7 +106,7 @@ class Bench:
         self.plain = ResidentBase(make(), name="tiny")
         self.kernel = LowRankKernel(CPU, num_slots=4)
         self.base.adapted.run_low_rank_by(self.kernel)
-        self.base.adapted.run_others_by(other_kernels(self.kernel.memory))
+        self.base.adapted.run_others_by(others(other_kernels(self.kernel.memory)))
         attention = PlanAttention(kernel or SlowTiles(SIZES))  # type: ignore[arg-type]
         self.base.runs.attention.whole = attention
         self.outcomes: Counter[str] = Counter()
@@ -115,7 +116,7 @@ class Bench:
             tables=HeldEntries(self.kernel, max_rank=32),
             max_rows=8,
             told=lambda outcome: self.outcomes.update([outcome]),
-            **{"seen": 1, **more},
+            **{"seen": 1, "rest": 0, **more},
         )
         self.driver = Driver(self.base, capturing=self.capturing)
         assert self.driver.runner.graphs is not None
@@ -262,22 +263,6 @@ def test_in_an_arena_rows_without_a_request_write_to_its_last_block() -> None:
     assert found[0] == found[1]
     assert arena.stretch(8 * num_parts, 1).any(), "a fourth row was idle"
     assert not arena.stretch(7 * num_parts, 1).any(), "a block that nobody has"
-
-
-def test_what_cannot_be_captured_runs_call_by_call_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench(llama)
-    of_ids = adapter(bench.base, "a", {EMBEDDING: "rows"})
-    own = adapter(bench.base, "b", {Q: "own"})
-    bench.install(of_ids, own)
-    with caplog.at_level(logging.INFO, "peft_serve.model.step_graphs"):
-        bench.answers(of_ids.id, BASE, BASE)
-        bench.answers(own.id, BASE, BASE)
-    assert bench.outcomes == {"eager": 6}
-    assert bench.num_recorded == 0
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2, "once for each kind, not at every step"
-    assert "tokens of some adapters" in told[0]
-    assert "tokens by themselves" in told[1]
 
 
 def test_factors_at_an_embedding_are_found_by_slot_and_id() -> None:

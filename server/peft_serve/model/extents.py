@@ -87,6 +87,11 @@ _Move = tuple[Unit, int, int]
 """(unit, source, target)"""
 
 
+def unit_of_generated(num_first: int, num_last: int) -> Unit | None:
+    """Which unit of an intervention on so many first and last positions edits a token that was generated, if any."""
+    return next((unit for unit, _, _ in _in_sequence(1, num_first, num_last, is_whole=False)), None)
+
+
 def _moves_of(unit: Unit, each: Sequence[_Move]) -> Moves:
     mine = [(source, target) for one, source, target in each if one is unit]
     return Moves(tuple(source for source, _ in mine), tuple(target for _, target in mine))

@@ -81,5 +81,5 @@ class InterventionSite:
         expect_tokens(self._spec.path, x_TD.shape[0], self._planned.num_tokens)
         edited_TD = x_TD.clone()
         for part in parts:
-            edited_TD.index_copy_(0, part.targets, part.of(x_TD))
+            part.targets.put_(edited_TD, part.of(x_TD))
         return edited_TD.view(states.shape)

@@ -245,6 +245,10 @@ class Route:
         may come in several pieces."""
         return tuple(Personal(run.slot, Subset(run.first, run.last, None)) for run in self.runs_of(slots))
 
+    def generated(self, slots: Collection[int]) -> tuple[Personal, ...]:  # noqa: ARG002
+        """The same of a step whose tokens were all generated. Of others `extents` says where they stand."""
+        return ()
+
     def has_no_others(self, slots: Collection[int]) -> bool:
         """Whether no token is anybody else's, the base's among them."""
         return sum(run.last - run.first for run in self.runs_of(slots)) == self.num_tokens

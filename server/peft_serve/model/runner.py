@@ -100,6 +100,8 @@ class StepRunner:
         self._residents.was_short_of_memory = False
         for slot in step.removes:
             self._residents.remove(slot)
+        if step.removes and self._graphs is not None:
+            self._graphs.let_go()
         failed: dict[int, tuple[AdapterId, str]] = {}
         for install in step.installs:
             reason = self._residents.install(install)

@@ -22,7 +22,6 @@ from peft_serve.adapters.base import SiteSpec
 from peft_serve.adapters.primitives import Adapter, Edit, is_finite
 from peft_serve.adapters.sublayer_primitives import Intervention
 from peft_serve.core import BASE_SLOT
-from peft_serve.kernels.capture import NotCapturable
 from peft_serve.kernels.low_rank import LowRankKernels
 from peft_serve.kernels.row_ops import RowOps
 from peft_serve.model.attention_site import AttentionSite
@@ -43,10 +42,11 @@ from peft_serve.model.terms.shared import SharedFactors
 from peft_serve.model.terms.term import OtherKernels, UsesOthers
 
 
-@dataclass(frozen=True, slots=True)
-class _Installed:
-    """What a slot holds."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Installed:
+    """What a slot holds, from its install to its removal. One equals itself alone: who comes next is another."""
 
+    slot: int
     sites: tuple[Site, ...]
     streams: frozenset[Stream]
     max_rank: int
@@ -74,7 +74,7 @@ class AdaptedSites:
         self._device = next(model.parameters()).device
         self._lanes = {stream: Lane() for stream in Stream}
         self._layout = StackLayout()
-        self._installed: dict[int, _Installed] = {}
+        self._installed: dict[int, Installed] = {}
         self._acting: tuple[Route | None, frozenset[Site]] = (None, frozenset())
         self._manner: tuple[Route | None, Manner | None] = (None, None)
         self._manners = Manners()
@@ -115,16 +115,20 @@ class AdaptedSites:
         """One more than the largest slot that holds an adapter."""
         return 1 + max(self._installed, default=BASE_SLOT)
 
-    def acts(self, slots: Iterable[int]) -> frozenset[frozenset[Act]]:
-        """What the adapters in these slots do to the sites. ValueError for a slot that is empty."""
-        return frozenset(self._held(slot).acts for slot in slots)
+    def installed(self, slot: int) -> Installed:
+        """What the slot holds now. ValueError for a slot that is empty."""
+        if slot not in self._installed:
+            raise ValueError(f"slot {slot} is empty; install an adapter before its tokens are routed")
+        return self._installed[slot]
+
+    def has(self, installed: Installed) -> bool:
+        """Whether it has been there all the time since."""
+        return self._installed.get(installed.slot) is installed
 
     @contextmanager
     def captured(self, slots: frozenset[int], route_of: Callable[[frozenset[int]], Route]) -> Iterator[None]:
         """Inside the block the tokens of a decoder have routes of the caller's own making, each for the adapters that
-        act in its stream. Raises `NotCapturable` for adapters whose part changes with where a token stands."""
-        if any(self._held(slot).has_extents for slot in slots):
-            raise NotCapturable("interventions ask where in its sequence a token stands")
+        act in its stream. No such token is one of a prompt where its adapter asks for that (`has_extents`)."""
         try:
             for stream in (Stream.TARGET, Stream.HEAD):
                 lane = self._lanes[stream]
@@ -208,7 +212,7 @@ class AdaptedSites:
         has_extents = any(isinstance(edit, Intervention) for edit in edits.values())
         given = acts_of(adapter.sites)
         acts = next((each.acts for each in self._installed.values() if each.acts == given), given)  # compared by object
-        self._installed[slot] = _Installed(tuple(edits), streams, adapter.max_rank, has_extents, acts)
+        self._installed[slot] = Installed(slot, tuple(edits), streams, adapter.max_rank, has_extents, acts)
 
     def remove(self, slot: int) -> None:
         """Empty a slot. Routes end here."""
@@ -228,7 +232,7 @@ class AdaptedSites:
         """
         division = divided(runs)
         for slot in {slot for slot, _ in division if slot != BASE_SLOT}:
-            self._held(slot)
+            self.installed(slot)
         lane = self._lanes[stream]
         for site in self._shared[stream]:
             site.lane = lane
@@ -262,11 +266,6 @@ class AdaptedSites:
         self._layout.check()
         for slot, place in self._layout.places.items():
             assert place.last - place.first == width_of(self._installed[slot].max_rank), slot
-
-    def _held(self, slot: int) -> _Installed:
-        if slot not in self._installed:
-            raise ValueError(f"slot {slot} is empty; install an adapter before its tokens are routed")
-        return self._installed[slot]
 
     def _make_hot(self, slots: set[int]) -> None:
         """Have the rows of these adapters in the stacks; places may move, and routes with them."""

@@ -3,7 +3,9 @@
 A graph is captured for the acts of the adapters it saw: which terms act at which sites. It serves every mix of adapters
 that do no more than that, whoever they are, since all it reads of them is in tables by slot; a site where nobody acts
 in a step costs a launch that ends at once. So a thousand adapters of one recipe share a graph, and a graph of two
-recipes serves each of them. What cannot be captured is remembered with its reason and runs call by call.
+recipes serves each of them. A graph with parts that are computed for an adapter by itself serves this adapter, with or
+without others, until it leaves (`step_acts`). What cannot be captured is remembered with its reason and runs call by
+call.
 
 Owns the graphs, the memory they read, and the choice of which stay. How a pass is recorded is given (`Recorder`).
 
@@ -27,14 +29,11 @@ from peft_serve.kernels.capture import HeldTables, NotCapturable
 from peft_serve.kernels.triton.attention_tiles import power_of_two
 from peft_serve.model.base import ResidentBase
 from peft_serve.model.families.family import ReadsStates
-from peft_serve.model.manner import Act
 from peft_serve.model.passes import InFront, NothingInFront
-from peft_serve.model.static_route import StaticRoute
+from peft_serve.model.static_route import MOST_PERSONAL, TOO_MANY_PERSONAL, PersonalSlots, StaticRoute
+from peft_serve.model.step_acts import Acts, Kind, StepActs
 from peft_serve.model.step_memory import Pools, Size, StepMemory, acting_slots, begun_blocks, segments_of, size_for
 from peft_serve.model.triton_attention import PlanAttention
-
-Acts = frozenset[frozenset[Act]]
-"""What the adapters of a step do, each kind of adapter once."""
 
 _REST: Final = 2000  # steps without a new graph after memory ran out
 _MOST_REMEMBERED: Final = 1000
@@ -79,17 +78,18 @@ class Capturing:
     max_rows: int
     told: Callable[[str], None] = _nobody
     seen: int = 3  # steps of a size and of acts, until they are worth a graph
+    rest: int = 64  # decode steps between two graphs with parts of single adapters: who is there changes all the time
     max_graphs: int = 48
     max_bytes: int = 2 << 30
 
 
 @dataclass(slots=True)
 class _Graph:
-    """A recorded pass, and what must not have moved since. `routes` keep the tables alive that it reads."""
+    """A recorded pass, and what must not have moved since. `routes` keep the tables alive that it reads, and what was
+    made for it alone. What adapters brought is theirs: it is not to be replayed once one of its own has left."""
 
     replay: Replay
     memory: StepMemory
-    acts: Acts
     num_slots: int
     num_moves: int
     generation: int
@@ -124,8 +124,11 @@ class StepGraphs:
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()  # the longest unused first
         self._memories: dict[Size, StepMemory] = {}
         self._seen: Counter[_Key] = Counter()
-        self._refused: dict[Acts, str] = {}
+        self._refused: dict[frozenset[Kind], str] = {}
+        self._told_of: set[frozenset[Kind]] = set()
+        self._acts = StepActs(base.adapted)
         self._num_rest = 0  # steps in which nothing is captured
+        self._num_personal_rest = 0  # the same, of what has parts of single adapters
         self._logits_NV: Tensor | None = None  # of every graph: one runs at a time, and its rows are read before
 
     def __len__(self) -> int:
@@ -137,6 +140,7 @@ class StepGraphs:
         if not self._is_decode(rows):
             return None
         self._num_rest = max(0, self._num_rest - 1)
+        self._num_personal_rest = max(0, self._num_personal_rest - 1)
         graph, is_new = self._found(rows, in_front)
         self._capturing.told("eager" if graph is None else "captured" if is_new else "replayed")
         if graph is None:
@@ -159,12 +163,11 @@ class StepGraphs:
             for cross in sources
             for num_rows in reversed(_row_counts(self._capturing.max_rows))
         ]
-        nobody: Acts = frozenset()
         for size in sizes:
             if until():
                 break
             if self._captured(size, (), NothingInFront()) is None:
-                return self._refused.get(nobody, "memory ran out")
+                return self._refused.get(Acts().kinds, "memory ran out")
         return None
 
     def drop(self) -> None:
@@ -173,6 +176,11 @@ class StepGraphs:
         self._memories.clear()
         self._seen.clear()
         self._num_rest = _REST
+
+    def let_go(self) -> None:
+        """Drop the graphs with parts of adapters that have left: what was made for these is in memory no longer."""
+        for key in [key for key in self._graphs if not self._acts.are_there(key[1])]:
+            del self._graphs[key]
 
     def _is_decode(self, rows: Sequence[Row]) -> bool:
         return 0 < len(rows) <= power_of_two(self._capturing.max_rows) and all(
@@ -189,7 +197,12 @@ class StepGraphs:
         if not self._capturing.tables.fits(segments_of(slots)):
             return None, False
         own = frozenset(slots) - {BASE_SLOT}
-        acts = self._base.adapted.acts(own)
+        if any(self._asks_where(slot, row) for slot, row in zip(slots, rows, strict=True)):
+            return None, False
+        acts = self._acts.of(own)
+        if len(acts.personal) > MOST_PERSONAL:
+            self._tell(acts, TOO_MANY_PERSONAL)
+            return None, False
         size = size_for(rows, self._pools, self._capturing.attention)
         graph = self._kept(size, acts, own)
         if graph is not None:
@@ -198,19 +211,30 @@ class StepGraphs:
         self._seen[key] += 1
         if len(self._seen) > _MOST_REMEMBERED:
             self._seen.clear()
-        if self._num_rest or acts in self._refused or self._seen[key] < self._capturing.seen:
+        if (
+            self._num_rest
+            or (acts.personal and self._num_personal_rest)
+            or acts.kinds in self._refused
+            or self._seen[key] < self._capturing.seen
+        ):
             return None, False
         return self._captured(size, rows, in_front), True
 
+    def _asks_where(self, slot: int, row: Row) -> bool:
+        """Whether what acts on a row's token depends on where in its prompt it stands."""
+        in_prompt = row.start < row.prompt[1]
+        return in_prompt and slot != BASE_SLOT and self._base.adapted.installed(slot).has_extents
+
     def _kept(self, size: Size, acts: Acts, slots: frozenset[int]) -> _Graph | None:
-        """The graph of these acts, or else one of more than these; those of the base alone are its own."""
+        """The graph of these acts, or else one that serves them too; those of the base alone are its own."""
         num_moves, generation = self._capturing.tables.num_moves, self._base.adapted.generation
         keys = [(size, acts)]
-        if acts:
-            keys += sorted((key for key in self._graphs if key[0] == size and acts < key[1]), key=lambda k: len(k[1]))
+        others = (key for key in self._graphs if key[0] == size and key[1] != acts and acts.are_within(key[1]))
+        keys += sorted(others, key=lambda key: (len(key[1].personal), len(key[1].kinds)))
         for key in keys:
             graph = self._graphs.get(key)
-            if graph is not None and graph.serves(slots, num_moves, generation):
+            is_there = self._acts.are_there(key[1])
+            if graph is not None and is_there and graph.serves(slots, num_moves, generation):
                 self._graphs.move_to_end(key)
                 return graph
             self._graphs.pop(key, None)  # it reads what is gone
@@ -219,25 +243,51 @@ class StepGraphs:
     def _captured(self, size: Size, rows: Sequence[Row], in_front: InFront) -> _Graph | None:
         """A new graph for a step's size and acts, made from that step; None where it cannot be had."""
         slots = frozenset(acting_slots(rows)) - {BASE_SLOT}
-        acts = self._base.adapted.acts(slots)
+        personal = PersonalSlots()
         try:
-            graph = self._recorded(size, rows, in_front, slots, acts)
+            graph = self._recorded(size, rows, in_front, slots, personal)
         except Exception as error:  # noqa: BLE001  # whatever it is, the step runs without a graph
             if is_short_of_memory(error):
                 self.drop()
                 return None
             reason = str(error) if isinstance(error, NotCapturable) else f"{type(error).__name__}: {error}"
-            if len(self._refused) >= _MOST_REMEMBERED:
-                self._refused.clear()
-            self._refused[acts] = reason
-            _log.info("decode steps of %d kinds of adapters run without CUDA graphs: %s", len(acts), reason)
+            self._refuse(slots, personal, reason)
             return None
-        self._graphs[size, acts] = graph
+        self._learn(personal)
+        if personal.slots:
+            self._num_personal_rest = self._capturing.rest
+        self._graphs[size, self._acts.of(slots)] = graph
         self._make_room()
         return graph
 
+    def _refuse(self, slots: frozenset[int], personal: PersonalSlots, reason: str) -> None:
+        """A step of these adapters cannot be captured, and so none of their kinds; or there are too many with parts of
+        their own, where fewer of them can."""
+        self._learn(personal)
+        acts = self._acts.of(slots)
+        if len(acts.personal) <= MOST_PERSONAL:
+            if len(self._refused) >= _MOST_REMEMBERED:
+                self._refused.clear()
+            self._refused[acts.kinds] = reason
+        self._tell(acts, reason)
+
+    def _learn(self, personal: PersonalSlots) -> None:
+        """Who has parts of their own. Graphs are of no use any more once it is forgotten whose."""
+        if self._acts.num_learnt >= _MOST_REMEMBERED:
+            self._acts.forget()
+            self._graphs.clear()
+        self._acts.learn(personal.slots)
+
+    def _tell(self, acts: Acts, reason: str) -> None:
+        """Once for each mix of kinds."""
+        if acts.kinds not in self._told_of:
+            if len(self._told_of) >= _MOST_REMEMBERED:
+                self._told_of.clear()
+            self._told_of.add(acts.kinds)
+            _log.info("decode steps of %d kinds of adapters run without CUDA graphs: %s", len(acts.kinds), reason)
+
     def _recorded(
-        self, size: Size, rows: Sequence[Row], in_front: InFront, slots: frozenset[int], acts: Acts
+        self, size: Size, rows: Sequence[Row], in_front: InFront, slots: frozenset[int], personal: PersonalSlots
     ) -> _Graph:
         adapted, tables = self._base.adapted, self._capturing.tables
         memory = self._memories.get(size)
@@ -249,7 +299,7 @@ class StepGraphs:
         num_slots, routes = max(_FEWEST_SLOTS, power_of_two(adapted.num_slots)), list[StaticRoute]()
 
         def route_of(active: frozenset[int]) -> StaticRoute:
-            routes.append(StaticRoute(active, memory.slots_N, memory.segments, num_slots=num_slots))
+            routes.append(StaticRoute(active, memory.slots_N, memory.segments, personal, num_slots=num_slots))
             return routes[-1]
 
         with adapted.captured(slots, route_of):
@@ -257,7 +307,6 @@ class StepGraphs:
         return _Graph(
             replay=replay,
             memory=memory,
-            acts=acts,
             num_slots=num_slots,
             num_moves=tables.num_moves,
             generation=adapted.generation,

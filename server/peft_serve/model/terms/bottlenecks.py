@@ -167,11 +167,11 @@ def _stacked(batch: Batch, edits: Sequence[Bottleneck]) -> BottleneckPart:
     first = edits[0]
     return BottleneckPart(
         batch=batch,
-        down_GDB=_stack([edit.down_BD for edit in edits]).transpose(1, 2),
-        down_bias_G1B=_stack([edit.down_bias_B for edit in edits])[:, None],
-        up_GBD=_stack([edit.up_DB for edit in edits]).transpose(1, 2),
-        up_bias_G1D=_stack([edit.up_bias_D for edit in edits])[:, None],
-        scale_G1D=_stack([edit.scale.expand_as(edit.up_bias_D) for edit in edits])[:, None],
+        down_GDB=stack([edit.down_BD for edit in edits]).transpose(1, 2),
+        down_bias_G1B=stack([edit.down_bias_B for edit in edits])[:, None],
+        up_GBD=stack([edit.up_DB for edit in edits]).transpose(1, 2),
+        up_bias_G1D=stack([edit.up_bias_D for edit in edits])[:, None],
+        scale_G1D=stack([edit.scale.expand_as(edit.up_bias_D) for edit in edits])[:, None],
         activation=activation_of(first.activation),
         reads=first.reads,
         keeps=first.keeps,
@@ -188,10 +188,10 @@ def _stacked_norm(norms: Sequence[LearnedNorm | None]) -> StackedNorm | None:
         return None
     assert len(there) == len(norms), "adapters of one form have the same norms"
     return StackedNorm(
-        _stack([norm.weight_D for norm in there])[:, None], _stack([norm.bias_D for norm in there])[:, None]
+        stack([norm.weight_D for norm in there])[:, None], stack([norm.bias_D for norm in there])[:, None]
     )
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
+def stack(tensors: Sequence[Tensor]) -> Tensor:
     """[G, ...], without a copy where one adapter is alone."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -1,7 +1,7 @@
 """Interventions: low-rank edits of the hidden states at some positions of a sequence (ReFT, arXiv:2404.03592).
 
 x + P^T (act(W x + b) - P x), or without the last term. Edits of one form at equally many positions share three
-batched products.
+batched products. In a step that is captured all tokens were generated, and each is a sequence of its own.
 
 Shapes: `G` edits of one form, `P` positions of each, `R` rank, `D` features of the model.
 """
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from peft_serve.adapters.sublayer_primitives import Intervention, SubspaceEdit
-from peft_serve.model.extents import Extents, Moves
+from peft_serve.kernels.subsets import Subset, Tokens
+from peft_serve.model.extents import Moves, Unit, unit_of_generated
 from peft_serve.model.routing import Route
-from peft_serve.model.terms.bottlenecks import activation_of
+from peft_serve.model.terms.bottlenecks import activation_of, stack
 
 _Form = tuple[int, str | None, bool, int]
 
@@ -26,8 +27,8 @@ _Form = tuple[int, str | None, bool, int]
 class InterventionPart:
     """Edits of one form at equally many positions each."""
 
-    sources: Tensor  # [G P] places in the stream
-    targets: Tensor
+    sources: Tokens  # G P of them
+    targets: Tokens
     source_GDR: Tensor
     source_bias_G1R: Tensor
     projection_GRD: Tensor
@@ -35,9 +36,9 @@ class InterventionPart:
     subtracts: bool
 
     def of(self, x_TD: Tensor) -> Tensor:
-        """What comes to stand at the targets, [G P, D]."""
+        """What the targets are to be, [G P, D]."""
         num_edits, num_features = len(self.projection_GRD), x_TD.shape[-1]
-        x_GPD = x_TD.index_select(0, self.sources).view(num_edits, -1, num_features)
+        x_GPD = self.sources.take(x_TD).view(num_edits, -1, num_features)
         low_GPR = torch.baddbmm(self.source_bias_G1R, x_GPD, self.source_GDR)
         if self.activation is not None:
             low_GPR = self.activation(low_GPR)
@@ -48,6 +49,13 @@ class InterventionPart:
 
 def parts_of(edits: Mapping[int, Intervention], route: Route) -> tuple[InterventionPart, ...]:
     """What the active slots edit, edits of one form at equally many positions stacked."""
+    parts: list[InterventionPart] = []
+    for one in route.generated(edits):
+        edit = edits[one.slot]
+        which = unit_of_generated(edit.num_first, edit.num_last)
+        if which is not None:
+            unit = edit.last if which is Unit.LAST else edit.first
+            parts.append(_part([unit], edit.activation, one.tokens, one.tokens, subtracts=edit.subtracts))
     by_form: dict[_Form, list[tuple[SubspaceEdit, Moves]]] = {}
     for slot in sorted(route.extents.slots.intersection(edits)):
         edit = edits[slot]
@@ -56,18 +64,25 @@ def parts_of(edits: Mapping[int, Intervention], route: Route) -> tuple[Intervent
             if moves.targets:
                 form = (unit.source_RD.shape[0], edit.activation, edit.subtracts, len(moves.targets))
                 by_form.setdefault(form, []).append((unit, moves))
-    return tuple(_stacked(form, members, route.extents) for form, members in by_form.items())
+    for (_, activation, subtracts, _), members in by_form.items():
+        sources, targets = (
+            Subset(0, 0, route.extents.index(tuple(place for moves in each for place in moves)))
+            for each in ([moves.sources for _, moves in members], [moves.targets for _, moves in members])
+        )
+        units = [unit for unit, _ in members]
+        parts.append(_part(units, activation, sources, targets, subtracts=subtracts))
+    return tuple(parts)
 
 
-def _stacked(form: _Form, members: Sequence[tuple[SubspaceEdit, Moves]], extents: Extents) -> InterventionPart:
-    _, activation, subtracts, _ = form
-    units = [unit for unit, _ in members]
+def _part(
+    units: Sequence[SubspaceEdit], activation: str | None, sources: Tokens, targets: Tokens, *, subtracts: bool
+) -> InterventionPart:
     return InterventionPart(
-        sources=extents.index(tuple(place for _, moves in members for place in moves.sources)),
-        targets=extents.index(tuple(place for _, moves in members for place in moves.targets)),
-        source_GDR=torch.stack([unit.source_RD for unit in units]).transpose(1, 2),
-        source_bias_G1R=torch.stack([unit.source_bias_R for unit in units])[:, None],
-        projection_GRD=torch.stack([unit.projection_RD for unit in units]),
+        sources=sources,
+        targets=targets,
+        source_GDR=stack([unit.source_RD for unit in units]).transpose(1, 2),
+        source_bias_G1R=stack([unit.source_bias_R for unit in units])[:, None],
+        projection_GRD=stack([unit.projection_RD for unit in units]),
         activation=None if activation is None else activation_of(activation),
         subtracts=subtracts,
     )
