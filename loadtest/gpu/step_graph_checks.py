@@ -16,8 +16,8 @@ from loadtest.gpu.random_adapters import lora
 from loadtest.gpu.results import Check, Found, bounded
 from loadtest.gpu.tiny import base_on, module, worst
 from peft_serve.adapters.base import SiteKind
-from peft_serve.adapters.primitives import Adapter, Affine, BlockDiagonal, Edit, GatedPrompt, LowRank
-from peft_serve.adapters.sublayer_primitives import Bottleneck, Reads
+from peft_serve.adapters.primitives import Adapter, Affine, BlockDiagonal, Edit, GatedPrompt, LowRank, Rows
+from peft_serve.adapters.sublayer_primitives import Bottleneck, Coupling, Reads, TwoLayers
 from peft_serve.core import BASE, AdapterId
 from peft_serve.engine.gpu_graphs import capturing_by
 from peft_serve.engine.gpu_terms import other_kernels
@@ -28,6 +28,18 @@ from peft_serve.model.triton_attention import PlanAttention
 
 _CPU: Final = torch.device("cpu")
 _LOGPROB_BOUND: Final = 2e-4  # as of whole models
+_PARTS_BOUND: Final = 1e-3  # as of terms: some make large numbers
+_PERSONAL: Final = {
+    "q_proj": "dense",
+    "k_proj": "kronecker",
+    "v_proj": "sparse",
+    "o_proj": "circulant",
+    "gate_proj": "spectrum",
+    "up_proj": "bases",
+    "down_proj": "replace",
+    "lm_head": "rows",
+}
+"""By module, the term that is computed for its adapter alone there."""
 _MAX_ROWS: Final = 8
 _MAX_RANK: Final = 32
 
@@ -51,7 +63,7 @@ def step_graphs(ground: Ground) -> Found:
         told=lambda outcome: outcomes.update([outcome]),
     )
     adapters = _adapters(plain, attention_only=ground.is_quick)
-    driver = module("model.driver").Driver(base, adapters, capturing=replace(capturing, seen=1))
+    driver = module("model.driver").Driver(base, adapters, capturing=replace(capturing, seen=1, rest=0))
     names = list(adapters)
     driver.install(*names[:3])
     few = ground.is_quick
@@ -67,6 +79,10 @@ def step_graphs(ground: Ground) -> Found:
     driver.exchange(2, names[5])
     checks += _phase(few, "others of these kinds in the slot", driver, plain, adapters, (BASE, names[5], names[3]))
     checks.append(_none_new(outcomes, num_before))
+    for which, name in zip(("an adapter", "another one"), names[6:], strict=True):
+        driver.exchange(3, name)
+        used, told = (BASE, name, names[3]), f"{which} with parts of its own"
+        checks += _phase(few, told, driver, plain, adapters, used, bound=_PARTS_BOUND)
     eager = outcomes["eager"]
     said = f"{dict(outcomes)}"
     checks.append(Check(name="decode steps are replayed", passed=outcomes["replayed"] > 0 and not eager, note=said))
@@ -86,7 +102,8 @@ def _recorder(ground: Ground) -> Recorder:
 
 
 def _adapters(base: ResidentBase, *, attention_only: bool) -> dict[AdapterId, Adapter]:
-    """Two of one recipe, one with vectors, a third of the first recipe, which comes later, and two of other kinds."""
+    """Two of one recipe, one with vectors, a third of the first recipe, which comes later, two of other kinds, and two
+    with parts that are computed for them alone."""
     first, second, third, like = (
         lora(base, name, rank, seed=rank, attention_only=attention_only)
         for name, rank in (("a", 4), ("b", 20), ("d", 7), ("c", 3))
@@ -100,7 +117,8 @@ def _adapters(base: ResidentBase, *, attention_only: bool) -> dict[AdapterId, Ad
         sites[path] = replace(edit, out_scale=scale, shift=0.1 * torch.randn(spec.out_features, generator=make))
     scaled = Adapter(id=AdapterId("sha256:c"), method="TEST", sites=sites)
     others = (_other(base, name, width) for name, width in (("e", 3), ("f", 9)))
-    return {each.id: each for each in (first, second, scaled, third, *others)}
+    own = (_personal(base, name, seed) for name, seed in (("g", 1), ("h", 2)))
+    return {each.id: each for each in (first, second, scaled, third, *others, *own)}
 
 
 def _other(base: ResidentBase, name: str, width: int) -> Adapter:
@@ -132,8 +150,39 @@ def _other(base: ResidentBase, name: str, width: int) -> Adapter:
     return Adapter(id=AdapterId(f"sha256:{name}"), method="TEST", sites=sites)
 
 
+def _personal(base: ResidentBase, name: str, seed: int) -> Adapter:
+    """Each kind of part that is computed for an adapter by itself: in the last layer, around it, and in front."""
+    algebra, make, sites = module("model.dense_algebra"), torch.Generator().manual_seed(seed), dict[str, Edit]()
+
+    def drawn(*size: int) -> torch.Tensor:
+        return 0.2 * torch.randn(size, generator=make)
+
+    def two_layers(half: int) -> TwoLayers:
+        return TwoLayers(drawn(3, half), drawn(3), drawn(half, 3), drawn(half))
+
+    for path, spec in base.sites.items():
+        module_name = path.rpartition(".")[2]
+        if "layers.0." in path:
+            continue
+        if spec.kind is SiteKind.EMBEDDING:
+            sites[path] = Affine(rows=Rows(torch.arange(6, 40), drawn(34, spec.out_features)))
+        elif module_name in _PERSONAL:
+            sites[path] = algebra.edit_of(_PERSONAL[module_name], spec, seed)
+        elif module_name == "invertible_adapters":
+            half = spec.out_features // 2
+            sites[path] = Coupling(two_layers(half), two_layers(half), "tanh")
+    return Adapter(id=AdapterId(f"sha256:{name}"), method="TEST", sites=sites)
+
+
 def _phase(
-    few: bool, name: str, driver: Any, plain: ResidentBase, adapters: dict[AdapterId, Adapter], used: tuple[Any, ...]
+    few: bool,
+    name: str,
+    driver: Any,
+    plain: ResidentBase,
+    adapters: dict[AdapterId, Adapter],
+    used: tuple[Any, ...],
+    *,
+    bound: float = _LOGPROB_BOUND,
 ) -> list[Check]:
     """Side by side, a token at a time: what is replayed, and the same without adapters' neighbours on the CPU."""
     jobs, expected = _jobs(few, used), _jobs(few, used)
@@ -149,7 +198,7 @@ def _phase(
     error = worst([j.logprobs for j in jobs], [j.logprobs for j in expected]) if all(same) else float("nan")
     return [
         Check(name=f"{name}: tokens of replayed steps", passed=all(same), note=told),
-        bounded(f"{name}: log-probabilities", error, _LOGPROB_BOUND),
+        bounded(f"{name}: log-probabilities", error, bound),
     ]
 
 
