@@ -89,22 +89,6 @@ inline V rounded(const float*, V lanes) { return lanes; }
 template <class V>
 inline V rounded(const Half*, V lanes) { return reinterpret_cast<V>(rounded_words(lanes) & 0xffff0000u); }
 
-// One half of sixteen numbers, in an order that is the same for everything of one type: all that a dot product asks.
-inline Lanes load_part(const float* from, int part) { return load(from + part * LANES); }
-inline Lanes load_part(const Half* from, int part) {
-  const Words both = *reinterpret_cast<const LooseWords*>(from);
-  return reinterpret_cast<Lanes>(part ? both & 0xffff0000u : both << 16);
-}
-
-// Both halves of sixteen numbers, in that order.
-inline void store_parts(float* to, Lanes first, Lanes second) {
-  store(to, first);
-  store(to + LANES, second);
-}
-inline void store_parts(Half* to, Lanes first, Lanes second) {
-  *reinterpret_cast<LooseWords*>(to) = (rounded_words(second) & 0xffff0000u) | (rounded_words(first) >> 16);
-}
-
 // The first numbers of a row that ends after `count`, zeros behind them.
 template <class T>
 inline Lanes load_of(const T* from, long count) {

@@ -11,8 +11,11 @@
 
 namespace {
 
+typedef WideLanes V;
+constexpr int NUM = NUM_WIDE;      // numbers of a vector
 constexpr int RANKS = 4;           // that one pass over the inputs sums up
-constexpr int TOKENS = 2;          // that share such a pass: RANKS * TOKENS sums stay in registers, and what is widened
+constexpr int TOKENS = NUM == 16 ? 4 : 2;  // that share such a pass: RANKS * TOKENS sums stay in registers, and what is
+                                           // widened; CPUs with longer ones have more of them
 constexpr long NEAR_TOKENS = 24;   // whose inputs stay in the cache while the ranks go by
 constexpr int ROWS = 8;            // of B that one pass over the outputs adds up
 constexpr int SHARING = 6;         // tokens that share a pass over the ranks, two vectors of outputs each
@@ -22,6 +25,33 @@ constexpr long NARROW = 64;        // whose part of B stays in the cache
 constexpr long A_AHEAD = 2048;      // bytes asked for in advance
 constexpr long B_AHEAD = 512;
 
+// One half of 2 * NUM numbers, in an order that is the same for everything of one type: all that a dot product asks.
+inline V part_at(const float* from, int part) { return load_wide(from + part * NUM); }
+inline V part_at(const Half* from, int part) {
+  typename Whole<V>::Words both;
+  std::memcpy(&both, from, sizeof both);
+  return reinterpret_cast<V>(part ? both & 0xffff0000u : both << 16);
+}
+
+// Both halves of as many, in that order.
+inline void put_parts(float* to, V first, V second) {
+  store(to, first);
+  store(to + NUM, second);
+}
+inline void put_parts(Half* to, V first, V second) {
+  const typename Whole<V>::Words both = (rounded_words(second) & 0xffff0000u) | (rounded_words(first) >> 16);
+  std::memcpy(to, &both, sizeof both);
+}
+
+inline float total(Lanes lanes) { return sum(lanes); }
+#if defined(__AVX512F__)
+inline float total(WideLanes lanes) {
+  Lanes halves[2];
+  std::memcpy(halves, &lanes, sizeof lanes);
+  return sum(halves[0] + halves[1]);
+}
+#endif
+
 template <class T>
 inline void fetch(const T* from, long ahead) {
   __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead);
@@ -30,17 +60,17 @@ inline void fetch(const T* from, long ahead) {
 // low[m][n] = A[n] . x[m]
 template <class T, int M, int N>
 inline void shrink_block(const T* x, long x_step, const T* a, long num_in, float* low, long low_step) {
-  Lanes sums[M][N] = {};
+  V sums[M][N] = {};
   long i = 0;
-  for (; i + 2 * LANES <= num_in; i += 2 * LANES) {
+  for (; i + 2 * NUM <= num_in; i += 2 * NUM) {
 #pragma GCC unroll 2
     for (int part = 0; part < 2; ++part) {
-      Lanes its[M];
+      V its[M];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) its[m] = load_part(x + m * x_step + i, part);
+      for (int m = 0; m < M; ++m) its[m] = part_at(x + m * x_step + i, part);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        const Lanes row = load_part(a + n * num_in + i, part);
+        const V row = part_at(a + n * num_in + i, part);
         if (M == 1 && part == 0) fetch(a + n * num_in + i, A_AHEAD);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sums[m][n] = added(sums[m][n], its[m], row);
@@ -48,7 +78,7 @@ inline void shrink_block(const T* x, long x_step, const T* a, long num_in, float
     }
   }
   if (i < num_in) {
-    T rest[N][2 * LANES] = {}, its[2 * LANES] = {};
+    T rest[N][2 * NUM] = {}, its[2 * NUM] = {};
     for (int n = 0; n < N; ++n) std::memcpy(rest[n], a + n * num_in + i, (num_in - i) * sizeof(T));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -57,13 +87,13 @@ inline void shrink_block(const T* x, long x_step, const T* a, long num_in, float
       for (int n = 0; n < N; ++n)
 #pragma GCC unroll 2
         for (int part = 0; part < 2; ++part)
-          sums[m][n] = added(sums[m][n], load_part(its, part), load_part(rest[n], part));
+          sums[m][n] = added(sums[m][n], part_at(its, part), part_at(rest[n], part));
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) low[m * low_step + n] = sum(sums[m][n]);
+    for (int n = 0; n < N; ++n) low[m * low_step + n] = total(sums[m][n]);
 }
 
 template <class T, int N>
@@ -71,33 +101,37 @@ void shrink(const T* x, long x_step, long num_tokens, const T* a, long num_in, f
   long m = 0;
   for (; m + TOKENS <= num_tokens; m += TOKENS)
     shrink_block<T, TOKENS, N>(x + m * x_step, x_step, a, num_in, low + m * low_step, low_step);
+  if (TOKENS > 2 && m + 2 <= num_tokens) {
+    shrink_block<T, 2, N>(x + m * x_step, x_step, a, num_in, low + m * low_step, low_step);
+    m += 2;
+  }
   if (m < num_tokens) shrink_block<T, 1, N>(x + m * x_step, x_step, a, num_in, low + m * low_step, low_step);
 }
 
-// One half of the next sixteen numbers of a row, zeros behind its end.
+// One half of the next numbers of a row, zeros behind its end.
 template <class T>
-inline Lanes part_of(const T* from, int part, long count) {
-  if (count >= 2 * LANES) return load_part(from, part);
-  T padded[2 * LANES] = {};
+inline V part_of(const T* from, int part, long count) {
+  if (count >= 2 * NUM) return part_at(from, part);
+  T padded[2 * NUM] = {};
   if (count > 0) std::memcpy(padded, from, count * sizeof(T));
-  return load_part(padded, part);
+  return part_at(padded, part);
 }
 
-// Sums of two vectors of outputs, as `load_part` has them.
+// Sums of two vectors of outputs, as `part_at` has them.
 template <class T>
-inline void add(T* y, Lanes first, Lanes second, long count) {
-  if (count >= 2 * LANES) return store_parts(y, load_part(y, 0) + first, load_part(y, 1) + second);
+inline void add(T* y, V first, V second, long count) {
+  if (count >= 2 * NUM) return put_parts(y, part_at(y, 0) + first, part_at(y, 1) + second);
   if (count <= 0) return;
-  T padded[2 * LANES];
-  store_parts(padded, part_of(y, 0, count) + first, part_of(y, 1, count) + second);
+  T padded[2 * NUM];
+  put_parts(padded, part_of(y, 0, count) + first, part_of(y, 1, count) + second);
   std::memcpy(y, padded, count * sizeof(T));
 }
 
 // sums[0..num_out) += low . B for R rows of B, each a stream from memory
 template <class T, int R>
 inline void sum_rows(const float* low, const T* b, long b_step, long num_out, float* sums) {
-  for (long o = 0; o < num_out; o += 2 * LANES) {
-    Lanes first = load(sums + o), second = load(sums + o + LANES);
+  for (long o = 0; o < num_out; o += 2 * NUM) {
+    V first = load_wide(sums + o), second = load_wide(sums + o + NUM);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const T* from = b + r * b_step + o;
@@ -106,14 +140,14 @@ inline void sum_rows(const float* low, const T* b, long b_step, long num_out, fl
       second = added(second, part_of(from, 1, num_out - o), low[r]);
     }
     store(sums + o, first);
-    store(sums + o + LANES, second);
+    store(sums + o + NUM, second);
   }
 }
 
 // y[0..num_out) += low . B for one token
 template <class T>
 void expand_one(T* y, const float* low, const T* b, long b_step, long rank, long num_out, float* sums) {
-  std::memset(sums, 0, (num_out + 2 * LANES) * sizeof(float));
+  std::memset(sums, 0, (num_out + 2 * NUM) * sizeof(float));
   long r = 0;
   for (; r + ROWS <= rank; r += ROWS) sum_rows<T, ROWS>(low + r, b + r * b_step, b_step, num_out, sums);
   if (rank - r >= 4) {
@@ -121,16 +155,16 @@ void expand_one(T* y, const float* low, const T* b, long b_step, long rank, long
     r += 4;
   }
   for (; r < rank; ++r) sum_rows<T, 1>(low + r, b + r * b_step, b_step, num_out, sums);
-  for (long o = 0; o < num_out; o += 2 * LANES) add(y + o, load(sums + o), load(sums + o + LANES), num_out - o);
+  for (long o = 0; o < num_out; o += 2 * NUM) add(y + o, load_wide(sums + o), load_wide(sums + o + NUM), num_out - o);
 }
 
-// y[m][0..num_out) += low[m] . tile[..][0..num_out), num_out <= 2 * LANES; a tile and sums are as `load_part` has them
+// y[m][0..num_out) += low[m] . tile[..][0..num_out), num_out <= 2 * NUM; a tile and sums are as `part_at` has them
 template <class T, int M>
 inline void expand_block(T* y, long y_step, const float* low, long low_step, const float* tile, long rank,
                          long num_out) {
-  Lanes sums[M][2] = {};
+  V sums[M][2] = {};
   for (long r = 0; r < rank; ++r) {
-    const Lanes left = load(tile + r * NARROW), right = load(tile + r * NARROW + LANES);
+    const V left = load_wide(tile + r * NARROW), right = load_wide(tile + r * NARROW + NUM);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const float weight = low[m * low_step + r];
@@ -161,11 +195,11 @@ template <class T>
 void expand_many(T* y, long y_step, long num_tokens, const float* low, long low_step, const T* b, long b_step,
                  long rank, long num_out, float* tile) {
   for (long r = 0; r < rank; ++r)
-    for (long o = 0; o < NARROW; o += 2 * LANES)
+    for (long o = 0; o < NARROW; o += 2 * NUM)
       for (int part = 0; part < 2; ++part)
-        store(tile + r * NARROW + o + part * LANES, part_of(b + r * b_step + o, part, num_out - o));
+        store(tile + r * NARROW + o + part * NUM, part_of(b + r * b_step + o, part, num_out - o));
   for (long m = 0; m < num_tokens; m += SHARING)
-    for (long o = 0; o < num_out; o += 2 * LANES)
+    for (long o = 0; o < num_out; o += 2 * NUM)
       expand_few(num_tokens - m, y + m * y_step + o, y_step, low + m * low_step, low_step, tile + o, rank, num_out - o);
 }
 
@@ -227,7 +261,7 @@ struct VectorTerms {
     const float* from = low + s.first * low_step;
     if (s.size() > STREAMED)
       return expand_many(to, num_out, s.size(), from, low_step, b, num_out, rank, here, kept.of(rank * NARROW));
-    float* sums = kept.of(WIDE + 2 * LANES);
+    float* sums = kept.of(WIDE + 2 * NUM);
     for (long m = 0; m < s.size(); ++m) expand_one(to + m * num_out, from + m * low_step, b, num_out, rank, here, sums);
   }
 
