@@ -45,6 +45,7 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(when: str, tmp_path: P
     """As if it came while `when` is imported, which takes seconds where torch is."""
     program = f"""
 import importlib.abc, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 class Pressed(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == {when!r}:
